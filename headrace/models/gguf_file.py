@@ -1,0 +1,269 @@
+"""Reader of the GGUF container: metadata, tensor table, and one tensor's blocks at a time.
+
+The file is mapped, never read whole. Every count, length and offset is checked against the size of the file before anything is
+allocated for it, so a file that lies about its sizes costs nothing but an error. What the tensors mean (names, row order) is not
+known here: see `gguf_llama.py`.
+
+Source: the format's description in ggml, docs/gguf.md (versions 2 and 3).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from headrace.errors import ModelError
+
+GgufValue = bool | int | float | str | list[Any]
+"""One metadata value; arrays become lists."""
+
+SUPPORTED_TYPES: Final = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""Tensor types that can be loaded, by their GGUF names."""
+
+_MAGIC: Final = b"GGUF"
+_VERSIONS: Final = (2, 3)
+_ALIGNMENT_DEFAULT: Final = 32
+_ALIGNMENT_MAX: Final = 1 << 20
+_NUM_DIMS_MAX: Final = 4
+_NESTING_MAX: Final = 4
+_NAME_BYTES_MAX: Final = 64 * 1024
+_MIN_METADATA_ENTRY_BYTES: Final = 8 + 4 + 1
+_MIN_TENSOR_ENTRY_BYTES: Final = 8 + 4 + 4 + 8
+
+# Metadata value types of the format: number → numpy type; string and array are read apart.
+_SCALARS: Final[Mapping[int, str]] = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_STRING: Final = 8
+_ARRAY: Final = 9
+
+_TYPE_BY_NAME: Final = {name: GGMLQuantizationType[name] for name in SUPPORTED_TYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One entry of the tensor table.
+
+    Attributes:
+        name: The file's own name, for example `blk.0.attn_q.weight`.
+        shape: Row-major shape, outermost dimension first (the file stores it the other way round).
+        type_name: GGUF type name, or `type <n>` for a number that this reader does not know.
+        offset: First byte, from the start of the file.
+        num_bytes: Size in the file; 0 for a type that this reader does not know.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    offset: int
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        """Number of values, whatever their type."""
+        return math.prod(self.shape)
+
+
+class GgufFile:
+    """An open GGUF file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ModelError: The file is not GGUF, is truncated, or contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: cannot be read as GGUF: {error}; pull the model again") from error
+        header = _HeaderReader(self._map, path)
+        self.metadata: Mapping[str, GgufValue]
+        self.tensors: Mapping[str, GgufTensor]
+        self.metadata, self.tensors = header.read()
+
+    def packed(self, name: str) -> npt.NDArray[np.uint8]:
+        """Give a tensor's bytes as they lie in the file, `[num_rows, bytes_per_row]`, as a read-only view."""
+        tensor = self.tensors[name]
+        if tensor.type_name not in _TYPE_BY_NAME:
+            raise ModelError(
+                f"{self.path}: tensor {name} has type {tensor.type_name}, which is not supported; "
+                f"supported are {', '.join(SUPPORTED_TYPES)}: take another quantisation of this model"
+            )
+        flat = np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
+        return flat.reshape(tensor.num_elements // tensor.shape[-1], -1)
+
+    def unpack(self, name: str, rows: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Turn packed rows of a tensor into numbers of the tensor's shape, in memory of their own.
+
+        Args:
+            name: The tensor whose type and shape apply.
+            rows: `[num_rows, bytes_per_row]`, from `packed`, in any row order.
+
+        Returns:
+            float32, float16, or for BF16 the raw uint16 halves; quantised types come back as float32.
+        """
+        tensor = self.tensors[name]
+        if tensor.type_name == "F32":
+            values: npt.NDArray[Any] = np.array(rows).view("<f4")
+        elif tensor.type_name == "F16":
+            values = np.array(rows).view("<f2")
+        elif tensor.type_name == "BF16":
+            values = np.array(rows).view("<u2")
+        else:
+            values = dequantize(rows, _TYPE_BY_NAME[tensor.type_name])
+        return values.reshape(tensor.shape)
+
+
+class _HeaderReader:
+    """Walks the header once, with a cursor that cannot leave the file."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data = data
+        self._path = path
+        self._size = len(data)
+        self._at = 0
+
+    def read(self) -> tuple[dict[str, GgufValue], dict[str, GgufTensor]]:
+        if self._take(4) != _MAGIC:
+            raise self._bad("does not start with the GGUF magic")
+        version = self._number("<I")
+        if version not in _VERSIONS:
+            raise self._bad(f"has version {version}; versions {_VERSIONS[0]} and {_VERSIONS[1]}, little-endian, are read")
+        num_tensors = self._number("<Q")
+        num_entries = self._number("<Q")
+        self._check_count("tensors", num_tensors, _MIN_TENSOR_ENTRY_BYTES)
+        self._check_count("metadata entries", num_entries, _MIN_METADATA_ENTRY_BYTES)
+        metadata: dict[str, GgufValue] = {}
+        for _ in range(num_entries):
+            key = self._string(_NAME_BYTES_MAX)
+            if key in metadata:
+                raise self._bad(f"has the metadata key {key!r} twice")
+            metadata[key] = self._value(self._number("<I"), nesting=0)
+        entries = [self._tensor_entry() for _ in range(num_tensors)]
+        return metadata, self._place(entries, self._alignment(metadata))
+
+    def _bad(self, what: str) -> ModelError:
+        return ModelError(f"{self._path}: corrupt or not a GGUF file: it {what}; pull the model again")
+
+    def _take(self, num_bytes: int) -> bytes:
+        if num_bytes > self._size - self._at:
+            raise self._bad(f"ends at byte {self._size}, inside its header, which needs {num_bytes} bytes from {self._at} on")
+        start = self._at
+        self._at += num_bytes
+        return self._data[start : self._at]
+
+    def _number(self, layout: str) -> int:
+        number: int = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+        return number
+
+    def _check_count(self, what: str, count: int, min_bytes_each: int) -> None:
+        left = self._size - self._at
+        if count * min_bytes_each > left:
+            raise self._bad(f"claims {count} {what}, more than the {left} bytes that follow can hold")
+
+    def _string(self, max_bytes: int | None = None) -> str:
+        num_bytes = self._number("<Q")
+        if max_bytes is not None and num_bytes > max_bytes:
+            raise self._bad(f"has a name of {num_bytes} bytes; at most {max_bytes} are allowed")
+        # Vocabularies hold pieces that are not UTF-8 on their own; they must survive, hence surrogateescape.
+        return self._take(num_bytes).decode("utf-8", errors="surrogateescape")
+
+    def _value(self, kind: int, *, nesting: int) -> GgufValue:
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            return self._array(nesting)
+        layout = _SCALARS.get(kind)
+        if layout is None:
+            raise self._bad(f"has a metadata value of unknown type {kind}")
+        dtype = np.dtype(layout)
+        scalar: bool | int | float = np.frombuffer(self._take(dtype.itemsize), dtype=dtype)[0].item()
+        return scalar
+
+    def _array(self, nesting: int) -> list[Any]:
+        if nesting >= _NESTING_MAX:
+            raise self._bad(f"nests metadata arrays more than {_NESTING_MAX} deep")
+        kind = self._number("<I")
+        count = self._number("<Q")
+        layout = _SCALARS.get(kind)
+        if layout is not None:
+            dtype = np.dtype(layout)
+            self._check_count("array items", count, dtype.itemsize)
+            items: list[Any] = np.frombuffer(self._take(count * dtype.itemsize), dtype=dtype).tolist()
+            return items
+        # A string costs at least its length, an inner array its type and length.
+        self._check_count("array items", count, 8)
+        return [self._value(kind, nesting=nesting + 1) for _ in range(count)]
+
+    def _alignment(self, metadata: Mapping[str, GgufValue]) -> int:
+        alignment = metadata.get("general.alignment", _ALIGNMENT_DEFAULT)
+        is_number = isinstance(alignment, int) and not isinstance(alignment, bool)
+        if not is_number or not 0 < int(str(alignment)) <= _ALIGNMENT_MAX or int(str(alignment)) % 8 != 0:
+            raise self._bad(f"has general.alignment {alignment!r}, not a multiple of 8 up to {_ALIGNMENT_MAX}")
+        return int(str(alignment))
+
+    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string(_NAME_BYTES_MAX)
+        num_dims = self._number("<I")
+        if not 1 <= num_dims <= _NUM_DIMS_MAX:
+            raise self._bad(f"has tensor {name} with {num_dims} dimensions; 1 to {_NUM_DIMS_MAX} are allowed")
+        dims = struct.unpack(f"<{num_dims}Q", self._take(8 * num_dims))
+        if 0 in dims:
+            raise self._bad(f"has tensor {name} with an empty dimension: {list(reversed(dims))}")
+        return name, tuple(reversed(dims)), self._number("<I"), self._number("<Q")
+
+    def _place(self, entries: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> dict[str, GgufTensor]:
+        """Turn relative offsets into absolute ones, and check that each tensor lies in the file and in no other tensor."""
+        start = -(-self._at // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        for name, shape, kind, offset in entries:
+            if name in tensors:
+                raise self._bad(f"has the tensor {name} twice")
+            if offset % alignment:
+                raise self._bad(f"has tensor {name} at offset {offset}, not a multiple of its alignment {alignment}")
+            tensors[name] = self._tensor(name, shape, kind, offset=start + offset)
+        end = start
+        for tensor in sorted(tensors.values(), key=lambda each: each.offset):
+            if tensor.offset < end:
+                raise self._bad(f"has tensor {tensor.name} inside another tensor")
+            end = tensor.offset + tensor.num_bytes
+        return tensors
+
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, *, offset: int) -> GgufTensor:
+        try:
+            known = GGMLQuantizationType(kind)
+        except ValueError:
+            # The tensor may never be asked for; loading it says what is wrong.
+            return GgufTensor(name=name, shape=shape, type_name=f"type {kind}", offset=offset, num_bytes=0)
+        block_size, block_bytes = GGML_QUANT_SIZES[known]
+        if shape[-1] % block_size:
+            raise self._bad(f"has tensor {name} with rows of {shape[-1]} values; {known.name} packs {block_size} at a time")
+        num_bytes = math.prod(shape) // block_size * block_bytes
+        if num_bytes > self._size - offset:
+            raise self._bad(f"ends at byte {self._size}, but tensor {name} needs {num_bytes} bytes from {offset} on")
+        return GgufTensor(name=name, shape=shape, type_name=known.name, offset=offset, num_bytes=num_bytes)

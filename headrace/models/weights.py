@@ -1,0 +1,190 @@
+"""A model directory's weights under their Hugging Face names, whatever file format holds them.
+
+`open_weights` reads headers only; `Weights.load` reads one tensor. Nothing here knows torch: arrays are numpy, and bfloat16, which
+numpy lacks, is raw uint16 under the dtype name `bf16`. Used by the worker to load and by `headrace models show` to count.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.errors import ModelError
+from headrace.models import gguf_llama
+from headrace.models.gguf_file import GgufFile
+from headrace.models.safetensors_file import SINGLE_FILE, SafetensorsFile, shard_files
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        name: Hugging Face name, for example `model.layers.0.self_attn.q_proj.weight`.
+        shape: Row-major shape.
+        dtype_name: How it is stored: `f32`, `f16`, `bf16`, an integer type, or a GGUF quantisation such as `q4_1`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype_name: str
+
+
+class Weights(ABC):
+    """Open weights of one model directory."""
+
+    @property
+    @abstractmethod
+    def metadata(self) -> Mapping[str, Any]:
+        """The weight files' own metadata: GGUF keys, or safetensors `__metadata__`."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors, in file order. A tied output projection is not among them."""
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo:
+        """Describe a tensor.
+
+        Raises:
+            ModelError: There is no such tensor.
+        """
+
+    @abstractmethod
+    def load(self, name: str) -> npt.NDArray[Any]:
+        """Read a tensor into fresh, writable, contiguous memory.
+
+        Returns:
+            float32 for `f32` and for every quantised type, float16 for `f16`, raw uint16 for `bf16`, integers as stored.
+
+        Raises:
+            ModelError: There is no such tensor, or its type is not supported.
+        """
+
+    @abstractmethod
+    def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
+        """Read a tensor's bytes as stored, `[num_rows, bytes_per_row]`, rows in Hugging Face order."""
+
+
+class _GgufWeights(Weights):
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        self._gguf_names = gguf_llama.hf_tensor_names(file)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._file.metadata
+
+    def names(self) -> list[str]:
+        return list(self._gguf_names)
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self._file.tensors[self._gguf_name(name)]
+        return TensorInfo(name=name, shape=tensor.shape, dtype_name=tensor.type_name.lower())
+
+    def load(self, name: str) -> npt.NDArray[Any]:
+        gguf_name = self._gguf_name(name)
+        values = self._file.unpack(gguf_name, self._file.packed(gguf_name))
+        return self._in_hf_order(gguf_name, values)
+
+    def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
+        gguf_name = self._gguf_name(name)
+        rows = self._file.packed(gguf_name)
+        if len(self._file.tensors[gguf_name].shape) == 1:
+            return np.array(rows)
+        return np.array(self._in_hf_order(gguf_name, rows))
+
+    def _in_hf_order(self, gguf_name: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        num_heads = gguf_llama.num_rotary_heads(self._file.metadata, gguf_name)
+        return rows if num_heads is None else gguf_llama.restore_row_order(rows, num_heads=num_heads)
+
+    def _gguf_name(self, name: str) -> str:
+        if name not in self._gguf_names:
+            raise ModelError(f"{self._file.path}: has no tensor {name}; the model is incomplete or of another kind: pull it again")
+        return self._gguf_names[name]
+
+
+class _SafetensorsWeights(Weights):
+    def __init__(self, files: Mapping[str, SafetensorsFile], directory: Path) -> None:
+        self._files = files
+        self._directory = directory
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        merged: dict[str, Any] = {}
+        for file in self._files.values():
+            merged |= file.metadata
+        return merged
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self._file(name).tensors[name]
+        return TensorInfo(name=name, shape=tensor.shape, dtype_name=tensor.dtype_name)
+
+    def load(self, name: str) -> npt.NDArray[Any]:
+        return self._file(name).load(name)
+
+    def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
+        file = self._file(name)
+        shape = file.tensors[name].shape
+        num_rows = shape[0] if len(shape) > 1 else 1
+        return np.array(file.packed(name)).reshape(num_rows, -1)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            raise ModelError(f"{self._directory}: has no tensor {name}; the model is incomplete or of another kind: pull it again")
+        return self._files[name]
+
+
+def open_weights(directory: Path) -> Weights:
+    """Open the weights of a model directory: sharded or single safetensors, else the one GGUF file.
+
+    Raises:
+        ModelError: There are none, or they are damaged or unsupported; the message says what to do.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: not a model directory; get one with `headrace models pull <name>`")
+    shards = shard_files(directory)
+    if shards is not None:
+        return _open_shards(shards, directory)
+    single = directory / SINGLE_FILE
+    if single.is_file():
+        file = SafetensorsFile(single)
+        return _SafetensorsWeights(dict.fromkeys(file.tensors, file), directory)
+    gguf_path = gguf_file_in(directory)
+    if gguf_path is not None:
+        return _GgufWeights(GgufFile(gguf_path))
+    if any(directory.glob("*.bin")):
+        raise ModelError(f"{directory}: has pickled weights (*.bin) only, which are never read; take a model with safetensors")
+    raise ModelError(f"{directory}: has no weights (model.safetensors or one .gguf); pull the model again")
+
+
+def gguf_file_in(directory: Path) -> Path | None:
+    """Give the one GGUF file of a directory, None without one.
+
+    Raises:
+        ModelError: There are several.
+    """
+    found = sorted(directory.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ModelError(f"{directory}: has several GGUF files ({names}); keep one, and join the parts of a split one")
+    return found[0] if found else None
+
+
+def _open_shards(shards: Mapping[str, Path], directory: Path) -> Weights:
+    opened = {path: SafetensorsFile(path) for path in sorted(set(shards.values()))}
+    files: dict[str, SafetensorsFile] = {}
+    for name, path in shards.items():
+        if name not in opened[path].tensors:
+            raise ModelError(f"{directory}: the index says that {name} is in {path.name}, which lacks it; pull the model again")
+        files[name] = opened[path]
+    return _SafetensorsWeights(files, directory)
