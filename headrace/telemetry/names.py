@@ -1,0 +1,71 @@
+"""The register of telemetry names: every span, attribute and metric has its constant here, and nowhere else.
+
+docs/telemetry.md lists the same names for people; a contract test holds both to each other. Names reuse OpenTelemetry's
+semantic conventions where one exists (messaging and gen_ai, pinned below, both in development) and carry our prefix elsewhere.
+Prometheus metrics are declared in `metrics.py`, prefixed `headrace_`.
+"""
+
+from __future__ import annotations
+
+SEMCONV_VERSION = "1.44.0"
+"""The release of the semantic conventions whose names are used here."""
+
+# Spans. A span that has a subject carries it in its name: `chat {model}`, `queue {edge}`.
+SPAN_QUEUE = "queue"
+"""Waiting in a link and its queues, from the sender's enqueue to the receiver's take-up; named `queue {edge}`."""
+SPAN_ROUTER_HTTP = "router.http"
+"""An HTTP request, from its head to its last byte; named by method and path."""
+SPAN_ROUTER_GRPC = "router.grpc"
+"""A gRPC call, from its arrival to its end; named by its method."""
+SPAN_ROUTER_GENERATE = "router.generate"
+"""One generation inside a client request; named `{operation} {model}` after gen_ai."""
+SPAN_TOKENIZER_ENCODE = "tokenizer.encode"
+"""Rendering the template, encoding, and checking lengths."""
+SPAN_SCHEDULER_QUEUE = "scheduler.queue"
+"""Waiting to be admitted to a lane."""
+SPAN_SCHEDULER_RUN = "scheduler.run"
+"""From the first step that holds the sequence to its end."""
+SPAN_WORKER_PREFILL = "worker.prefill"
+"""From the first step that computes the prompt to its last."""
+SPAN_WORKER_DECODE = "worker.decode"
+"""From the end of prefill to the sequence's release."""
+SPAN_DETOKENIZER_STREAM = "detokenizer.stream"
+"""From the opening of a stream to its end."""
+
+# Attributes.
+ATTR_REQUEST_ID = "headrace.request_id"
+ATTR_EDGE = "messaging.destination.name"
+ATTR_MESSAGING_SYSTEM = "messaging.system"
+ATTR_ERROR_TYPE = "error.type"
+ATTR_SERVICE_NAME = "service.name"
+ATTR_SERVICE_INSTANCE = "service.instance.id"
+ATTR_LANE = "headrace.lane"
+ATTR_NUM_STEPS = "headrace.num_steps"
+ATTR_NUM_PREEMPTIONS = "headrace.num_preemptions"
+ATTR_NUM_TOKENS = "headrace.num_tokens"
+ATTR_DECODE_NS = "headrace.decode_ns"
+ATTR_RENDER_NS = "headrace.render_ns"
+ATTR_ENCODE_NS = "headrace.encode_ns"
+ATTR_HTTP_METHOD = "http.request.method"
+ATTR_HTTP_ROUTE = "http.route"
+ATTR_HTTP_STATUS = "http.response.status_code"
+ATTR_RPC_METHOD = "rpc.method"
+ATTR_GEN_AI_OPERATION = "gen_ai.operation.name"
+ATTR_GEN_AI_PROVIDER = "gen_ai.provider.name"
+ATTR_GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
+ATTR_GEN_AI_REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
+ATTR_GEN_AI_REQUEST_TEMPERATURE = "gen_ai.request.temperature"
+ATTR_GEN_AI_REQUEST_TOP_P = "gen_ai.request.top_p"
+ATTR_GEN_AI_REQUEST_STREAM = "gen_ai.request.stream"
+ATTR_GEN_AI_RESPONSE_ID = "gen_ai.response.id"
+ATTR_GEN_AI_FINISH_REASONS = "gen_ai.response.finish_reasons"
+ATTR_GEN_AI_INPUT_TOKENS = "gen_ai.usage.input_tokens"
+ATTR_GEN_AI_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+ATTR_GEN_AI_CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+
+# Buckets, in seconds, shared by all services so that percentiles agree.
+BUCKETS_DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+BUCKETS_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+BUCKETS_ITL_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+BUCKETS_STEP_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+BUCKETS_QUEUE_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0)
