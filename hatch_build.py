@@ -51,16 +51,12 @@ def run_compiler(root: Path, sources: list[Path], out: Path) -> None:
     """Run protoc over `sources` into `out`, and raise its own messages, by file and line, when it refuses."""
     import grpc_tools
 
-    proto_dir = root / "proto"
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto_dir}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}"]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-Iproto", f"-I{Path(grpc_tools.__file__).parent / '_proto'}"]
     command += [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
-    command += [source.relative_to(proto_dir).as_posix() for source in sources]
-    # pip's isolated build environment lives in this process's sys.path, which the child must share.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    command += [source.relative_to(root).as_posix() for source in sources]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
     if done.returncode != 0:
-        lines = [f"proto/{line}" if line.startswith(PACKAGE.as_posix()) else line for line in done.stderr.splitlines()]
-        raise ProtoError("\n".join([f"the protobuf compiler stopped with status {done.returncode}:", *lines]))
+        raise ProtoError(f"the protobuf compiler stopped with status {done.returncode}:\n{done.stderr.rstrip()}")
 
 
 def install_files(made: Path, target: Path) -> list[str]:
