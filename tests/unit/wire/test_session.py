@@ -1,0 +1,190 @@
+"""Sessions over the fake network: who knows whom, and until when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headrace.errors import OverloadedError, ReplicaDeadError
+from headrace.v1.common_pb2 import Header, WorkHeader
+from headrace.v1.control_pb2 import Register
+from headrace.v1.router_pb2 import Accepted, RouterInbox
+from headrace.v1.tokenizer_pb2 import Tokenize, TokenizeReply
+from headrace.wire import topology
+from headrace.wire.envelope import int32_array, int32_frame
+from headrace.wire.fake import FakeNetwork, FakeWire
+from headrace.wire.link import Peer
+
+ADDRESS = "fake://router"
+
+
+class Recorder:
+    """A handler that remembers."""
+
+    def __init__(self) -> None:
+        self.peers: list[Peer] = []
+        self.lost: list[tuple[str, str]] = []
+        self.messages: list[tuple[Peer, Any, list[memoryview]]] = []
+        self.fail_with: Exception | None = None
+
+    def on_peer(self, peer: Peer) -> None:
+        self.peers.append(peer)
+
+    def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        self.lost.append((peer.instance, reason))
+
+    def on_message(self, peer: Peer, message: Any, frames: list[memoryview]) -> None:
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.messages.append((peer, message, frames))
+
+    def on_heartbeat(self, peer: Peer) -> None:
+        self.last_heartbeat = peer
+
+
+def register(role: str, instance: str) -> Register:
+    return Register(role=topology.ROLES[role], instance=instance)
+
+
+def connect(network: FakeNetwork, role: str = "tokenizer", instance: str = "tokenizer-0") -> tuple[FakeWire, Recorder]:
+    wire, recorder = network.wire(role, instance), Recorder()
+    wire.dial(topology.ROUTER_BACKPLANE, [ADDRESS], recorder, register=lambda: register(role, instance))
+    return wire, recorder
+
+
+@pytest.fixture
+def network() -> FakeNetwork:
+    return FakeNetwork()
+
+
+@pytest.fixture
+def router(network: FakeNetwork) -> Recorder:
+    recorder = Recorder()
+    network.wire("router", "router-0").bind(topology.ROUTER_BACKPLANE, ADDRESS, recorder)
+    return recorder
+
+
+def test_dialling_process_registers_and_both_ends_can_send(network: FakeNetwork, router: Recorder) -> None:
+    _, tokenizer = connect(network)
+    network.settle()
+    router.peers[0].send("tokenize", Tokenize(work=WorkHeader(request_id="r1"), text="hi"), [int32_frame([1, 2, 3])])
+    tokenizer.peers[0].send("tokenize_reply", TokenizeReply(request_id="r1"), [int32_frame([7])])
+    network.settle()
+    _, message, frames = tokenizer.messages[0]
+    assert message.tokenize.text == "hi"
+    assert int32_array(frames[0], count=3).tolist() == [1, 2, 3]
+    assert router.messages[0][1].tokenize_reply.request_id == "r1"
+
+
+def test_silence_ends_the_acquaintance_on_both_ends(network: FakeNetwork, router: Recorder) -> None:
+    wire, _ = connect(network)
+    network.settle()
+    wire.kill()
+    network.advance(6)
+    assert [instance for instance, _ in router.lost] == ["tokenizer-0"]
+    with pytest.raises(ReplicaDeadError):
+        router.peers[0].send("tokenize", Tokenize())
+
+
+def test_new_life_replaces_the_former_at_once(network: FakeNetwork, router: Recorder) -> None:
+    wire, _ = connect(network)
+    network.settle()
+    wire.kill()
+    connect(network)
+    network.settle()
+    assert router.lost == [("tokenizer-0", "replaced by a new life")]
+    assert [peer.is_alive for peer in router.peers] == [False, True]
+
+
+def test_restarted_front_is_noticed_and_registered_at_again(network: FakeNetwork, router: Recorder) -> None:
+    _, tokenizer = connect(network)
+    network.settle()
+    network.fronts[ADDRESS].wire.kill()
+    second = Recorder()
+    network.wire("router", "router-0").bind(topology.ROUTER_BACKPLANE, ADDRESS, second)
+    network.advance(1)
+    assert [peer.instance for peer in second.peers] == ["tokenizer-0"]
+    assert len(tokenizer.lost) == 1
+    assert len(tokenizer.peers) == 2
+
+
+def test_message_for_a_former_life_is_dropped(network: FakeNetwork, router: Recorder) -> None:
+    _, tokenizer = connect(network)
+    network.settle()
+    front = network.fronts[ADDRESS]
+    header = Header(protocol_version=1, sender_incarnation=tokenizer.peers[0].incarnation, recipient_incarnation=999)
+    data = RouterInbox(header=header, tokenize_reply=TokenizeReply(request_id="old")).SerializeToString()
+    front.session.receive(next(iter(front.connections)), [data], network.now_ns)
+    assert router.messages == []
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xff\xff", b"\x0a\x7f\x01"])
+def test_truncated_frame_is_dropped_and_the_link_goes_on(network: FakeNetwork, router: Recorder, data: bytes) -> None:
+    _, tokenizer = connect(network)
+    network.settle()
+    front = network.fronts[ADDRESS]
+    front.session.receive(next(iter(front.connections)), [data], network.now_ns)
+    tokenizer.peers[0].send("tokenize_reply", TokenizeReply(request_id="r1"))
+    network.settle()
+    assert len(router.messages) == 1
+
+
+def test_arm_without_business_on_the_edge_is_refused(network: FakeNetwork, router: Recorder) -> None:
+    _, tokenizer = connect(network)
+    network.settle()
+    tokenizer.peers[0].send("accepted", Accepted(request_id="r1"))
+    network.settle()
+    assert router.messages == []
+    assert router.lost == []
+
+
+def test_newer_protocol_version_is_refused_without_a_crash(network: FakeNetwork, router: Recorder) -> None:
+    _, tokenizer = connect(network)
+    network.settle()
+    front = network.fronts[ADDRESS]
+    header = Header(protocol_version=2, sender_incarnation=tokenizer.peers[0].incarnation)
+    data = RouterInbox(header=header, tokenize_reply=TokenizeReply(request_id="new")).SerializeToString()
+    front.session.receive(next(iter(front.connections)), [data], network.now_ns)
+    network.settle()
+    assert router.messages == []
+
+
+def test_role_without_an_edge_cannot_register(network: FakeNetwork, router: Recorder) -> None:
+    wire, recorder = network.wire("tokenizer", "worker-0"), Recorder()
+    wire.dial(topology.ROUTER_BACKPLANE, [ADDRESS], recorder, register=lambda: register("worker", "worker-0"))
+    network.settle()
+    assert router.peers == []
+    assert recorder.peers == []
+
+
+def test_full_queue_is_an_error_to_the_sender_and_touches_nobody_else(network: FakeNetwork, router: Recorder) -> None:
+    connect(network)
+    connect(network, instance="tokenizer-1")
+    network.settle()
+    network.full_towards.add("tokenizer-0")
+    slow, quick = router.peers
+    with pytest.raises(OverloadedError):
+        slow.send("tokenize", Tokenize())
+    quick.send("tokenize", Tokenize())
+
+
+def test_failing_handler_loses_the_message_not_the_link(network: FakeNetwork, router: Recorder) -> None:
+    _, tokenizer = connect(network)
+    network.settle()
+    router.fail_with = ZeroDivisionError()
+    tokenizer.peers[0].send("tokenize_reply", TokenizeReply(request_id="r1"))
+    network.settle()
+    router.fail_with = None
+    tokenizer.peers[0].send("tokenize_reply", TokenizeReply(request_id="r2"))
+    network.settle()
+    assert [message.tokenize_reply.request_id for _, message, _ in router.messages] == ["r2"]
+
+
+def test_goodbye_ends_the_lease_at_once(network: FakeNetwork, router: Recorder) -> None:
+    wire, _ = connect(network)
+    network.settle()
+    for back in wire._backs:
+        back.close("stopped")
+    network.settle()
+    assert router.lost == [("tokenizer-0", "left: stopped")]
