@@ -1,0 +1,44 @@
+"""Run as a program: a supervisor over the processes that a JSON file describes; states go to a file as JSON lines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import structlog
+
+from headrace.errors import ConfigError
+from headrace.lifecycle import State
+from headrace.supervision.limits import ProcessSpec, SupervisionLimits
+from headrace.supervision.supervisor import Supervisor
+
+
+def main() -> int:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    structlog.configure(processors=[structlog.processors.JSONRenderer()])
+    states = open(plan["states_path"], "a", buffering=1)
+
+    def on_state(name: str, state: State, detail: str) -> None:
+        states.write(json.dumps([name, state.value, detail]) + "\n")
+
+    async def run() -> int:
+        specs = [ProcessSpec(**{**spec, "start_after": tuple(spec.get("start_after", ()))}) for spec in plan["specs"]]
+        run_directory = Path(plan["run_directory"])
+        limits = SupervisionLimits(**plan["limits"])
+        return await Supervisor(specs, settings=limits, on_state=on_state, run_directory=run_directory).run()
+
+    try:
+        if plan.get("uvloop"):
+            import uvloop
+
+            return uvloop.run(run())
+        return asyncio.run(run())
+    except ConfigError as error:
+        print(f"config error: {error.message}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
