@@ -7,15 +7,58 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
-# Where pip finds torch's CPU build; empty takes torch from pip's own index (the CUDA build).
+MODEL ?= smollm2-135m-instruct
+# Where pip finds torch's CPU build; empty takes torch from pip's own index (on Linux the CUDA build).
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup proto
+.PHONY: help setup up test lint typecheck proto check fmt bench compose-test clean
 
-setup: .venv/.setup proto ## make .venv and install everything into it (quick when nothing changed)
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.setup .venv/.proto ## make .venv and install everything into it; quick when nothing changed
+	@:
+
+up: setup ## install, fetch the default model if it is missing, and serve it on 127.0.0.1:8000 (Ctrl-C stops)
+	@$(BIN)/headrace models show $(MODEL) >/dev/null 2>&1 || $(BIN)/headrace models pull $(MODEL)
+	@exec $(BIN)/python tools/foreground.py $(BIN)/headrace serve
+
+test: setup ## every test but compose's, suite by suite, each within its own time limit
+	@$(BIN)/python tools/run_suites.py
+
+lint: setup ## ruff (rules and format), import contracts, spelling, protos (lint, breaking changes)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || { echo "not formatted: run make fmt" >&2; exit 1; }
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/typos
+	tools/check_protos.sh
+
+typecheck: setup ## mypy --strict
+	$(BIN)/mypy
+
+proto: setup ## compile proto/ into headrace/v1/ (every build does it too)
+	@$(BIN)/python hatch_build.py
+
+check: ## everything that CI runs
+	.ci/run
+
+fmt: setup ## format and sort imports in place
+	$(BIN)/ruff check --quiet --select I --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure the server at 127.0.0.1:8000: TTFT, ITL, throughput (start it first: make up)
+	@exec $(BIN)/headrace bench serve
+
+compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs Docker)
+	@tools/docker_engine.sh
+	$(BIN)/pytest -m compose tests/compose
+
+clean: ## remove .venv, builds, caches and generated code; keeps models
+	rm -rf .venv build dist headrace/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"make: Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}. Say: make PYTHON=python3.11 setup")'
+	@$(PYTHON) -c 'import sys; sys.exit(f"make: Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}. Say: make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	@touch $@
 
@@ -23,8 +66,6 @@ setup: .venv/.setup proto ## make .venv and install everything into it (quick wh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -c constraints.txt $$($(BIN)/python tools/torch_index.py '$(TORCH_INDEX_URL)')
 	@touch $@
 
-proto: .venv/.proto ## compile proto/ into headrace/v1/ (the build does it too)
-
-.venv/.proto: .venv/.setup hatch_build.py $(wildcard proto/headrace/v1/*.proto)
+.venv/.proto: .venv/.setup $(wildcard proto/headrace/v1/*.proto)
 	@$(BIN)/python hatch_build.py
 	@touch $@

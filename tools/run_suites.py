@@ -1,0 +1,84 @@
+"""Runs the test suites one after the other, each as a pytest of its own within its own time limit, and sums up.
+
+    python tools/run_suites.py [SUITE...]        (default: all)
+
+One suite that fails or hangs does not keep the others from running; the exit status is 0 only when every suite passed. A
+suite without a limit below is an error, so none is forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LIMITS_S = {
+    "unit": 240,
+    "contract": 240,
+    "integration": 420,
+    "supervision": 300,
+    "parity": 300,
+    "kernels": 300,
+    "e2e": 600,
+    "chaos": 600,
+}
+"""Suite folder -> seconds until it is stopped. In the order in which they run: what fails fastest comes first."""
+
+NOT_HERE = {"compose"}
+"""Needs a Docker engine: `make compose-test`."""
+
+MEASURED = {"unit", "contract"}
+"""Suites under coverage; the others spend their time in child processes."""
+
+STOPPED = 124
+
+
+def find_suites(tests: Path) -> list[str]:
+    """Return the suites that hold a test, in running order; refuse one that has no limit."""
+    found = {path.name for path in tests.iterdir() if path.is_dir() and any(path.rglob("test_*.py"))} - NOT_HERE
+    if unknown := found - LIMITS_S.keys():
+        sys.exit(f"run_suites: no time limit for tests/{min(unknown)}: add it to LIMITS_S in {__file__}")
+    return [name for name in LIMITS_S if name in found]
+
+
+def run_suite(name: str, limit_s: float) -> int:
+    """Run one suite in a session of its own; past the limit its whole process group is killed and the status is 124."""
+    command = [sys.executable, "-m", "pytest", f"tests/{name}"]
+    if name in MEASURED:
+        command += ["--cov", "--cov-append", "--cov-report="]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        print(f"run_suites: tests/{name} did not end within {limit_s} s: killed", file=sys.stderr)
+        return STOPPED
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def main(names: list[str]) -> int:
+    """Run the named suites, or all, and print one line for each."""
+    root = Path(__file__).resolve().parent.parent
+    os.chdir(root)
+    Path(".coverage").unlink(missing_ok=True)
+    lines, num_failed = [], 0
+    for name in names or find_suites(root / "tests"):
+        print(f"\n=== tests/{name} (limit {LIMITS_S[name]} s)", flush=True)
+        start = time.monotonic()
+        status = run_suite(name, LIMITS_S[name])
+        num_failed += status != 0
+        lines.append(f"  {name:12} {'passed' if status == 0 else f'FAILED (status {status})':20} {time.monotonic() - start:6.1f} s")
+    if MEASURED & set(names or MEASURED):
+        print("\n=== coverage of the unit and contract suites", flush=True)
+        subprocess.run([sys.executable, "-m", "coverage", "report", "--skip-covered"], check=False)
+    print("\n=== suites", *lines, sep="\n")
+    return min(num_failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
