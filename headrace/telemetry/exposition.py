@@ -46,9 +46,15 @@ class Exposition:
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), READ_TIMEOUT_S)
             status, content_type, body = self._answer(head.split(b"\r\n", 1)[0].decode("latin-1"))
-            writer.write(
-                f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+            head_lines = (
+                f"HTTP/1.1 {status}",
+                f"Content-Type: {content_type}",
+                f"Content-Length: {len(body)}",
+                "Connection: close",
+                "",
+                "",
             )
+            writer.write("\r\n".join(head_lines).encode())
             writer.write(body)
             await asyncio.wait_for(writer.drain(), READ_TIMEOUT_S)
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):

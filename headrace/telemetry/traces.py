@@ -205,7 +205,10 @@ def memory_tracer(service: str = "test", instance: str = "test-0") -> tuple[Trac
 
 
 class FileExporter:
-    """A SpanExporter by shape (the SDK is imported only when tracing is on): appends each span as one JSON line. O_APPEND and one write a line keep the lines of several processes whole."""
+    """A SpanExporter by shape (the SDK is imported only when tracing is on): appends each span as one JSON line.
+
+    O_APPEND and one write for whole lines keep the lines of several processes apart.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

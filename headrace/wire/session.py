@@ -342,7 +342,7 @@ class FrontSession(Session):
 class BackSession(Session):
     """The dialling end of one connection. `active` says whether it may register; an inactive one only inquires."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all by name, from one place
         self,
         identity: Identity,
         edge: Edge,

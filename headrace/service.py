@@ -1,0 +1,310 @@
+"""Runs one service: the same life for all five.
+
+    attach to the supervisor -> settings -> telemetry -> links -> start -> (started <-> ready) -> drain -> stop
+
+A service is a small shell round its core; everything that all shells do alike stands here. Exit status: 0 after a stop that was
+asked for, 2 when a setting or model stops the start (one line on stderr says what to do), 1 for any other failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from headrace.config.load import FILE_ENV, Settings, load_settings
+from headrace.errors import ConfigError, HeadraceError, ModelError
+from headrace.lifecycle import State
+from headrace.supervision.child import Notifier, attach
+from headrace.telemetry import logs, traces
+from headrace.telemetry.exposition import Exposition
+from headrace.telemetry.metrics import ServiceMetrics
+from headrace.v1.common_pb2 import ModelInfo
+from headrace.v1.control_pb2 import Load, Progress
+from headrace.wire.keys import load_keys
+from headrace.wire.link import Wire
+from headrace.wire.resolve import is_wildcard, split_tcp
+from headrace.wire.session import Leases
+from headrace.wire.topology import Backplane
+
+if TYPE_CHECKING:
+    from headrace.wire.fake import FakeWire
+
+log = structlog.get_logger()
+
+STATE_POLL_S = 0.1
+PROGRESS_INTERVAL_S = 1.0
+
+
+class Service(Protocol):
+    """What a service is to its runner."""
+
+    async def start(self) -> None:
+        """Load, bind, dial. Returns when initialised; a ConfigError or ModelError ends the process with status 2."""
+
+    def not_ready_reason(self) -> str | None:
+        """Why no request could be served now; None when one could."""
+
+    def load(self) -> Load:
+        """How busy it is; cheap, asked at each tick."""
+
+    def progress(self) -> Progress:
+        """Whether work moves; cheap."""
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Models it can serve now, for its heartbeats."""
+
+    def health(self) -> dict[str, Any]:
+        """Details for /health."""
+
+    async def drain(self) -> None:
+        """Refuse new work and return when the open work is done. The runner bounds it."""
+
+    async def stop(self) -> None:
+        """Give up what is open and free everything. The runner closes the links afterwards."""
+
+
+@dataclass
+class ServiceContext:
+    """What a service gets from its runner."""
+
+    name: str
+    instance: str
+    settings: Settings
+    wire: Wire | FakeWire
+    tracer: traces.Tracer
+    registry: CollectorRegistry
+    run_directory: Path
+    fail: Callable[[BaseException], None] = field(default=lambda error: None)
+    """Ends the process, with status 1, because of an error it cannot go on after."""
+    notifier: Notifier | None = None
+
+    @property
+    def model_directory(self) -> Path:
+        """The directory of the served model.
+
+        Raises:
+            ModelError: It has not been pulled.
+        """
+        from headrace.models.store import resolve
+
+        return resolve(self.settings.model.name, Path(self.settings.model.store).expanduser())
+
+    def bind_address(self, backplane: Backplane) -> str:
+        """Where this process binds a back-plane: the setting, else an ipc socket in the run directory."""
+        address: str = getattr(self.settings.wire, f"{backplane.front}_bind")
+        if address:
+            return address
+        # Detokenizers are reached by the address they advertise; the others by a name everyone can guess.
+        stem = self.instance if backplane.default_port == 0 else backplane.front
+        return f"ipc://{self.run_directory}/{stem}.sock"
+
+    def dial_targets(self, backplane: Backplane) -> list[str]:
+        """Where this process dials a back-plane."""
+        targets: list[str] = getattr(self.settings.wire, f"{backplane.front}_targets")
+        return targets or [f"ipc://{self.run_directory}/{backplane.front}.sock"]
+
+    def advertised_address(self, bound: str) -> str:
+        """What to tell others of a bound address: a wildcard host becomes the advertised one."""
+        if not is_wildcard(bound):
+            return bound
+        host = self.settings.wire.advertise_host or socket.gethostbyname(socket.gethostname())
+        return f"tcp://{host}:{split_tcp(bound)[1]}"
+
+    @classmethod
+    def for_test(cls, name: str, wire: Wire | FakeWire, *, run_directory: Path, **changes: Any) -> ServiceContext:
+        """A context with default settings; `changes` are settings by dotted key with `__` for the dot."""
+        settings = load_settings(flags={key.replace("__", "."): value for key, value in changes.items()})
+        return cls(
+            name=name,
+            instance=wire.identity.instance,
+            settings=settings,
+            wire=wire,
+            tracer=traces.Tracer(),
+            registry=CollectorRegistry(),
+            run_directory=run_directory,
+        )
+
+
+def default_run_directory(settings: Settings) -> Path:
+    """Where ipc sockets go when nothing is set: a directory of the user's own."""
+    if settings.run_directory:
+        return Path(settings.run_directory).expanduser().absolute()
+    base = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
+    return Path(base) / f"headrace-{os.getuid()}"
+
+
+def settings_from_process() -> Settings:
+    """Settings from this process's file and environment."""
+    file = os.environ.get(FILE_ENV)
+    return load_settings(file=Path(file) if file else None, environment=os.environ)
+
+
+def run_service(name: str) -> int:
+    """Run a service of this name until it is told to stop.
+
+    Returns:
+        The exit status.
+    """
+    attachment = attach()
+    try:
+        settings = settings_from_process()
+        instance = settings.instance or f"{name}-{socket.gethostname()}"
+        logs.configure(service=name, instance=instance, level=settings.telemetry.log_level, output=settings.telemetry.log_output)
+        uvloop.run(_Runner(name, instance, settings, attachment.notifier).run())
+    except (ConfigError, ModelError) as error:
+        attachment.notifier.state(State.FAILED, error.message)
+        print(f"headrace {name}: {error.message}", file=sys.stderr)
+        return 2
+    except HeadraceError as error:
+        attachment.notifier.state(State.FAILED, error.message)
+        print(f"headrace {name}: {error.code}: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Runner:
+    """One life of one service."""
+
+    def __init__(self, name: str, instance: str, settings: Settings, notifier: Notifier) -> None:
+        self._name = name
+        self._settings = settings
+        self._notifier = notifier
+        self._state = State.STARTING
+        self._stop = asyncio.Event()
+        self._error: BaseException | None = None
+        run_directory = default_run_directory(settings)
+        run_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        registry = CollectorRegistry()
+        telemetry = settings.telemetry
+        self._metrics = ServiceMetrics(registry)
+        self._metrics.info.labels(name, instance, version("headrace")).set(1)
+        wire = settings.wire
+        keys = load_keys(Path(wire.keys_directory), name) if wire.keys_directory else None
+        self._context = ServiceContext(
+            name=name,
+            instance=instance,
+            settings=settings,
+            wire=Wire(
+                role=name,
+                instance=instance,
+                registry=registry,
+                keys=keys,
+                is_insecure_allowed=wire.insecure,
+                leases=Leases(heartbeat_ns=int(wire.heartbeat_interval_s * 1e9), lease_ns=int(wire.lease_s * 1e9)),
+            ),
+            tracer=traces.configure(
+                service=name,
+                instance=instance,
+                otlp_endpoint=telemetry.otlp_endpoint,
+                file=telemetry.trace_file,
+                sample_all=telemetry.trace_all,
+            ),
+            registry=registry,
+            run_directory=run_directory,
+            fail=self._fail,
+            notifier=notifier,
+        )
+        module = importlib.import_module(f"services.{name}.service")
+        self._service: Service = getattr(module, f"{name.capitalize()}Service")(self._context, settings.sections[name])
+        self._exposition = Exposition(registry, health=self._health, not_ready_reason=self._service.not_ready_reason)
+
+    async def run(self) -> None:
+        """From start to stop; raises what ended the life, if anything did."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._stop.set)
+        self._set_state(State.STARTING)
+        try:
+            port = self._settings.telemetry.metrics_port(self._name)
+            if port is not None:
+                await self._exposition.start(self._settings.telemetry.metrics_host, port)
+            await self._service.start()
+            self._context.wire.before_beat(self._tell_load)
+            self._set_state(State.STARTED)
+            await self._watch()
+            if self._error is None:
+                await self._drain()
+        finally:
+            await self._service.stop()
+            await self._context.wire.close("stopped" if self._error is None else "failed")
+            await self._exposition.stop()
+            # Exporters may wait for a collector; the event loop has nothing else to do any more.
+            self._context.tracer.close()
+        if self._error is not None:
+            raise self._error
+        self._set_state(State.STOPPED)
+
+    async def _watch(self) -> None:
+        progress_due = 0.0
+        loop = asyncio.get_running_loop()
+        while not self._stop.is_set():
+            reason = self._service.not_ready_reason()
+            self._set_state(State.READY if reason is None else State.STARTED, reason or "")
+            if loop.time() >= progress_due:
+                progress_due = loop.time() + PROGRESS_INTERVAL_S
+                load, progress = self._service.load(), self._service.progress()
+                self._notifier.progress({"num_steps": progress.num_steps}, is_busy=bool(load.num_running or load.num_waiting))
+            try:
+                await asyncio.wait_for(self._stop.wait(), STATE_POLL_S)
+            except TimeoutError:
+                continue
+
+    async def _drain(self) -> None:
+        self._set_state(State.DRAINING)
+        deadline_s = self._settings.supervision.drain_deadline_s * 0.9
+        try:
+            await asyncio.wait_for(self._service.drain(), deadline_s)
+        except TimeoutError:
+            log.warning("service.drain_cut", deadline_s=deadline_s)
+
+    def _tell_load(self) -> None:
+        load = self._service.load()
+        self._context.wire.set_load(load, self._service.progress(), self._service.models(), num_lanes=load.num_lanes)
+
+    def _health(self) -> dict[str, Any]:
+        progress = self._service.progress()
+        return {
+            "service": self._name,
+            "instance": self._context.instance,
+            "state": str(self._state),
+            "num_steps": progress.num_steps,
+            "last_step_unix_ns": progress.last_step_unix_ns,
+            "oldest_waiting_age_ns": progress.oldest_waiting_age_ns,
+            **self._service.health(),
+        }
+
+    def _set_state(self, state: State, detail: str = "") -> None:
+        if state is self._state and state is not State.STARTING:
+            return
+        self._metrics.state.labels(self._state).set(0)
+        self._metrics.state.labels(state).set(1)
+        self._state = state
+        self._notifier.state(state, detail)
+        log.info(f"service.{state}", **({"detail": detail} if detail else {}))
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+            log.error("service.failed", error=repr(error))
+            self._stop.set()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, details: dict[str, Any]) -> None:
+        """A callback that raised has left its state half-changed: better a short restart than a service that limps on."""
+        error = details.get("exception")
+        log.error("callback.failed", message=details.get("message"), exc_info=error)
+        if isinstance(error, Exception) and "handle" in details and not isinstance(error, OSError):
+            self._fail(error)
