@@ -14,11 +14,15 @@ from typing import Any
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def provenance() -> dict[str, Any]:
-    """Commit (with `-dirty` where the tree differs), command line, processor, cores, load, Python and date (UTC)."""
+def provenance(*, secret: str | None = None) -> dict[str, Any]:
+    """Commit (with `-dirty` where the tree differs), command line, processor, cores, load, Python and date (UTC).
+
+    `secret` is a text, an API key say, that is blotted out of the command line.
+    """
+    arguments = [argument.replace(secret, "***") if secret else argument for argument in sys.argv[1:]]
     return {
         "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *arguments]),
         "cpu_model": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)),
         "load_average_1min": round(os.getloadavg()[0], 2),
