@@ -44,7 +44,7 @@ def check_compiler(pin: str) -> None:
     except importlib.metadata.PackageNotFoundError:
         raise ProtoError(f"the protobuf compiler is missing. Run: pip install '{COMPILER}=={pin}'") from None
     if found != pin:
-        raise ProtoError(f"the protobuf compiler is {COMPILER} {found}, the build wants {pin}. Run: pip install '{COMPILER}=={pin}'")
+        raise ProtoError(f"the protobuf compiler is {COMPILER} {found}, not {pin}. Run: pip install '{COMPILER}=={pin}'")
 
 
 def run_compiler(root: Path, sources: list[Path], out: Path) -> None:

@@ -75,7 +75,7 @@ def main(names: list[str]) -> int:
         lines.append(f"  {name:12} {'passed' if status == 0 else f'FAILED (status {status})':20} {time.monotonic() - start:6.1f} s")
     if MEASURED & set(names or MEASURED):
         print("\n=== coverage of the unit and contract suites", flush=True)
-        subprocess.run([sys.executable, "-m", "coverage", "report", "--skip-covered"], check=False)
+        subprocess.run([sys.executable, "-m", "coverage", "report", "--skip-covered"], timeout=120, check=False)
     print("\n=== suites", *lines, sep="\n")
     return min(num_failed, 1)
 
