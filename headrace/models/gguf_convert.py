@@ -57,7 +57,7 @@ def _config(file: GgufFile, names: dict[str, str], vocabulary: GgufVocabulary) -
     rotary_dim = gguf_llama.metadata_int(metadata, "llama.rope.dimension_count", default=head_dim)
     if rotary_dim != head_dim:
         raise ModelError(f"{file.path}: rotary embedding over {rotary_dim} of {head_dim} dimensions is not supported")
-    rope_theta = float(str(metadata.get("llama.rope.freq_base", 10000.0)))
+    rope_theta = gguf_llama.metadata_float(metadata, "llama.rope.freq_base", default=10000.0)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -69,7 +69,7 @@ def _config(file: GgufFile, names: dict[str, str], vocabulary: GgufVocabulary) -
         "num_key_value_heads": gguf_llama.metadata_int(metadata, "llama.attention.head_count_kv", default=num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": gguf_llama.metadata_int(metadata, "llama.context_length"),
-        "rms_norm_eps": _short_float(metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
+        "rms_norm_eps": gguf_llama.metadata_float(metadata, "llama.attention.layer_norm_rms_epsilon", default=1e-5),
         "rope_theta": rope_theta,
         "rope_scaling": gguf_llama.rope_scaling(file, head_dim=head_dim, rope_theta=rope_theta),
         "attention_bias": "model.layers.0.self_attn.o_proj.bias" in names,
@@ -89,11 +89,6 @@ def _vocab_size(file: GgufFile, names: dict[str, str], num_pieces: int) -> int:
     if num_rows < num_pieces:
         raise ModelError(f"{file.path}: {num_pieces} tokens but an embedding of {num_rows} rows; pull the model again")
     return num_rows
-
-
-def _short_float(value: Any) -> float:
-    """Give the shortest decimal of a float32, so that 1e-05 does not become 9.999999747378752e-06."""
-    return float(f"{float(value):.7g}")
 
 
 def _token_id_keys(vocabulary: GgufVocabulary) -> dict[str, int]:

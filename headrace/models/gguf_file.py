@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -109,13 +109,20 @@ class GgufFile:
     def packed(self, name: str) -> npt.NDArray[np.uint8]:
         """Give a tensor's bytes as they lie in the file, `[num_rows, bytes_per_row]`, as a read-only view."""
         tensor = self.tensors[name]
-        if tensor.type_name not in _TYPE_BY_NAME:
-            raise ModelError(
-                f"{self.path}: tensor {name} has type {tensor.type_name}, which is not supported; "
-                f"supported are {', '.join(SUPPORTED_TYPES)}: take another quantisation of this model"
-            )
+        self.check_types([name])
         flat = np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
         return flat.reshape(tensor.num_elements // tensor.shape[-1], -1)
+
+    def check_types(self, names: Iterable[str]) -> None:
+        """Refuse tensors whose types cannot be loaded.
+
+        Raises:
+            ModelError: Names every such type among these tensors.
+        """
+        found = {self.tensors[name].type_name for name in names} - set(SUPPORTED_TYPES)
+        if found:
+            unsupported, supported = ", ".join(sorted(found)), ", ".join(SUPPORTED_TYPES)
+            raise ModelError(f"{self.path}: tensor types not supported: {unsupported}; take a quantisation among {supported}")
 
     def unpack(self, name: str, rows: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         """Turn packed rows of a tensor into numbers of the tensor's shape, in memory of their own.
@@ -190,8 +197,10 @@ class _HeaderReader:
         num_bytes = self._number("<Q")
         if max_bytes is not None and num_bytes > max_bytes:
             raise self._bad(f"has a name of {num_bytes} bytes; at most {max_bytes} are allowed")
-        # Vocabularies hold pieces that are not UTF-8 on their own; they must survive, hence surrogateescape.
-        return self._take(num_bytes).decode("utf-8", errors="surrogateescape")
+        try:
+            return self._take(num_bytes).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._bad(f"has a string that is not UTF-8 before byte {self._at}") from error
 
     def _value(self, kind: int, *, nesting: int) -> GgufValue:
         if kind == _STRING:
@@ -222,10 +231,14 @@ class _HeaderReader:
 
     def _alignment(self, metadata: Mapping[str, GgufValue]) -> int:
         alignment = metadata.get("general.alignment", _ALIGNMENT_DEFAULT)
-        is_number = isinstance(alignment, int) and not isinstance(alignment, bool)
-        if not is_number or not 0 < int(str(alignment)) <= _ALIGNMENT_MAX or int(str(alignment)) % 8 != 0:
+        if (
+            isinstance(alignment, bool)
+            or not isinstance(alignment, int)
+            or not 0 < alignment <= _ALIGNMENT_MAX
+            or alignment % 8 != 0
+        ):
             raise self._bad(f"has general.alignment {alignment!r}, not a multiple of 8 up to {_ALIGNMENT_MAX}")
-        return int(str(alignment))
+        return alignment
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string(_NAME_BYTES_MAX)

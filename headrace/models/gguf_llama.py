@@ -101,7 +101,7 @@ def restore_row_order(rows: npt.NDArray[Any], *, num_heads: int) -> npt.NDArray[
 
     In the file, rows `2i` and `2i + 1` of a head are its rows `i` and `head_dim / 2 + i`.
     """
-    head_dim = rows.shape[0] // num_heads
+    head_dim = rows.shape[0] // max(1, num_heads)
     if rows.shape[0] != num_heads * head_dim or head_dim % 2:
         raise ModelError(f"{rows.shape[0]} rows cannot be {num_heads} heads with an even number of rows each; pull the model again")
     pairs = rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:])
@@ -115,9 +115,9 @@ def rope_scaling(file: GgufFile, *, head_dim: int, rope_theta: float) -> dict[st
     and comparing, so a scaling that this code does not know is an error and never a silently wrong model.
     """
     kind = file.metadata.get("llama.rope.scaling.type")
-    if kind in ("linear",):
-        factor = file.metadata.get("llama.rope.scaling.factor", 1.0)
-        return {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
+    if kind == "linear":
+        linear_factor = metadata_float(file.metadata, "llama.rope.scaling.factor", default=1.0)
+        return {"rope_type": "linear", "factor": linear_factor} if linear_factor != 1.0 else None
     if kind not in (None, "none"):
         raise ModelError(f"{file.path}: rope scaling {kind!r} is not supported in GGUF; 'linear' and Llama 3's are")
     if ROPE_FACTORS_TENSOR not in file.tensors:
@@ -150,3 +150,11 @@ def metadata_int(metadata: Mapping[str, GgufValue], key: str, *, default: int | 
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ModelError(f"GGUF metadata {key} is {value!r}, not a whole number; pull the model again")
     return value
+
+
+def metadata_float(metadata: Mapping[str, GgufValue], key: str, *, default: float) -> float:
+    """Read a positive number as the shortest decimal that is the same float32: 1e-05, and not 9.999999747378752e-06."""
+    value = metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ModelError(f"GGUF metadata {key} is {value!r}, not a number above 0; pull the model again")
+    return float(str(np.float32(value)))

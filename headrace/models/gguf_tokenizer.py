@@ -31,17 +31,13 @@ _SPACE_PIECE: Final = "\u2581"
 _LLAMA3_WORDS: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2_WORDS: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2_NAMES: Final = ("default", "gpt-2", "gpt2")
-_SINGLE_DIGIT_NAMES: Final = ("smollm", "starcoder", "refact", "command-r")
+_GPT2_NAMES: Final = ("gpt-2",)
+_SINGLE_DIGIT_NAMES: Final = ("smollm", "starcoder", "refact")
 _PATTERNS: Final[Mapping[str, str]] = {
     "llama-bpe": _LLAMA3_WORDS,
     "llama3": _LLAMA3_WORDS,
     "llama-v3": _LLAMA3_WORDS,
     "smaug-bpe": _LLAMA3_WORDS,
-    "qwen2": _QWEN2_WORDS,
 }
 # Tokenizers that take a word which is in the vocabulary whole, even where merges would not lead to it.
 _WHOLE_WORD_NAMES: Final = ("llama-bpe", "llama3", "llama-v3")
@@ -130,7 +126,7 @@ def _byte_level_bpe(file: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
         if cut < 0:
             raise ModelError(f"{file.path}: merge {line!r} is not a pair; pull the model again")
         merges.append((line[:cut], line[cut + 1 :]))
-    cutting = str(vocabulary.metadata.get("tokenizer.ggml.pre", "default"))
+    cutting = str(vocabulary.metadata.get("tokenizer.ggml.pre"))
     vocab = {piece: token_id for token_id, piece in enumerate(vocabulary.pieces)}
     tokenizer = Tokenizer(_bpe(file, vocab=vocab, merges=merges, ignore_merges=cutting in _WHOLE_WORD_NAMES))
     tokenizer.pre_tokenizer = _word_cutter(file, cutting)
@@ -156,13 +152,15 @@ def _word_cutter(file: GgufFile, cutting: str) -> pre_tokenizers.PreTokenizer:
         words = pre_tokenizers.Split(Regex(_PATTERNS[cutting]), behavior="isolated")
         return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join((*_GPT2_NAMES, *_SINGLE_DIGIT_NAMES, *_PATTERNS))
-    raise ModelError(f"{file.path}: pre-tokenizer {cutting!r} is not supported; supported are {known}: take the safetensors model")
+    raise ModelError(f"{file.path}: pre-tokenizer {cutting!r} is not supported ({known} are); take the safetensors model")
 
 
 def _sentencepiece_bpe(file: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
     scores = _list_of(file, "tokenizer.ggml.scores", float)
     if len(scores) != len(vocabulary.pieces):
         raise ModelError(f"{file.path}: {len(vocabulary.pieces)} tokens but {len(scores)} scores; pull the model again")
+    if vocabulary.metadata.get("tokenizer.ggml.remove_extra_whitespaces") is True:
+        raise ModelError(f"{file.path}: a tokenizer that drops spaces is not supported; take the safetensors model")
     unknown_id = vocabulary.special_ids.get("unk_token", 0)
     tokenizer = Tokenizer(
         _bpe(

@@ -22,9 +22,10 @@ from headrace.errors import ModelError
 from headrace.models import fetch
 from headrace.models.catalogue import CATALOGUE
 from headrace.models.gguf_convert import write_hf_files
-from headrace.models.model_config import TOKENIZER_FILE
+from headrace.models.model_config import CONFIG_FILE, TOKENIZER_FILE
 from headrace.models.progress import PullProgress, SilentProgress
 from headrace.models.store import describe, directory_name, is_hub_id
+from headrace.models.weights import gguf_file_in
 
 _PARTIAL_PATTERN: Final = re.compile(r"\.(?P<name>.+)\.partial-\d+")
 _GGUF_SUFFIX: Final = ".gguf"
@@ -91,6 +92,9 @@ def _pull_locked(source: str, target: Path, progress: PullProgress) -> Path:
 
 def _fetch_uncatalogued(source: str, partial: Path, progress: PullProgress) -> None:
     path = Path(source).expanduser()
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        # A folder with nothing but a GGUF file says as much as the file.
+        path = gguf_file_in(path) or path
     if path.is_dir():
         fetch.from_directory(path, partial, progress)
     elif path.is_file() and path.suffix == _GGUF_SUFFIX:

@@ -76,6 +76,8 @@ class _GgufWeights(Weights):
     def __init__(self, file: GgufFile) -> None:
         self._file = file
         self._gguf_names = gguf_llama.hf_tensor_names(file)
+        # At once, so that a start fails before it has loaded half a model.
+        file.check_types(self._gguf_names.values())
 
     @property
     def metadata(self) -> Mapping[str, Any]:
