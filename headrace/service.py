@@ -67,7 +67,7 @@ class Service(Protocol):
         """Models it can serve now, for its heartbeats."""
 
     def health(self) -> dict[str, Any]:
-        """Details for /health."""
+        """Details for /health. `addresses`, if any, are what clients may use; the supervisor prints them when ready."""
 
     async def drain(self) -> None:
         """Refuse new work and return when the open work is done. The runner bounds it."""
@@ -253,7 +253,10 @@ class _Runner:
         loop = asyncio.get_running_loop()
         while not self._stop.is_set():
             reason = self._service.not_ready_reason()
-            self._set_state(State.READY if reason is None else State.STARTED, reason or "")
+            if reason is None:
+                self._set_state(State.READY, " ".join(self._service.health().get("addresses", ())))
+            else:
+                self._set_state(State.STARTED, reason)
             if loop.time() >= progress_due:
                 progress_due = loop.time() + PROGRESS_INTERVAL_S
                 load, progress = self._service.load(), self._service.progress()

@@ -33,7 +33,7 @@ class Exposition:
             self._server = await asyncio.start_server(self._serve, host, port, limit=HEAD_LIMIT_BYTES)
         except OSError as error:
             raise ConfigError(
-                f"metrics port {port} on {host} cannot be bound ({error.strerror}); set metrics_port to another, or to null for none"
+                f"metrics port {port} on {host} cannot be bound ({error.strerror}): set another metrics port, or null for none"
             ) from error
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -1,0 +1,230 @@
+"""The `headrace` command. Options of `serve`, `run` and `config` are made from the settings themselves: there is one list of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from headrace.config.load import FILE_ENV, SERVICES, Settings, env_name, flag_name, load_settings, parse_text, section_classes
+from headrace.errors import HeadraceError
+from headrace.supervision.exit_status import ExitStatus
+
+HEALTH_TIMEOUT_S = 3.0
+
+
+class _Group(click.Group):
+    """Turns our errors into one line on stderr and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HeadraceError as error:
+            click.echo(f"headrace: {error.message}", err=True)
+            ctx.exit(ExitStatus.CONFIG_ERROR)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="headrace")
+def main() -> None:
+    """Headrace serves language models as five small services."""
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `--config` and one option for each setting."""
+    decorated = command
+    for section_name, section in reversed(section_classes().items()):
+        for field, info in reversed(section.model_fields.items()):
+            key = f"{section_name}.{field}"
+            default = "null" if info.default is None else json.dumps(info.default)
+            option = click.option(
+                flag_name(key), _parameter(key), default=None, metavar="VALUE", help=f"{info.description} [{default}]"
+            )
+            decorated = option(decorated)
+    for key, text in (("instance", "Stable name of this process among its kind."), ("run_directory", "Directory of ipc sockets.")):
+        decorated = click.option(flag_name(key), _parameter(key), default=None, metavar="VALUE", help=text)(decorated)
+    file_option = click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), default=None, help="YAML file of settings."
+    )
+    return file_option(decorated)
+
+
+def _parameter(key: str) -> str:
+    return "set__" + key.replace(".", "__")
+
+
+def _load(config_file: Path | None, options: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
+    """Settings of the command line, and the environment that gives a child the same ones."""
+    texts = {
+        name.removeprefix("set__").replace("__", "."): value
+        for name, value in options.items()
+        if name.startswith("set__") and value is not None
+    }
+    file = config_file or (Path(os.environ[FILE_ENV]) if os.environ.get(FILE_ENV) else None)
+    classes = section_classes()
+    flags = {key: parse_text(key, text, classes) for key, text in texts.items()}
+    settings = load_settings(file=file, environment=os.environ, flags=flags)
+    environment = {env_name(key): text for key, text in texts.items()}
+    if file is not None:
+        environment[FILE_ENV] = str(file.absolute())
+    return settings, environment
+
+
+@main.command()
+@settings_options
+def serve(config_file: Path | None, **options: Any) -> None:
+    """Run all five services on this machine, under one supervisor."""
+    from headrace.cli.serve import serve_all
+
+    settings, environment = _load(config_file, options)
+    sys.exit(serve_all(settings, environment))
+
+
+@main.command()
+@click.argument("service", type=click.Choice(SERVICES))
+@settings_options
+def run(service: str, config_file: Path | None, **options: Any) -> None:
+    """Run one service under a supervisor of its own: the entry process of a container."""
+    from headrace.cli.serve import serve_one
+
+    settings, environment = _load(config_file, options)
+    sys.exit(serve_one(service, settings, environment))
+
+
+@main.group()
+def config() -> None:
+    """Look at the settings."""
+
+
+@config.command("show")
+@settings_options
+def config_show(config_file: Path | None, **options: Any) -> None:
+    """Print each setting, its value, and where the value came from."""
+    settings, _ = _load(config_file, options)
+    table = Table("setting", "value", "from", box=None)
+    for key, value, source in settings.values():
+        table.add_row(key, json.dumps(value), source)
+    Console(soft_wrap=True).print(table, markup=False)
+
+
+@config.command("check")
+@settings_options
+def config_check(config_file: Path | None, **options: Any) -> None:
+    """Check file, environment and flags; say nothing when all is well, or one line and exit with 2."""
+    _load(config_file, options)
+
+
+@main.group()
+def keys() -> None:
+    """CURVE keys of the links."""
+
+
+@keys.command("create")
+@click.argument("directory", type=click.Path(path_type=Path))
+def keys_create(directory: Path) -> None:
+    """Make one key pair for each role in DIRECTORY; a whole set that is there is kept."""
+    from headrace.wire.keys import create_keys
+
+    click.echo(f"{'created' if create_keys(directory) else 'kept'} keys in {directory}")
+
+
+@main.group()
+def models() -> None:
+    """Models on this machine."""
+
+
+def _store(store: str | None) -> Path:
+    text = store or load_settings(environment=os.environ).model.store
+    return Path(text).expanduser()
+
+
+_store_option = click.option("--store", default=None, help="Directory of models; by default the setting model.store.")
+
+
+@models.command("pull")
+@click.argument("source")
+@click.option("--name", default=None, help="Name to give it; by default its own.")
+@_store_option
+def models_pull(source: str, name: str | None, store: str | None) -> None:
+    """Get a model: a catalogue name (smollm2-135m-instruct), a directory, a .gguf file, or a hub id org/name."""
+    from headrace.models.progress import ConsoleProgress
+    from headrace.models.pull import pull
+
+    click.echo(pull(source, _store(store), progress=ConsoleProgress(), name=name))
+
+
+@models.command("list")
+@_store_option
+def models_list(store: str | None) -> None:
+    """List the models that are here."""
+    from headrace.models.inspect import list_rows
+
+    table = Table("name", "architecture", "parameters", "context", "weights", "size", box=None)
+    for row in list_rows(_store(store)):
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table, markup=False)
+
+
+@models.command("show")
+@click.argument("name")
+@_store_option
+def models_show(name: str, store: str | None) -> None:
+    """Describe one model."""
+    from headrace.models.inspect import show_rows
+    from headrace.models.store import describe, resolve
+
+    table = Table(box=None, show_header=False)
+    for row in show_rows(describe(resolve(name, _store(store)))):
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table, markup=False)
+
+
+@main.command()
+@click.argument("service", type=click.Choice(SERVICES))
+@click.option("--ready", is_flag=True, help="Ask whether a request could be served, not only whether the process lives.")
+def health(service: str, ready: bool) -> None:
+    """Ask a service on this machine for its health through its metrics port; exit status 0 or 1."""
+    settings = load_settings(environment=os.environ)
+    port = settings.telemetry.metrics_port(service)
+    url = f"http://127.0.0.1:{port}/{'ready' if ready else 'health'}"
+    try:
+        with urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S) as answer:
+            click.echo(answer.read().decode())
+    except urllib.error.HTTPError as error:
+        click.echo(error.read().decode(), err=True)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"{url}: {error}", err=True)
+        sys.exit(1)
+
+
+class _Bench(click.Group):
+    """Mounts the load clients of the `bench` package, which the ground floor does not import statically."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["serve"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = getattr(importlib.import_module(f"bench.{cmd_name}.cli"), cmd_name)
+        return command
+
+
+@main.group(cls=_Bench)
+def bench() -> None:
+    """Measure a server."""
+
+
+if __name__ == "__main__":
+    main()

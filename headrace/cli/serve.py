@@ -1,0 +1,105 @@
+"""What `headrace serve` and `headrace run` start: the list of processes, their order, and the line that says "ready"."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import uvloop
+
+from headrace.config.load import Settings, env_name
+from headrace.config.settings import SupervisionSettings
+from headrace.lifecycle import State
+from headrace.service import default_run_directory
+from headrace.supervision.limits import ProcessSpec, SupervisionLimits
+from headrace.supervision.supervisor import StateCallback, Supervisor
+from headrace.telemetry import logs
+
+
+def serve_all(settings: Settings, environment: Mapping[str, str]) -> int:
+    """Run all five services; returns the exit status.
+
+    Raises:
+        ModelError: The model has not been pulled; nothing was started.
+    """
+    from headrace.models.store import resolve
+
+    resolve(settings.model.name, Path(settings.model.store).expanduser())
+    specs = local_specs(settings, environment)
+    return _supervise("serve", settings, specs, on_state=_ready_line, run_directory=default_run_directory(settings))
+
+
+def serve_one(service: str, settings: Settings, environment: Mapping[str, str]) -> int:
+    """Run one service; returns the exit status. Its supervisor leaves the run directory alone: others may use it."""
+    spec = _spec(service, settings.instance, settings, environment)
+    return _supervise(service, settings, [spec], on_state=_ready_line, run_directory=None)
+
+
+def local_specs(settings: Settings, environment: Mapping[str, str]) -> list[ProcessSpec]:
+    """The processes of `headrace serve`. Everyone dials the router or what dials it, so it comes first; the rest start together."""
+    serve = settings.serve
+    replicas = {
+        "tokenizer": serve.tokenizer_replicas,
+        "scheduler": 1,
+        "detokenizer": serve.detokenizer_replicas,
+        "worker": serve.worker_replicas,
+    }
+    specs = [_spec("router", "router-0", settings, environment)]
+    for service, count in replicas.items():
+        for index in range(count):
+            own = dict(environment)
+            if index:
+                # One port cannot be bound twice; the further replicas take free ones and log them.
+                own[env_name(f"telemetry.{service}_metrics_port")] = "0"
+            specs.append(_spec(service, f"{service}-{index}", settings, own, start_after=("router-0",)))
+    return specs
+
+
+def _spec(
+    service: str, instance: str, settings: Settings, environment: Mapping[str, str], *, start_after: tuple[str, ...] = ()
+) -> ProcessSpec:
+    own = dict(environment)
+    if instance:
+        own["HEADRACE_INSTANCE"] = instance
+    own["HEADRACE_RUN_DIRECTORY"] = str(default_run_directory(settings))
+    return ProcessSpec(
+        name=instance or service,
+        argv=(sys.executable, "-m", f"services.{service}"),
+        env=own,
+        start_after=start_after,
+        stall_timeout_s=settings.supervision.stall_timeout_s,
+    )
+
+
+def _supervise(
+    name: str, settings: Settings, specs: list[ProcessSpec], *, on_state: StateCallback, run_directory: Path | None
+) -> int:
+    telemetry = settings.telemetry
+    logs.configure(service="supervisor", instance=name, level=telemetry.log_level, output=telemetry.log_output)
+    supervisor = Supervisor(
+        specs, settings=supervision_limits(settings.supervision), on_state=on_state, run_directory=run_directory
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(supervisor.run())
+
+
+def supervision_limits(settings: SupervisionSettings) -> SupervisionLimits:
+    """The supervisor's own numbers out of the settings, which have the same names."""
+    return SupervisionLimits(**settings.model_dump())
+
+
+class _ReadyLine:
+    """Prints the one line that says where to ask, the first time the router is ready."""
+
+    def __init__(self) -> None:
+        self._is_printed = False
+
+    def __call__(self, name: str, state: State, detail: str) -> None:
+        if state is State.READY and detail and not self._is_printed:
+            self._is_printed = True
+            print(f"headrace ready: {detail}", flush=True)
+
+
+_ready_line = _ReadyLine()

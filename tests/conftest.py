@@ -1,0 +1,42 @@
+"""Fixtures of all suites."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+MODEL_NAME = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def model_store() -> Path:
+    """Where the tests keep models, over runs: the store of `make up`, unless TEST_MODEL_STORE says otherwise."""
+    return Path(os.environ.get("TEST_MODEL_STORE", "~/.cache/headrace/models")).expanduser()
+
+
+@pytest.fixture(scope="session")
+def default_model_directory(model_store: Path) -> Path:
+    """The default model, pulled when it is not there yet."""
+    from headrace.models.pull import pull
+
+    return pull(MODEL_NAME, model_store)
+
+
+@pytest.fixture
+def short_tmp_path() -> Iterator[Path]:
+    """A temporary directory with a path short enough for ipc sockets, which pytest's own may not have."""
+    with tempfile.TemporaryDirectory(prefix="hr-", dir="/tmp") as path:
+        yield Path(path)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs() -> Iterator[None]:
+    """Log lines go through the standard defaults in tests, so that capture_logs works."""
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
