@@ -23,7 +23,6 @@ _NORMAL: Final = 1
 _UNKNOWN: Final = 2
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
-_UNUSED: Final = 5
 
 _SPACE_PIECE: Final = "\u2581"
 
@@ -186,13 +185,10 @@ def merges_from_scores(pieces: list[str], scores: list[float], kinds: list[int])
     """List the merges of a SentencePiece BPE vocabulary, best first.
 
     SentencePiece joins the neighbouring pair whose joined piece has the highest score. Every cut of a piece into two pieces of the
-    vocabulary is a merge with the score of the whole, so merging in this order joins the same pairs.
+    vocabulary is a merge with the score of the whole, so merging in this order joins the same pairs. Control tokens and the names
+    of bytes (`<0x41>`) are not text, and are never joined from text that looks like them.
     """
-    mergeable = {
-        piece: token_id
-        for token_id, (piece, kind) in enumerate(zip(pieces, kinds, strict=True))
-        if kind not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED)
-    }
+    mergeable = {piece: token_id for token_id, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)) if kind == _NORMAL}
     ranked: list[tuple[float, int, int, int, tuple[str, str]]] = []
     for piece, token_id in mergeable.items():
         for cut in range(1, len(piece)):

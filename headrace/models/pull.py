@@ -48,7 +48,7 @@ def pull(source: str, root: Path, *, progress: PullProgress | None = None, name:
     """
     shown = progress if progress is not None else SilentProgress()
     local_path = Path(source).expanduser()
-    if source not in CATALOGUE and not local_path.exists() and not is_hub_id(source):
+    if not source or (source not in CATALOGUE and not local_path.exists() and not is_hub_id(source)):
         known = f"a catalogue name ({', '.join(CATALOGUE)}), a directory, a .gguf file or a hub id org/name"
         raise ModelError(f"no model source {source!r}: give {known}")
     target_name = directory_name(name if name is not None else _own_name(source, local_path))
@@ -84,6 +84,9 @@ def _pull_locked(source: str, target: Path, progress: PullProgress) -> Path:
             _fetch_uncatalogued(source, partial, progress)
         _check(partial)
         _move_into_place(partial, target)
+    except ModelError as error:
+        # The working directory is about to go; what the reader knows is the source.
+        raise ModelError(error.message.replace(str(partial), source)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     progress.note(f"{target.name} is ready: {target}")
