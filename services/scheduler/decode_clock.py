@@ -1,0 +1,78 @@
+"""The decode clock of one lane: it makes a step in which nothing changes cost next to nothing a sequence.
+
+Every decoding sequence gets one token in every step with rows, so when it will need its next page, and when it will reach its last
+token, is known as a step number as soon as it begins to decode. The clock counts those steps as ticks and keeps, for each tick to
+come, the sequences that need something then. It works on counts alone: a plan may be made before the result of the last one is back.
+"""
+
+from __future__ import annotations
+
+from services.scheduler.sequence import Sequence
+
+
+class DecodeClock:
+    """Ticks of a lane, and what falls due at them.
+
+    Attributes:
+        tick: Steps with rows planned so far.
+        num_done: Steps with rows whose result is back.
+    """
+
+    def __init__(self) -> None:
+        self.tick = 0
+        self.num_done = 0
+        # Dictionaries as ordered sets: a sequence that leaves is taken out, so that none is kept in memory until its due.
+        self._page_due: dict[int, dict[Sequence, None]] = {}
+        self._limit_due: dict[int, dict[Sequence, None]] = {}
+
+    def enter(self, sequence: Sequence, *, page_tokens: int, token_limit: int) -> None:
+        """A sequence begins to decode: the step now being planned computes the last of its known tokens and samples the next.
+
+        Args:
+            sequence: Its `num_tokens` are all scheduled as of this tick.
+            page_tokens: Tokens for which it has pages.
+            token_limit: Tokens, prompt and outputs together, at which it ends.
+        """
+        origin = self.tick - sequence.num_tokens
+        sequence.decode_origin = origin
+        self._set_page_due(sequence, page_tokens + origin + 1)
+        # With the result of tick t, t - origin + 1 tokens are known.
+        due = sequence.limit_due_tick = max(self.tick, token_limit + origin - 1)
+        self._limit_due.setdefault(due, {})[sequence] = None
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """A decoding sequence got pages for `num_tokens` more tokens."""
+        self._set_page_due(sequence, sequence.page_due_tick + num_tokens)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A decoding sequence ended or was preempted."""
+        self._take_out(self._page_due, sequence.page_due_tick, sequence)
+        self._take_out(self._limit_due, sequence.limit_due_tick, sequence)
+
+    def take_page_due(self) -> list[Sequence]:
+        """Sequences that need a page at this tick."""
+        return list(self._page_due.pop(self.tick, ()))
+
+    def take_limit_due(self, tick: int) -> list[Sequence]:
+        """Sequences that reach their limit with the result of `tick`."""
+        return list(self._limit_due.pop(tick, ()))
+
+    def num_scheduled(self, sequence: Sequence) -> int:
+        """Tokens of a decoding sequence that have been handed to the worker."""
+        return self.tick - sequence.decode_origin
+
+    def num_computed(self, sequence: Sequence) -> int:
+        """Tokens of a decoding sequence whose KV is known to be there."""
+        return self.num_done - sequence.decode_origin
+
+    def _set_page_due(self, sequence: Sequence, tick: int) -> None:
+        sequence.page_due_tick = tick
+        self._page_due.setdefault(tick, {})[sequence] = None
+
+    @staticmethod
+    def _take_out(due: dict[int, dict[Sequence, None]], tick: int, sequence: Sequence) -> None:
+        sequences = due.get(tick)
+        if sequences is not None:
+            sequences.pop(sequence, None)
+            if not sequences:
+                del due[tick]

@@ -1,0 +1,187 @@
+"""One lane: what the scheduler knows of one worker group.
+
+A lane owns its page pool, its slots and its running sequences: those still extending their prompt and those that decode. A sequence is
+admitted with pages for all its known tokens, so a prefill that has begun never waits for pages and only growing outputs can run out of
+them. What a step computes is decided by the planner; what came of it is applied by the results.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.scheduler.decode_clock import DecodeClock
+from services.scheduler.page_pool import PagePool
+from services.scheduler.prefix_index import NoPrefixes, PrefixIndex
+from services.scheduler.sequence import Sequence, Status
+from services.scheduler.slot_table import SlotTable
+from services.scheduler.step_plan import StepInFlight
+from services.scheduler.token_fanout import TokenFanout
+
+
+@dataclass(frozen=True, slots=True)
+class LaneCapacity:
+    """What a worker group offers.
+
+    Attributes:
+        model: Name of its model.
+        max_model_len: Most tokens of prompt and output together.
+        vocab_size: Token ids are below it.
+        num_pages: Pages of its pool for ordinary attention.
+        page_size: Tokens a page.
+        max_num_seqs: Most sequences it holds at once.
+        max_num_batched_tokens: Most tokens it computes in a step: the token budget.
+        pool_name: Which of its pools the pages belong to.
+    """
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    pool_name: str = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "vocab_size", "num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"lane capacity: {name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def num_page_tokens(self) -> int:
+        """Tokens for which it has pages."""
+        return self.num_pages * self.page_size
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Most tokens with which a sequence can enter and still get one more."""
+        return min(self.max_model_len - 1, self.num_page_tokens)
+
+
+class Lane:
+    """A worker group's share of the work.
+
+    Attributes:
+        lane_id: The worker's incarnation.
+        capacity: What it offers.
+        prefilling: Sequences with known tokens left to schedule, oldest admission first.
+        decoding: Sequences that get one token a step, oldest admission first.
+        in_flight: Plans whose results are not back, by step id.
+        version: Changes whenever a running sequence leaves or its output is redirected.
+        rows_changed: `decoding` is not what `decode_rows` says.
+        num_tokens: Tokens of its running sequences: its load.
+        num_backlog_tokens: Of these, prompt tokens not yet scheduled.
+        stop_token_ids: Stop tokens of its running sequences, counted.
+    """
+
+    def __init__(self, lane_id: int, capacity: LaneCapacity, index: PrefixIndex | None = None) -> None:
+        self.lane_id = lane_id
+        self.capacity = capacity
+        self.index: PrefixIndex = index or NoPrefixes()
+        self.pool = PagePool(capacity.num_pages, capacity.page_size, name=capacity.pool_name)
+        # A decoding sequence gets a token in every step, so there may be no more of them than the token budget has tokens.
+        self.slots = SlotTable(min(capacity.max_num_seqs, capacity.max_num_batched_tokens))
+        self.clock = DecodeClock()
+        self.fanout = TokenFanout()
+        self.prefilling: dict[Sequence, None] = {}
+        self.decoding: dict[Sequence, None] = {}
+        self.in_flight: dict[int, StepInFlight] = {}
+        self.is_draining = False
+        self.last_step_id = 0
+        self.version = 0
+        self.rows_changed = True
+        self.decode_rows: list[Sequence] = []
+        self.decode_slots: list[int] = []
+        # The last plan's rows were `decode_rows`, one token each.
+        self.is_steady = False
+        self.num_tokens = 0
+        self.num_backlog_tokens = 0
+        self.stop_token_ids: Counter[int] = Counter()
+        self._num_admissions = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences admitted and not ended."""
+        return len(self.prefilling) + len(self.decoding)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a plan made now would say anything."""
+        return bool(self.decoding or self.prefilling or self.slots.has_freed)
+
+    def running(self) -> Iterator[Sequence]:
+        """Running sequences, oldest admission first."""
+        yield from self.decoding
+        yield from self.prefilling
+
+    def latest_admitted(self) -> Sequence:
+        """The running sequence to preempt first; there must be one."""
+        return next(reversed(self.prefilling or self.decoding))
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of that many tokens could run here, were the lane empty."""
+        return num_tokens <= self.capacity.max_prompt_tokens
+
+    def can_admit(self, sequence: Sequence) -> bool:
+        """Whether the sequence can enter now.
+
+        There must be a slot and pages for its tokens, and then still a page for each running sequence, or it would soon be preempted
+        again. No more prompt tokens are taken than the next step has budget for: what cannot start yet may start sooner elsewhere.
+        """
+        if self.is_draining or not self.slots.num_free or not self.fits(sequence.num_tokens):
+            return False
+        if self.num_backlog_tokens + len(self.decoding) >= self.capacity.max_num_batched_tokens and self.num_running:
+            return False
+        return self.pool.num_free - self.pool.pages_for(sequence.num_tokens) >= self.num_running
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give the sequence a slot and pages for all its tokens; `can_admit` must hold."""
+        match = self.index.match(sequence.tokens)
+        pages = self.pool.allocate(self.pool.pages_for(sequence.num_tokens) - len(match.pages))
+        assert pages is not None, "admitted without room"
+        self._num_admissions += 1
+        sequence.status = Status.RUNNING
+        sequence.lane = self
+        sequence.slot = self.slots.allocate()
+        sequence.pages = match.pages + pages
+        sequence.admission = self._num_admissions
+        sequence.num_cached_tokens = sequence.num_scheduled = sequence.num_computed = match.num_cached_tokens
+        self.prefilling[sequence] = None
+        self.num_tokens += sequence.num_tokens
+        self.num_backlog_tokens += sequence.num_tokens - sequence.num_scheduled
+        self.stop_token_ids.update(sequence.stopping.stop_token_ids)
+
+    def begin_decode(self, sequence: Sequence) -> None:
+        """The step being planned schedules the last of the sequence's known tokens."""
+        del self.prefilling[sequence]
+        self.decoding[sequence] = None
+        self.rows_changed = True
+        # A sequence that fills the whole pool is alone and could never grow: it ends there instead of being preempted for ever.
+        limit = min(sequence.token_limit(self.capacity.max_model_len), self.capacity.num_page_tokens + 1)
+        page_tokens = len(sequence.pages) * self.pool.page_size
+        self.clock.enter(sequence, page_tokens=page_tokens, token_limit=limit)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the sequence's slot and pages back, whatever it is doing."""
+        if sequence in self.decoding:
+            del self.decoding[sequence]
+            self.clock.leave(sequence)
+            self.rows_changed = True
+        else:
+            del self.prefilling[sequence]
+            self.num_backlog_tokens -= sequence.num_tokens - sequence.num_scheduled
+        self.num_tokens -= sequence.num_tokens
+        self.stop_token_ids.subtract(sequence.stopping.stop_token_ids)
+        self.stop_token_ids = +self.stop_token_ids
+        self.pool.free(sequence.pages)
+        self.slots.free(sequence.slot, is_announced=sequence.is_announced)
+        self.version += 1
+        sequence.leave_lane()
+
+    def refresh_rows(self) -> None:
+        """Make the row lists anew after `decoding` has changed. New lists: plans in flight keep the old ones."""
+        self.decode_rows = list(self.decoding)
+        self.decode_slots = [sequence.slot for sequence in self.decode_rows]
+        self.rows_changed = False

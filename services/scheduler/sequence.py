@@ -1,0 +1,140 @@
+"""One sequence: what the scheduler knows of a request while it holds it.
+
+A sequence is state only. It is moved by the waiting queue, a lane, the planner and the results; it sends nothing and reads no clock.
+Its tokens (prompt, then every output token of this and former lives) are kept until it ends, so that it can be started again on
+another lane and its output can be sent again to another detokenizer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from services.scheduler.lane import Lane
+    from services.scheduler.outbox import Target
+
+
+class Status(Enum):
+    """Where a sequence is: every sequence is in exactly one place."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(IntEnum):
+    """Why a sequence ended; the numbers are those of `headrace.v1.FinishReason`."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    ERROR = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingRules:
+    """When a sequence ends.
+
+    Attributes:
+        stop_token_ids: Tokens that end it, the model's end-of-sequence tokens included unless the request ignores them.
+        min_tokens: Output tokens, the stop token counted, before one of them ends it.
+        max_tokens: Most output tokens over all lives; None means as many as the context allows.
+    """
+
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    max_tokens: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One token stream being generated for a request.
+
+    Attributes:
+        request_id: Minted by the router.
+        stream_id: The router's number for the stream; the detokenizer knows it.
+        owner: Incarnation of the router that submitted it.
+        model: The model asked for.
+        tokens: Prompt, then output tokens.
+        num_prompt_tokens: How many of `tokens`, from the start, are prompt.
+        stopping: When it ends.
+        target: Detokenizer its tokens go to.
+        sampling: Sampling parameters, handed through to the worker unread.
+        trace: Trace state of the shell, never looked at here.
+        deadline_ns: Monotonic time at which it is ended; zero means none.
+        queued_ns: Monotonic time at which it was submitted.
+    """
+
+    request_id: str
+    stream_id: int
+    owner: int
+    model: str
+    tokens: array[int]
+    num_prompt_tokens: int
+    stopping: StoppingRules
+    target: Target
+    sampling: object = None
+    trace: object = None
+    deadline_ns: int = 0
+    queued_ns: int = 0
+
+    status: Status = Status.WAITING
+    finish_reason: FinishReason = FinishReason.NONE
+    num_stop_tokens: int = 0
+    finished_ns: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    was_scheduled: bool = False
+
+    # Of its stay in a lane; meaningless while it waits.
+    lane: Lane | None = None
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    admission: int = 0
+    # The worker knows the slot: its first plan has been made.
+    is_announced: bool = False
+    # Tokens handed to the worker, and tokens whose result is back. While a sequence decodes both follow from the lane's decode
+    # clock, so that a decode step touches no sequence; these two hold their values of the prefill.
+    num_scheduled: int = 0
+    num_computed: int = 0
+    # Set when it begins to decode: its num_scheduled is `clock.tick - decode_origin`.
+    decode_origin: int = 0
+    page_due_tick: int = 0
+    limit_due_tick: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and outputs."""
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens over all lives: also the output position of the next one."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    def token_limit(self, max_model_len: int) -> int:
+        """Most tokens, prompt and outputs together, that its own rules and the model allow."""
+        if self.stopping.max_tokens is None:
+            return max_model_len
+        return min(max_model_len, self.num_prompt_tokens + self.stopping.max_tokens)
+
+    def is_stop(self, token_id: int) -> bool:
+        """Whether `token_id`, which has just been appended, ends the sequence."""
+        return token_id in self.stopping.stop_token_ids and self.num_output_tokens >= self.stopping.min_tokens
+
+    def output_from(self, position: int) -> array[int]:
+        """Output tokens from an output position on."""
+        return self.tokens[self.num_prompt_tokens + position :]
+
+    def leave_lane(self) -> None:
+        """Forget the stay in a lane; the pages and the slot have been given back."""
+        self.lane = None
+        self.slot = -1
+        self.pages = []
+        self.is_announced = False
+        self.num_scheduled = 0
+        self.num_computed = 0

@@ -1,0 +1,89 @@
+"""What a step is before and after: the plan as a diff, what the lane remembers of it while it is at the worker, and the result.
+
+These mirror the messages of the wire (`StepPlan`, `StepResult`), as plain lists, so that the core runs without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.scheduler.sequence import Sequence
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step of one lane, as a diff against what its worker holds.
+
+    Attributes:
+        step_id: Counts the lane's plans.
+        freed_slots: Slots the worker lets go before anything else.
+        new_sequences: Sequences that enter, with all their known tokens.
+        page_slots: Slots that get pages.
+        num_new_pages: How many each of them gets.
+        new_pages: The page indices, flat.
+        row_slots: Slots that compute; empty with `same_rows`.
+        row_num_new_tokens: Tokens each computes; empty means one each.
+        same_rows: The rows are those of the last plan, one token each.
+        num_rows: Rows, also with `same_rows`.
+        num_tokens: Tokens computed, at most the token budget.
+        preempted: Sequences that lost their pages to this plan, the latest admitted first.
+    """
+
+    step_id: int
+    freed_slots: list[int] = field(default_factory=list)
+    new_sequences: list[Sequence] = field(default_factory=list)
+    page_slots: list[int] = field(default_factory=list)
+    num_new_pages: list[int] = field(default_factory=list)
+    new_pages: list[int] = field(default_factory=list)
+    row_slots: list[int] = field(default_factory=list)
+    row_num_new_tokens: list[int] = field(default_factory=list)
+    same_rows: bool = False
+    num_rows: int = 0
+    num_tokens: int = 0
+    preempted: list[Sequence] = field(default_factory=list)
+
+    def add_pages(self, slot: int, pages: list[int]) -> None:
+        """Append pages to a slot's page table."""
+        self.page_slots.append(slot)
+        self.num_new_pages.append(len(pages))
+        self.new_pages.extend(pages)
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A plan whose result is not back.
+
+    Attributes:
+        tick: The lane's decode tick of the plan.
+        version: The lane's version at the plan; while it stands, every row is still valid.
+        sampled: Sequences that sample a token, in row order.
+        sampled_slots: Their slots.
+        extended: Sequences that compute a part of their prompt and sample nothing, with their slots and counts after it.
+    """
+
+    tick: int
+    version: int
+    sampled: list[Sequence]
+    sampled_slots: list[int]
+    extended: list[tuple[Sequence, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a worker sent back.
+
+    Attributes:
+        step_id: The plan answered.
+        slots: Slots that sampled, in plan order.
+        token_ids: The tokens, flat.
+        num_tokens: Tokens a row; empty means one each.
+        failed_slots: Slots whose row failed.
+        failed_reasons: Why, one each, in words.
+    """
+
+    step_id: int
+    slots: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    failed_slots: list[int] = field(default_factory=list)
+    failed_reasons: list[str] = field(default_factory=list)

@@ -1,0 +1,73 @@
+"""Short ways to make schedulers, lanes and sequences for tests."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from services.scheduler.lane import LaneCapacity
+from services.scheduler.outbox import Outbox
+from services.scheduler.policies.fcfs import FirstComeFirstServed
+from services.scheduler.scheduler import Scheduler
+from services.scheduler.sequence import Sequence, StoppingRules
+from services.scheduler.waiting_queue import WaitingQueue
+
+MODEL = "tiny"
+
+
+def capacity(  # noqa: PLR0913
+    *,
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 16,
+    max_model_len: int = 128,
+    vocab_size: int = 50,
+    model: str = MODEL,
+) -> LaneCapacity:
+    """A small worker group."""
+    return LaneCapacity(
+        model=model,
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+
+
+def scheduler(*, max_requests: int = 1000, max_tokens: int = 1_000_000, linger_s: float = 30.0) -> Scheduler:
+    """A scheduler without lanes."""
+    queue = WaitingQueue(FirstComeFirstServed(), max_requests=max_requests, max_tokens=max_tokens)
+    return Scheduler(queue, Outbox(linger_s=linger_s))
+
+
+def sequence(  # noqa: PLR0913
+    core: Scheduler,
+    request_id: str,
+    tokens: Iterable[int] = (1, 2, 3),
+    *,
+    num_output_tokens: int = 0,
+    max_tokens: int | None = 8,
+    min_tokens: int = 0,
+    stop: Iterable[int] = (),
+    deadline_ns: int = 0,
+    owner: int = 1,
+    stream_id: int | None = None,
+    detokenizer: str = "detokenizer-0",
+    model: str = MODEL,
+) -> Sequence:
+    """A sequence, not submitted; its stream id follows from its request id when none is given."""
+    known = array("i", tokens)
+    return Sequence(
+        request_id=request_id,
+        stream_id=stream_id if stream_id is not None else hash(request_id) & 0xFFFF_FFFF,
+        owner=owner,
+        model=model,
+        tokens=known,
+        num_prompt_tokens=len(known) - num_output_tokens,
+        stopping=StoppingRules(frozenset(stop), min_tokens, max_tokens),
+        target=core.outbox.target(detokenizer, 7),
+        deadline_ns=deadline_ns,
+    )

@@ -1,0 +1,122 @@
+"""A worker on paper: applies step plans as the real one would and asserts that each keeps the rules of the diff.
+
+It keeps the KV as the tokens that were written to each place of each page, and before it samples for a sequence it reads all of the
+sequence's KV back. A page in two places, a page too few or a row too many is found there if not before. The token it samples depends on
+all tokens before it, so the output of a request is the same on whatever lane, after whatever preemption.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+
+from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.step_plan import StepPlan, StepResult
+
+
+def next_token(tokens: array[int], vocab_size: int) -> int:
+    """The token that follows `tokens`."""
+    return zlib.crc32(tokens.tobytes()) % vocab_size
+
+
+class HeldSequence:
+    """What the worker knows of a slot."""
+
+    def __init__(self, tokens: array[int], num_cached_tokens: int) -> None:
+        self.tokens = tokens
+        self.num_computed = num_cached_tokens
+        self.pages: list[int] = []
+
+
+class FakeWorker:
+    """One worker group.
+
+    Attributes:
+        held: Sequences by slot.
+        num_plans: Plans applied.
+    """
+
+    def __init__(self, capacity: LaneCapacity) -> None:
+        self.capacity = capacity
+        self.held: dict[int, HeldSequence] = {}
+        self.num_plans = 0
+        self._last_step_id = 0
+        self._last_rows: list[int] = []
+        self._kv: dict[tuple[int, int], int] = {}
+
+    def apply(self, plan: StepPlan) -> StepResult | None:
+        """Run a plan. Returns its result, or None for a plan without rows."""
+        assert plan.step_id > self._last_step_id, "a step id came twice"
+        self._last_step_id = plan.step_id
+        self.num_plans += 1
+        self._apply_diff(plan)
+        rows, counts = self._rows(plan)
+        assert len(rows) == plan.num_rows
+        assert sum(counts) == plan.num_tokens <= self.capacity.max_num_batched_tokens, "the token budget was exceeded"
+        if not rows:
+            return None
+        slots, token_ids = [], []
+        for slot, num_new_tokens in zip(rows, counts, strict=True):
+            token_id = self._compute(slot, num_new_tokens)
+            if token_id is not None:
+                slots.append(slot)
+                token_ids.append(token_id)
+        return StepResult(plan.step_id, slots, token_ids)
+
+    def check_agrees_with(self, lane: Lane) -> None:
+        """Between steps, all that the worker holds and the lane does not know any more is about to be freed."""
+        announced = {sequence.slot: sequence for sequence in lane.running() if sequence.is_announced}
+        assert announced.keys() <= self.held.keys()
+        for slot, sequence in announced.items():
+            assert self.held[slot].tokens == sequence.tokens
+            assert self.held[slot].pages == sequence.pages
+
+    def _apply_diff(self, plan: StepPlan) -> None:
+        for slot in plan.freed_slots:
+            assert slot in self.held, f"slot {slot} freed and not held"
+            del self.held[slot]
+        for sequence in plan.new_sequences:
+            assert sequence.slot not in self.held, f"slot {sequence.slot} entered twice"
+            assert 0 <= sequence.slot < self.capacity.max_num_seqs
+            self.held[sequence.slot] = HeldSequence(sequence.tokens[:], sequence.num_cached_tokens)
+        assert len(plan.page_slots) == len(plan.num_new_pages)
+        assert sum(plan.num_new_pages) == len(plan.new_pages)
+        pages = iter(plan.new_pages)
+        for slot, num_new_pages in zip(plan.page_slots, plan.num_new_pages, strict=True):
+            assert slot in self.held, f"pages for slot {slot}, which is not held"
+            self.held[slot].pages += [next(pages) for _ in range(num_new_pages)]
+        in_use = [page for held in self.held.values() for page in held.pages]
+        assert len(in_use) == len(set(in_use)), "a page is in two places"
+        assert all(0 <= page < self.capacity.num_pages for page in in_use)
+
+    def _rows(self, plan: StepPlan) -> tuple[list[int], list[int]]:
+        if plan.same_rows:
+            assert not plan.row_slots and not plan.row_num_new_tokens
+            assert self._last_rows, "the same rows as a plan without rows"
+            rows = self._last_rows
+        else:
+            rows = list(plan.row_slots)
+        counts = plan.row_num_new_tokens or [1] * len(rows)
+        assert len(counts) == len(rows)
+        assert len(set(rows)) == len(rows), "a slot has two rows"
+        self._last_rows = rows
+        return rows, counts
+
+    def _compute(self, slot: int, num_new_tokens: int) -> int | None:
+        assert slot in self.held, f"a row for slot {slot}, which is not held"
+        held = self.held[slot]
+        page_size = self.capacity.page_size
+        end = held.num_computed + num_new_tokens
+        assert num_new_tokens > 0
+        assert end <= len(held.tokens), "more tokens to compute than are known"
+        assert end <= len(held.pages) * page_size, "a row without pages for its tokens"
+        for position in range(held.num_computed, end):
+            self._kv[held.pages[position // page_size], position % page_size] = held.tokens[position]
+        held.num_computed = end
+        if end < len(held.tokens):
+            return None
+        read = [self._kv[held.pages[position // page_size], position % page_size] for position in range(end)]
+        assert read == held.tokens.tolist(), f"the KV of slot {slot} was overwritten"
+        token_id = next_token(held.tokens, self.capacity.vocab_size)
+        held.tokens.append(token_id)
+        return token_id

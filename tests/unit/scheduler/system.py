@@ -1,0 +1,185 @@
+"""A scheduler with fake workers, fake detokenizers and a router's bookkeeping, driven step by step; checks every rule as it goes."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.outbox import Target
+from services.scheduler.scheduler import Scheduler
+from services.scheduler.sequence import FinishReason, Sequence, Status
+from services.scheduler.step_plan import StepPlan, StepResult
+from services.scheduler.token_fanout import StreamBatch
+from tests.unit.scheduler.fake_worker import FakeWorker
+
+
+@dataclass
+class Stream:
+    """What the other end has of one stream."""
+
+    sequence: Sequence
+    tokens: array[int]
+    num_former: int
+    finish: FinishReason | None = None
+    num_ends: int = 0
+    error_code: str | None = None
+
+
+@dataclass
+class Site:
+    """A lane and its worker."""
+
+    lane: Lane
+    worker: FakeWorker
+    result: StepResult | None = None
+    plans: list[StepPlan] = field(default_factory=list)
+
+
+class System:
+    """The whole, without processes.
+
+    Attributes:
+        core: The scheduler under test.
+        now_ns: The clock.
+        sites: Lanes by id.
+        streams: By stream id; only of requests that were taken.
+        deaf: Addresses to which nothing can be sent at present.
+    """
+
+    def __init__(self, core: Scheduler) -> None:
+        self.core = core
+        self.now_ns = 1_000_000_000
+        self.sites: dict[int, Site] = {}
+        self.streams: dict[int, Stream] = {}
+        self.deaf: set[str] = set()
+        self._last_lane_id = 0
+
+    def join(self, capacity: LaneCapacity) -> Site:
+        """A worker joins."""
+        self._last_lane_id += 1
+        lane = self.core.lane_joined(self._last_lane_id, capacity, self.now_ns)
+        site = self.sites[lane.lane_id] = Site(lane, FakeWorker(capacity))
+        self.collect()
+        return site
+
+    def lose(self, lane_id: int) -> None:
+        """A worker dies."""
+        del self.sites[lane_id]
+        self.core.lane_lost(lane_id, self.now_ns)
+        self.collect()
+
+    def submit(self, sequence: Sequence) -> None:
+        """A router submits; a refusal is raised."""
+        former = sequence.output_from(0)
+        stream = Stream(sequence, former, len(former))
+        self.streams[sequence.stream_id] = stream
+        try:
+            self.core.submit(sequence, self.now_ns)
+        except Exception:
+            del self.streams[sequence.stream_id]
+            raise
+        self.collect()
+
+    def plan_all(self) -> bool:
+        """Every lane plans what it can. Returns whether any did."""
+        any_plan = False
+        for site in self.sites.values():
+            while site.result is None and (plan := self.core.plan(site.lane, self.now_ns)) is not None:
+                any_plan = True
+                site.plans.append(plan)
+                site.result = site.worker.apply(plan)
+        self.collect()
+        return any_plan
+
+    def deliver_result(self, site: Site) -> None:
+        """A worker's answer arrives."""
+        if site.result is not None:
+            result, site.result = site.result, None
+            assert self.core.step_result(site.lane, result, self.now_ns)
+            site.worker.check_agrees_with(site.lane)
+            self.collect()
+
+    def run(self, *, max_steps: int = 10_000) -> int:
+        """Go on until nothing is left to do. Returns the steps it took."""
+        for num_steps in range(max_steps):
+            self.now_ns += 1_000_000
+            for site in list(self.sites.values()):
+                self.deliver_result(site)
+            if not self.plan_all() and all(site.result is None for site in self.sites.values()):
+                return num_steps
+        raise AssertionError(f"work is left after {max_steps} steps")
+
+    def collect(self) -> None:
+        """Carry what has come out to where it goes."""
+        outcome = self.core.take_outcome()
+        for batch in outcome.batches:
+            if batch.target.behind or not self._receive(batch):
+                self.core.outbox.hold(batch)
+                self.flush(batch.target)
+        for target in outcome.behind:
+            self.flush(target)
+        for ending in outcome.endings:
+            stream = self.streams[ending.sequence.stream_id]
+            if stream.sequence is ending.sequence:
+                stream.num_ends += 1
+                stream.error_code = ending.error.code if ending.error else None
+            assert ending.sequence.status is Status.FINISHED
+            assert ending.sequence.lane is None
+            assert ending.sequence.finish_reason is not FinishReason.NONE
+
+    def flush(self, target: Target) -> None:
+        """Try again to send what a target has not got."""
+        rest = target.rest()
+        if rest is not None and self._receive(rest):
+            self.core.outbox.sent(target)
+
+    def check_accounting(self) -> None:
+        """Pages, slots and sequences are each in exactly one place."""
+        num_running = 0
+        for site in self.sites.values():
+            lane = site.lane
+            running = list(lane.running())
+            num_running += len(running)
+            pages = [page for sequence in running for page in sequence.pages]
+            assert len(pages) == len(set(pages)) == lane.pool.num_used
+            assert lane.pool.num_free + lane.pool.num_used == lane.pool.num_pages
+            slots = [sequence.slot for sequence in running]
+            assert len(slots) == len(set(slots)) == lane.slots.num_slots - lane.slots.num_free
+            assert lane.num_tokens == sum(sequence.num_tokens for sequence in running)
+            assert lane.num_backlog_tokens == sum(s.num_tokens - s.num_scheduled for s in lane.prefilling)
+            for sequence in running:
+                assert sequence.status is Status.RUNNING
+                assert sequence.lane is lane
+                assert len(sequence.pages) * lane.pool.page_size >= sequence.num_tokens - 1
+            if not lane.in_flight:
+                for sequence in lane.decoding:
+                    assert lane.clock.num_scheduled(sequence) == lane.clock.num_computed(sequence) == sequence.num_tokens - 1
+                for sequence in lane.prefilling:
+                    assert sequence.num_scheduled == sequence.num_computed
+        waiting = list(self.core.queue)
+        assert all(sequence.status is Status.WAITING and sequence.lane is None for sequence in waiting)
+        assert self.core.queue.num_tokens == sum(sequence.num_tokens for sequence in waiting)
+        assert len(waiting) + num_running == self.core.num_requests
+
+    def _receive(self, batch: StreamBatch) -> bool:
+        if batch.target.address in self.deaf:
+            return False
+        assert len(batch.stream_ids) == len(batch.first_positions) == len(batch.sequences)
+        counts = batch.num_tokens or [1] * len(batch.stream_ids)
+        finishes = batch.finish_reasons or [0] * len(batch.stream_ids)
+        assert len(counts) == len(finishes) == len(batch.stream_ids)
+        assert sum(counts) == len(batch.token_ids)
+        start = 0
+        for stream_id, position, count, finish in zip(batch.stream_ids, batch.first_positions, counts, finishes, strict=True):
+            stream = self.streams[stream_id]
+            assert position <= len(stream.tokens), "a gap in the output positions"
+            new = array("i", batch.token_ids[start : start + count])
+            known = stream.tokens[position : position + count]
+            assert new[: len(known)] == known, "a position came again with another token"
+            stream.tokens += new[len(known) :]
+            start += count
+            if finish:
+                assert stream.finish is None, "a stream finished twice"
+                stream.finish = FinishReason(finish)
+        return True
