@@ -49,7 +49,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def run(*command: str | Path, cwd: Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 @pytest.mark.slow

@@ -72,10 +72,7 @@ def test_every_proto_file_is_under_this_test() -> None:
 def test_enums_start_with_unspecified_and_integer_arrays_are_packed(proto: str, descriptor: Descriptor) -> None:
     for enum in PROTOS[proto].DESCRIPTOR.enum_types_by_name.values():
         assert enum.values_by_number[0].name.endswith("_UNSPECIFIED")
+    unpackable = (FieldDescriptor.TYPE_MESSAGE, FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
     for field in descriptor.fields:
-        if field.is_repeated and field.type not in (
-            FieldDescriptor.TYPE_MESSAGE,
-            FieldDescriptor.TYPE_STRING,
-            FieldDescriptor.TYPE_BYTES,
-        ):
+        if field.is_repeated and field.type not in unpackable:
             assert field.is_packed, f"{descriptor.name}.{field.name}"

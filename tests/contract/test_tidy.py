@@ -28,7 +28,7 @@ MACHINE_PATHS = ("/" + "work/", "/opt/" + "wheels", "/opt/" + "pypi", "/root/" +
 """Spelled in halves, so that this file passes its own test."""
 
 UNBOUNDED_WITHOUT_TIMEOUT = {
-    "urlopen", "create_connection", "ClientSession", "HTTPConnection", "HTTPSConnection",
+    "urlopen", "socket.create_connection", "ClientSession", "HTTPConnection", "HTTPSConnection",
     "subprocess.run", "subprocess.call", "subprocess.check_call", "subprocess.check_output", "communicate",
 }  # fmt: skip
 """Calls that wait on a network or another process for ever unless told how long."""
