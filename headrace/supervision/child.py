@@ -64,7 +64,11 @@ class Notifier:
             self._unsent_state = None if self._send(data) else data
 
     def progress(self, counters: Mapping[str, float], *, is_busy: bool = False) -> None:
-        """Report counters that change as work gets done, and whether there is work. After the first report, keep reporting."""
+        """Report counters that change as work gets done, and whether there is work.
+
+        After the first report silence counts as a stall, so keep reporting; and send the first one before `started`, or a
+        hang between the two goes unnoticed.
+        """
         if self._channel is None:
             return
         data = encode_notification(Notification(progress=counters, is_busy=is_busy))
@@ -87,7 +91,8 @@ class Notifier:
             return False
         try:
             self._channel.send(data)
-        except (BlockingIOError, BrokenPipeError, ConnectionError):
+        except OSError:
+            # Full, or the supervisor is gone, which the other ties take care of; the caller counts it.
             return False
         return True
 

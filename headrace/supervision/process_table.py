@@ -93,7 +93,7 @@ def kill_entry(entry: ProcessEntry, signum: int = signal.SIGKILL) -> bool:
     """Signal exactly the process that `entry` described, never a later one that got its pid.
 
     Returns:
-        True when the signal was sent, False when that process is gone.
+        True when the signal was sent, False when that process is gone or is not ours to signal.
     """
     try:
         pidfd = os.pidfd_open(entry.pid)
@@ -105,7 +105,7 @@ def kill_entry(entry: ProcessEntry, signum: int = signal.SIGKILL) -> bool:
         if current is None or current.start_ticks != entry.start_ticks:
             return False
         signal.pidfd_send_signal(pidfd, signum)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     finally:
         os.close(pidfd)

@@ -84,7 +84,11 @@ def remove_run_directory_of(path: str, supervisor_pid: int) -> None:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _owner_pid(Path(path)) == supervisor_pid:
             shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
+        elif not os.listdir(lock_fd):
+            # It died between making the directory and signing it.
+            os.rmdir(path)
+    except OSError:
+        # A successor holds it, or has just removed it: then it is not ours to remove.
         return
     finally:
         os.close(lock_fd)

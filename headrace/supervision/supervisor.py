@@ -20,7 +20,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import structlog
@@ -96,15 +96,12 @@ class Supervisor:
             ConfigError: The run directory is in use or unusable; nothing was started.
         """
         assert threading.current_thread() is threading.main_thread(), "the supervisor runs on the main thread"
-        claimed = RunDirectory.claim(self._run_directory) if self._run_directory is not None else None
         relay = StderrRelay()
         try:
             with self._signals.installed() if self._signals is not None else nullcontext():
                 await self._run_tree(relay)
             return self._exit_status(is_all_gone=not self.verify_nothing_left())
         finally:
-            if claimed is not None:
-                claimed.remove()
             if self.failure is not None:
                 relay.write(_failure_text(self.failure).encode())
             relay.close()
@@ -125,8 +122,15 @@ class Supervisor:
         lifeline_fd, lifeline_write_fd = os.pipe2(os.O_CLOEXEC)
         self._guard = GuardHandle(token=self._token, run_directory=self._run_directory)
         self._context = SpawnContext(self._token, lifeline_fd, relay, self._child_env(), self._settings.stderr_tail_lines)
-        try:
+        with ExitStack() as at_end:
+            at_end.callback(os.close, lifeline_fd)
+            at_end.callback(os.close, lifeline_write_fd)
+            # The guard stands before there is anything to clean up after us, and goes when there is nothing left.
+            at_end.callback(self._guard.dismiss)
             await self._guard.start()
+            if self._run_directory is not None:
+                at_end.enter_context(RunDirectory.claim(self._run_directory))
+            at_end.callback(self._end_all)
             async with asyncio.TaskGroup() as group:
                 standing = group.create_task(self._guard.keep_standing(), name="guard")
                 reaping = group.create_task(self._offspring.keep_reaping(), name="orphans")
@@ -137,16 +141,14 @@ class Supervisor:
                 await self._act_on_signals_until_ended()
                 standing.cancel()
                 reaping.cancel()
-        finally:
-            self._offspring.kill_all()
-            for process in self._processes.values():
-                # Only after an error, or when the kernel could not end it, is any left here.
-                process.close()
-            self._processes.clear()
-            self._offspring.reap()
-            self._guard.dismiss()
-            os.close(lifeline_write_fd)
-            os.close(lifeline_fd)
+
+    def _end_all(self) -> None:
+        """After an orderly stop this finds strays at most; after an error of our own it ends everything."""
+        self._offspring.kill_all()
+        for process in self._processes.values():
+            process.close()
+        self._processes.clear()
+        self._offspring.reap()
 
     async def _start_in_order(self, member: Member) -> None:
         for name in member.spec.start_after:

@@ -51,6 +51,8 @@ def main() -> int:
         for number in range(behaviour.get("load_steps", 0)):
             attachment.notifier.progress({"loaded": number})
             time.sleep(behaviour["load_step_s"])
+        if behaviour.get("heartbeat"):
+            attachment.notifier.progress({"num_steps": 0})
         if not behaviour.get("never_started"):
             attachment.notifier.state(State.STARTED)
             attachment.notifier.state(State.READY)

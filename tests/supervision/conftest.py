@@ -130,8 +130,10 @@ class Tree:
         wait_until(condition, timeout_s, what)
 
     def wait_nothing_left(self, timeout_s: float) -> None:
+        """No process, no run directory; the limit starts now, for both."""
+        end = time.monotonic() + timeout_s
         wait_until(lambda: not self.pids(), timeout_s, f"no process of the tree left, but: {self.pids()}")
-        wait_until(lambda: not self.run_directory.exists(), timeout_s, "run directory removed")
+        wait_until(lambda: not self.run_directory.exists(), end - time.monotonic() + 0.1, "run directory removed")
 
     def destroy(self) -> None:
         """After a failed test: leave nothing on the machine."""

@@ -18,10 +18,10 @@ from headrace.supervision.supervisor import Supervisor
 def main() -> int:
     plan = json.loads(Path(sys.argv[1]).read_text())
     structlog.configure(processors=[structlog.processors.JSONRenderer()])
-    states = open(plan["states_path"], "a", buffering=1)
 
     def on_state(name: str, state: State, detail: str) -> None:
-        states.write(json.dumps([name, state.value, detail]) + "\n")
+        with open(plan["states_path"], "a") as states:
+            states.write(json.dumps([name, state.value, detail]) + "\n")
 
     async def run() -> int:
         specs = [ProcessSpec(**{**spec, "start_after": tuple(spec.get("start_after", ()))}) for spec in plan["specs"]]
