@@ -26,6 +26,16 @@ class WireMetrics:
             "headrace_wire_overloads", "Sends refused because a peer's queue was full.", ["edge"], registry=registry
         )
         self.peers = Gauge("headrace_wire_peers", "Registered peers, by edge and role.", ["edge", "role"], registry=registry)
+        self._counted: dict[tuple[str, str, str], tuple[Counter, Counter]] = {}
+
+    def count(self, edge: str, direction: str, arm: str, num_bytes: int) -> None:
+        """Count one message. Children are looked up once: a link carries thousands a second."""
+        counted = self._counted.get((edge, direction, arm))
+        if counted is None:
+            counted = self.messages.labels(edge, direction, arm), self.bytes.labels(edge, direction)
+            self._counted[edge, direction, arm] = counted
+        counted[0].inc()
+        counted[1].inc(num_bytes)
 
 
 class ServiceMetrics:
@@ -66,6 +76,9 @@ class RouterMetrics:
         )
         self.prompt_tokens = Counter("headrace_prompt_tokens", "Prompt tokens of finished requests.", registry=registry)
         self.output_tokens = Counter("headrace_output_tokens", "Output tokens of finished requests.", registry=registry)
+        self.slow_clients = Counter(
+            "headrace_router_slow_clients", "Clients cut off because they left their output unread.", registry=registry
+        )
         self.moves = Counter(
             "headrace_router_moves", "Requests moved because an instance was lost, by its role.", ["role"], registry=registry
         )

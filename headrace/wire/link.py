@@ -79,11 +79,10 @@ class _Socket:
         if not self._is_open():
             return
         for _ in range(RECEIVE_SLICE):
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            # Asking first is cheaper than the exception of a receive in vain.
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
-            self._on_parts(parts)
+            self._on_parts(self._socket.recv_multipart(zmq.NOBLOCK))
             if not self._is_open():
                 return
         self._drain_handle = self._loop.call_soon(self._drain)

@@ -128,8 +128,7 @@ class Session:
             recipient_incarnation=recipient,
             sent_unix_ns=self._unix_ns(),
         )
-        self.metrics.messages.labels(edge.name, "out", arm).inc()
-        self.metrics.bytes.labels(edge.name, "out").inc(len(data))
+        self.metrics.count(edge.name, "out", arm, len(data))
         return data
 
     def parse(self, edge_name: str, parts: Parts) -> Any | None:
@@ -139,7 +138,6 @@ class Session:
         except ProtocolError as error:
             self.drop(edge_name, "undecodable", str(error))
             return None
-        self.metrics.bytes.labels(edge_name, "in").inc(sum(len(part) for part in parts))
         return message
 
     def drop(self, edge_name: str, reason: str, detail: str = "") -> None:
@@ -162,7 +160,7 @@ class Session:
 
     def deliver(self, peer: Peer, message: Any, arm: str, parts: Parts) -> None:
         """Hand a work message to the service: the one per-message boundary. A failing handler loses the message, not the link."""
-        self.metrics.messages.labels(peer.edge.name, "in", arm).inc()
+        self.metrics.count(peer.edge.name, "in", arm, sum(map(len, parts)))
         try:
             self.handler.on_message(peer, message, [memoryview(part) for part in parts[1:]])
         except HeadraceError as error:
