@@ -1,0 +1,133 @@
+"""A real `headrace serve` for tests: free ports, a run directory of its own, and the real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.process_tree import processes_marked, wait_until
+
+READY_TIMEOUT_S = 120
+
+
+class Server:
+    """One running tree. Use as a context manager; leaving it stops the tree and checks that nothing is left."""
+
+    def __init__(self, model_store: Path, **settings: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="hr-", dir="/tmp"))
+        self.run_directory = self.directory / "run"
+        self.trace_file = self.directory / "spans.jsonl"
+        self.stderr_file = self.directory / "stderr.log"
+        self.mark = f"HEADRACE_RUN_DIRECTORY={self.run_directory}"
+        self.settings = {
+            "model_store": str(model_store),
+            "run_directory": str(self.run_directory),
+            "router_http_port": "0",
+            "router_grpc_port": "0",
+            "telemetry_log_output": "json",
+            **{f"telemetry_{name}_metrics_port": "0" for name in ("router", "tokenizer", "scheduler", "worker", "detokenizer")},
+            **settings,
+        }
+        self.http = ""
+        self.grpc = ""
+        self.stdout_lines: list[str] = []
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """The supervisor."""
+        assert self._process is not None
+        return self._process
+
+    def start(self) -> Server:
+        """Start and wait for the ready line."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
+        environment |= {f"HEADRACE_{name.upper()}": value for name, value in self.settings.items()}
+        with self.stderr_file.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "headrace.cli.main", "serve"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+                cwd=self.directory,
+            )
+        threading.Thread(target=self._read_stdout, daemon=True).start()
+        wait_until(
+            lambda: self.http or self.process.poll() is not None, READY_TIMEOUT_S, f"ready line; stderr:\n{self.stderr_tail()}"
+        )
+        if not self.http:
+            raise AssertionError(f"ended with {self.process.returncode} before it was ready:\n{self.stderr_tail()}")
+        return self
+
+    def __enter__(self) -> Server:
+        try:
+            return self.start()
+        except BaseException:
+            self.kill_all()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop()
+        finally:
+            self.kill_all()
+
+    def stop(self) -> int:
+        """Ctrl-C; returns the exit status. A tree that does not end is killed and fails the test."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def kill_all(self) -> None:
+        """End whatever is left, by pid."""
+        for pid in processes_marked(self.mark):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if self._process is not None:
+            self._process.wait(10)
+
+    def tree(self) -> dict[int, str]:
+        """Live processes of the tree by pid, as /proc shows them."""
+        return processes_marked(self.mark)
+
+    def pid_of(self, what: str) -> int:
+        """The one process whose command line holds `what`."""
+        found = [pid for pid, command in self.tree().items() if what in command]
+        assert len(found) == 1, (what, self.tree())
+        return found[0]
+
+    def stderr_tail(self, num_bytes: int = 4000) -> str:
+        """The end of what the tree wrote to stderr."""
+        return self.stderr_file.read_text(errors="replace")[-num_bytes:] if self.stderr_file.exists() else ""
+
+    def spans(self) -> list[dict[str, Any]]:
+        """All finished spans, when `telemetry_trace_file` is `self.trace_file`."""
+        return [json.loads(line) for line in self.trace_file.read_text().splitlines()] if self.trace_file.exists() else []
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples on the router's /metrics."""
+        with urllib.request.urlopen(f"{self.http}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+    def _read_stdout(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.stdout_lines.append(line.rstrip())
+            if line.startswith("headrace ready: "):
+                _, _, addresses = line.partition(": ")
+                http, grpc = addresses.split()
+                self.grpc = grpc.removeprefix("grpc://")
+                self.http = http

@@ -1,0 +1,149 @@
+"""The main job: real answers over HTTP and gRPC, through five processes, with one trace."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+import openai
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from tests.e2e.process_tree import wait_until
+from tests.e2e.server import Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = "What is the capital of France?"
+SERVICES = {"headrace.router", "headrace.tokenizer", "headrace.scheduler", "headrace.worker", "headrace.detokenizer"}
+
+
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def test_five_services_run_as_processes_of_their_own(server: Server) -> None:
+    commands = " ".join(server.tree().values())
+    for service in ("router", "tokenizer", "scheduler", "worker", "detokenizer"):
+        assert f"services.{service}" in commands
+
+
+def test_openai_client_gets_a_sensible_streamed_answer(server: Server) -> None:
+    stream = client(server).chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=48,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert "Paris" in text
+    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 3
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] in ("stop", "length")
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.prompt_tokens > 10
+    assert usage.completion_tokens > 3
+
+
+def test_whole_answer_equals_the_streamed_one(server: Server) -> None:
+    arguments: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "temperature": 0, "max_tokens": 24}
+    whole = client(server).completions.create(**arguments)
+    pieces = list(client(server).completions.create(**arguments, stream=True))
+    assert whole.choices[0].text == "".join(piece.choices[0].text for piece in pieces if piece.choices)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    assert whole.choices[0].finish_reason == "length"
+
+
+def test_stop_string_ends_the_text_before_it(server: Server) -> None:
+    arguments: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "temperature": 0, "max_tokens": 40}
+    free = client(server).completions.create(**arguments).choices[0].text
+    stop = free[len(free) // 2 : len(free) // 2 + 3]
+    stopped = client(server).completions.create(**arguments, stop=[stop]).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free[: free.index(stop)]
+
+
+def test_seeded_sampling_repeats_itself(server: Server) -> None:
+    arguments: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "A story about a fox:",
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "max_tokens": 16,
+    }
+    texts = [client(server).completions.create(**arguments, seed=seed).choices[0].text for seed in (7, 7, 8)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_models_are_listed(server: Server) -> None:
+    assert [model.id for model in client(server).models.list()] == [MODEL]
+
+
+def test_reflection_lists_services_and_streams_tokens(server: Server) -> None:
+    """Goal: a client that has no stubs of ours. Method: descriptors come from the server, messages are made from them."""
+    with grpc.insecure_channel(server.grpc) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {"headrace.v1.Inference", "grpc.health.v1.Health"} <= set(database.get_services())
+        pool = DescriptorPool(database)
+        chat = pool.FindServiceByName("headrace.v1.Inference").FindMethodByName("Chat")
+        request_class, response_class = GetMessageClass(chat.input_type), GetMessageClass(chat.output_type)
+        request = request_class()
+        turn = request.prompt.messages.add()
+        turn.role, turn.content = "user", QUESTION
+        request.sampling.temperature = 0
+        request.stopping.max_tokens = 48
+        call = channel.unary_stream(
+            "/headrace.v1.Inference/Chat",
+            request_serializer=request_class.SerializeToString,
+            response_deserializer=response_class.FromString,
+        )
+        pieces = list(call(request, timeout=120))
+        assert "Paris" in "".join(piece.content for piece in pieces)
+        assert len(pieces) > 3
+        assert pieces[-1].usage.num_output_tokens == sum(len(piece.token_ids) for piece in pieces)
+        status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10).status
+        assert status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_one_trace_covers_the_request_through_five_processes(server: Server) -> None:
+    """Goal: one trace whose spans come from five processes and cover at least 95 % of the wall time, the request's own span left out."""
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    answer = client(server).chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=32,
+        temperature=0,
+        extra_headers={"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"},
+    )
+    assert answer.choices[0].message.content
+
+    def spans() -> list[dict[str, Any]]:
+        return [span for span in server.spans() if span["trace_id"] == trace_id]
+
+    wait_until(lambda: {span["service"] for span in spans()} == SERVICES, 15, "spans of all five services")
+    time.sleep(0.5)
+    found = spans()
+    ids = {span["span_id"] for span in found}
+    roots = [span for span in found if span["parent_id"] not in ids]
+    assert [root["parent_id"] for root in roots] == ["00f067aa0ba902b7"], [span["name"] for span in roots]
+    root = roots[0]
+    whole_operation = {root["span_id"]} | {span["span_id"] for span in found if span["name"].startswith("chat ")}
+    inner = sorted((s["start_unix_ns"], s["end_unix_ns"]) for s in found if s["span_id"] not in whole_operation)
+    covered, reached = 0, root["start_unix_ns"]
+    for start, end in inner:
+        first, last = max(start, reached), min(end, root["end_unix_ns"])
+        if last > first:
+            covered, reached = covered + last - first, last
+    share = covered / (root["end_unix_ns"] - root["start_unix_ns"])
+    print(f"\nspans cover {share:.2%} of the request")
+    assert share >= 0.95, [(span["name"], span["start_unix_ns"] - root["start_unix_ns"]) for span in found]
