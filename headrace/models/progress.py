@@ -13,11 +13,11 @@ _NUM_LINES: Final = 10
 _MEGABYTE: Final = 1_000_000
 
 
-class Step(Protocol):
-    """One step of known size, under way."""
+class Stage(Protocol):
+    """One stage of known size, under way."""
 
     def advance_to(self, done_bytes: int) -> None:
-        """Say how many bytes of the step are done."""
+        """Say how many bytes of the stage are done."""
 
 
 class PullProgress(Protocol):
@@ -26,8 +26,8 @@ class PullProgress(Protocol):
     def note(self, text: str) -> None:
         """Show one line."""
 
-    def step(self, what: str, total_bytes: int) -> AbstractContextManager[Step]:
-        """Open a step, for a `with` statement."""
+    def stage(self, what: str, total_bytes: int) -> AbstractContextManager[Stage]:
+        """Open a stage, for a `with` statement."""
 
 
 class SilentProgress:
@@ -37,9 +37,9 @@ class SilentProgress:
         """Drop the line."""
 
     @contextmanager
-    def step(self, what: str, total_bytes: int) -> Iterator[Step]:
-        """Open a step that nobody sees."""
-        yield _SilentStep()
+    def stage(self, what: str, total_bytes: int) -> Iterator[Stage]:
+        """Open a stage that nobody sees."""
+        yield _SilentStage()
 
 
 class ConsoleProgress:
@@ -57,22 +57,22 @@ class ConsoleProgress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def step(self, what: str, total_bytes: int) -> Iterator[Step]:
+    def stage(self, what: str, total_bytes: int) -> Iterator[Stage]:
         """Draw a bar, or print lines, until the `with` block ends."""
         if not self._console.is_terminal:
-            yield _LineStep(self, what, total_bytes)
+            yield _LineStage(self, what, total_bytes)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=self._console) as bars:
-            yield _BarStep(bars, what, total_bytes)
+            yield _BarStage(bars, what, total_bytes)
 
 
-class _SilentStep:
+class _SilentStage:
     def advance_to(self, done_bytes: int) -> None:
         """Nobody looks."""
 
 
-class _BarStep:
+class _BarStage:
     def __init__(self, bars: Progress, what: str, total_bytes: int) -> None:
         self._bars = bars
         self._task = bars.add_task(what, total=total_bytes)
@@ -81,7 +81,7 @@ class _BarStep:
         self._bars.update(self._task, completed=done_bytes)
 
 
-class _LineStep:
+class _LineStage:
     def __init__(self, progress: ConsoleProgress, what: str, total_bytes: int) -> None:
         self._progress = progress
         self._what = what

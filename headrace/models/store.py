@@ -128,7 +128,7 @@ def describe(directory: Path) -> ModelDescription:
     config = load_model_config(directory)
     tokenizer_config = load_tokenizer_config(directory)
     if not (directory / TOKENIZER_FILE).is_file():
-        raise ModelError(f"{directory / TOKENIZER_FILE}: missing; pull the model again")
+        raise ModelError(f"{directory / TOKENIZER_FILE}: missing; pull the model again, or another that has this file")
     weights = open_weights(directory)
     check_complete(weights, config, directory)
     by_dtype: Counter[str] = Counter()

@@ -275,8 +275,8 @@ class TestCatalogue:
     @staticmethod
     def fake_pip(monkeypatch, program):
         def start(command, **options):
-            assert command[1:3] == ["-m", "headrace.models.pip_child"]
-            return REAL_POPEN([command[0], "-c", program, *command[3:]], **options)
+            assert command[1:4] == ["-P", "-m", "headrace.models.pip_child"]
+            return REAL_POPEN([command[0], "-c", program, *command[4:]], **options)
 
         monkeypatch.setattr(fetch.subprocess, "Popen", start)
 
@@ -348,15 +348,15 @@ def test_catalogue_entry_is_consistent():
 
 def test_progress_on_a_terminal_is_a_bar_and_elsewhere_lines():
     lines = NotingProgress()
-    with lines.step("downloading x", 1000) as step:
+    with lines.stage("downloading x", 1000) as stage:
         for done in range(0, 1001, 50):
-            step.advance_to(done)
+            stage.advance_to(done)
     assert lines.text.splitlines()[0] == "downloading x: 10 % (0.0 of 0.0 MB)"
     assert len(lines.text.splitlines()) == 10
 
     bar = NotingProgress(terminal=True)
-    with bar.step("downloading x", 1000) as step:
-        step.advance_to(1000)
+    with bar.stage("downloading x", 1000) as stage:
+        stage.advance_to(1000)
     assert "downloading x" in bar.text
     assert "━" in bar.text
 
