@@ -34,10 +34,10 @@ def messages_of(proto: str) -> dict[str, Descriptor]:
     return dict(importlib.import_module(f"headrace.v1.{proto}_pb2").DESCRIPTOR.message_types_by_name)
 
 
-def scalar(field: FieldDescriptor, seed: int) -> Any:
-    """Return a value of the field's type that is not its default and differs from field to field."""
+def scalar(field: Any, seed: int) -> Any:
+    """Return a value of a field descriptor's type that is not its default and differs from field to field."""
     value = field.number * 7 + seed + 1
-    if field.type == FieldDescriptor.TYPE_ENUM:
+    if field.enum_type is not None:
         return field.enum_type.values[1 + seed % (len(field.enum_type.values) - 1)].number
     if field.type == FieldDescriptor.TYPE_STRING:
         return f"{field.name} {value}: ü€𝄞"
