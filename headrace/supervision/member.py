@@ -71,6 +71,7 @@ class Member:
         self._is_last_life = False
         self._process: Process | None = None
         self._state: State | None = None
+        self._has_started = False
         self._watch: ProgressWatch | None = None
         self._num_lives = 0
 
@@ -105,8 +106,9 @@ class Member:
         """One life from spawn to nothing left; True when another one shall follow."""
         self._num_lives += 1
         self._state = None
+        self._has_started = False
         self._watch = ProgressWatch(
-            start_timeout_s=self.spec.start_timeout_s or self._limits.start_timeout_s,
+            start_timeout_s=_first_given(self.spec.start_timeout_s, self._limits.start_timeout_s),
             stall_timeout_s=self.spec.stall_timeout_s,
             now_ns=time.monotonic_ns(),
         )
@@ -167,6 +169,7 @@ class Member:
         if notification.state is State.STARTED and self._state is State.STARTING:
             self._watch.on_started(now_ns)
             self._policy.on_started(now_ns)
+            self._has_started = True
             self.started.set()
         self._tell(notification.state, notification.detail)
 
@@ -178,7 +181,7 @@ class Member:
         self._callbacks.state(self.spec.name, state, detail)
 
     async def _stop(self, process: Process, reason: str) -> None:
-        drain_deadline_s = self.spec.drain_deadline_s or self._limits.drain_deadline_s
+        drain_deadline_s = _first_given(self.spec.drain_deadline_s, self._limits.drain_deadline_s)
         term_deadline_s = self._limits.term_deadline_s
         async with asyncio.TaskGroup() as group:
             stopping = group.create_task(
@@ -208,10 +211,6 @@ class Member:
             while process.returncode is None and self._stop_reason is None:
                 await self._sleep(None)
 
-    @property
-    def _has_started(self) -> bool:
-        return self._state not in (None, State.STARTING)
-
     def _tell_end(self, reason: str, *, is_clean: bool) -> None:
         final = State.STOPPED if is_clean else State.FAILED
         if self._state not in (State.STOPPED, State.FAILED) or self._state is not final:
@@ -221,7 +220,7 @@ class Member:
         """An end that nobody asked for: report it, and wait for the next life if there is to be one."""
         returncode = process.returncode if process is not None else None
         lines = process.stderr_lines if process is not None else []
-        has_started, said = self._has_started, self._state
+        said = self._state
         self._process = None
         # Told to stop by someone else's SIGTERM, it said so and ended well: that is no failure.
         is_clean = returncode == 0 and said in (State.DRAINING, State.STOPPED)
@@ -232,7 +231,7 @@ class Member:
         is_first_start = not self.started.is_set()
         status = _fatal_status(
             returncode=returncode,
-            has_started=has_started,
+            has_started=self._has_started,
             is_first_start=is_first_start,
             restart=self.spec.restart,
             is_clean=is_clean,
@@ -258,6 +257,10 @@ class Member:
         until = time.monotonic() + delay_s
         while not self._is_last_life and (rest_s := until - time.monotonic()) > 0:
             await self._sleep(rest_s)
+
+
+def _first_given(own_s: float | None, default_s: float) -> float:
+    return default_s if own_s is None else own_s
 
 
 def _fatal_status(

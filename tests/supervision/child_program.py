@@ -46,6 +46,8 @@ def main() -> int:
     time.sleep(behaviour.get("start_s", 0.0))
     flood(behaviour.get("flood_bytes", 0))
     if "exit_before_started" in behaviour:
+        if attachment is not None and behaviour.get("says_failed"):
+            attachment.notifier.state(State.FAILED, "told before the end")
         return behaviour["exit_before_started"]
     if attachment is not None:
         for number in range(behaviour.get("load_steps", 0)):

@@ -57,7 +57,8 @@ class Tree:
         self.stderr_path = directory / f"stderr-{self.tag}"
         self.specs: list[dict] = []
         self.limits: dict = {"drain_deadline_s": 10.0, "term_deadline_s": 1.0, "start_timeout_s": 30.0}
-        self.uvloop = False
+        self.options: dict = {}
+        """More for the plan of tree_program.py."""
         self.popen: subprocess.Popen[bytes] | None = None
 
     def add(self, name: str, *, argv: list[str] | None = None, spec: dict | None = None, **behaviour: object) -> None:
@@ -73,7 +74,7 @@ class Tree:
             "limits": self.limits,
             "run_directory": str(self.run_directory),
             "states_path": str(self.states_path),
-            "uvloop": self.uvloop,
+            **self.options,
         }
         plan_path = self.directory / f"plan-{self.tag}.json"
         plan_path.write_text(json.dumps(plan))

@@ -85,7 +85,9 @@ def test_each_killed_process_is_back_and_its_descendants_are_gone(tree):
         tree.add(name, grandchild=True, daemon=True)
     tree.start()
     tree.wait_ready()
-    num_processes = len(tree.pids())
+    # The supervisor, its guard; of each process itself and two shells that each run a sleep.
+    num_processes = 2 + 3 * 5
+    tree.wait_until(lambda: len(tree.pids()) == num_processes, "all processes")
     for name in ("router", "scheduler", "worker"):
         before = set(tree.pids())
         victim = tree.child_pid(name)

@@ -28,7 +28,7 @@ def test_a_stop_signal_ends_everything_with_status_0_and_nothing_left(tree, sign
 
 
 def test_it_also_runs_on_uvloop(tree):
-    tree.uvloop = True
+    tree.options["uvloop"] = True
     tree.add("router", stderr="hello\n", daemon=True)
     tree.start()
     tree.wait_ready()
@@ -78,9 +78,11 @@ def test_a_killed_process_fails_the_first_start_with_its_signal_named(tree):
     assert "router: killed by SIGKILL before it was started" in tree.stderr()
 
 
-def test_a_config_error_of_a_child_is_the_exit_status_and_the_last_line(tree):
+@pytest.mark.parametrize("says_failed", [False, True])
+def test_a_config_error_of_a_child_is_the_exit_status_and_the_last_line(tree, says_failed):
+    says = {"exit_before_started": 2, "says_failed": says_failed, "stderr": "port must be below 65536, got 70000\n"}
     tree.add("steady")
-    tree.add("router", spec={"start_after": ["steady"]}, exit_before_started=2, stderr="port must be below 65536, got 70000\n")
+    tree.add("router", spec={"start_after": ["steady"]}, **says)
     tree.start()
     assert tree.wait() == 2
     assert tree.stderr().splitlines()[-1] == "port must be below 65536, got 70000"
@@ -178,6 +180,17 @@ def test_a_closed_stderr_of_the_supervisor_does_no_harm(tree):
     tree.wait_ready()
     tree.signal(signal.SIGTERM)
     assert tree.wait() == 0
+
+
+def test_an_error_of_the_supervisor_itself_ends_everything_and_is_not_hidden(tree):
+    tree.options["fails_at_ready"] = True
+    tree.add("router", grandchild=True, daemon=True)
+    tree.add("worker", ignore_sigterm=True)
+    tree.start()
+    assert tree.wait() == 1
+    assert "the callback failed" in tree.stderr()
+    assert tree.pids() == {}
+    assert not tree.run_directory.exists()
 
 
 def test_attach_outside_a_supervisor_changes_nothing(tmp_path):

@@ -22,6 +22,8 @@ def main() -> int:
     def on_state(name: str, state: State, detail: str) -> None:
         with open(plan["states_path"], "a") as states:
             states.write(json.dumps([name, state.value, detail]) + "\n")
+        if state is State.READY and plan.get("fails_at_ready"):
+            raise OSError("the callback failed")
 
     async def run() -> int:
         specs = [ProcessSpec(**{**spec, "start_after": tuple(spec.get("start_after", ()))}) for spec in plan["specs"]]

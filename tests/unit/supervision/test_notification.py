@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import ProtocolError
@@ -22,6 +22,7 @@ counters = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(
     state=st.none() | st.sampled_from(State),
     detail=st.text(max_size=3000),
@@ -62,6 +63,7 @@ def test_a_bad_notification_is_refused_with_its_reason(data, says):
         decode_notification(data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_but_a_protocol_error(data):
     try:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 
 from headrace.supervision.process_table import ProcessEntry, descendants, kill_entry, read_entry, read_marks, read_table
 
@@ -37,13 +38,22 @@ def test_no_process_no_entry_and_no_marks():
 
 
 def test_marks_are_read_and_a_kill_hits_only_the_process_that_was_meant():
-    with subprocess.Popen(["sleep", "1000"], env={"PATH": os.environ["PATH"], "HEADRACE_SUPERVISION_MARK": "a:x.1/b:y.2"}) as child:
-        found = read_entry(child.pid)
-        assert found is not None
-        assert read_marks(child.pid) == ("a:x.1", "b:y.2")
-        found.start_ticks += 1
-        assert not kill_entry(found), "another process that has got the pid"
-        found.start_ticks -= 1
-        assert kill_entry(found)
-        assert child.wait() == -signal.SIGKILL
-        assert not kill_entry(found)
+    env = {"PATH": os.environ["PATH"], "HEADRACE_SUPERVISION_MARK": "a:x.1/b:y.2"}
+    with subprocess.Popen(["sleep", "1000"], env=env) as child:
+        try:
+            found = read_entry(child.pid)
+            assert found is not None
+            for _ in range(1000):
+                # Right after exec the new environment is not in its place yet.
+                if marks := read_marks(child.pid):
+                    break
+                time.sleep(0.001)
+            assert marks == ("a:x.1", "b:y.2")
+            found.start_ticks += 1
+            assert not kill_entry(found), "another process that has got the pid"
+            found.start_ticks -= 1
+            assert kill_entry(found)
+            assert child.wait() == -signal.SIGKILL
+            assert not kill_entry(found)
+        finally:
+            child.kill()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.supervision.progress_watch import ProgressWatch
@@ -73,6 +73,7 @@ def test_busy_with_moving_counters_is_fine():
         assert one.verdict(second * NS) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8 * NS), st.integers(0, 2), st.booleans(), st.booleans()), max_size=40))
 def test_a_verdict_comes_exactly_at_the_deadline_whatever_was_heard(events):
     one = watch()

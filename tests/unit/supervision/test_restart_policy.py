@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.supervision.limits import SupervisionLimits
@@ -49,6 +49,7 @@ def test_a_life_that_never_started_is_not_healthy_however_long():
     assert policy.on_exit(99 * NS) == pytest.approx(0.2)
 
 
+@settings(deadline=None)
 @given(num_before=st.integers(0, 10**9), initial_s=st.floats(1e-6, 1e6), factor=st.floats(1, 1e9))
 def test_backoff_never_overflows_or_leaves_its_bounds(num_before, initial_s, factor):
     max_s = initial_s * factor
@@ -57,6 +58,7 @@ def test_backoff_never_overflows_or_leaves_its_bounds(num_before, initial_s, fac
     assert delay_s <= backoff_s(num_before + 1, initial_s=initial_s, max_s=max_s)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40 * NS), st.booleans()), max_size=60))
 def test_never_more_restarts_in_a_window_than_allowed_and_delays_match_a_plain_model(lives):
     """Goal: the sliding window and the reset hold for any history. Method: a list of all granted restarts as the model."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.supervision.stderr_relay import (
@@ -14,6 +14,7 @@ from headrace.supervision.stderr_relay import (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=30))
 def test_nothing_is_lost_and_the_last_lines_are_kept_however_the_output_is_cut(chunks):
     tail = StderrTail(5)
@@ -24,6 +25,7 @@ def test_nothing_is_lost_and_the_last_lines_are_kept_however_the_output_is_cut(c
     assert tail.lines == [line.decode("utf-8", "replace").rstrip("\r") for line in expected]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([b"\n", b"a" * 10_000, b"b" * 70_000 + b"\n", b"\xff" * 300 + b"\n"]), max_size=40))
 def test_what_is_kept_stays_within_its_bounds(chunks):
     tail = StderrTail(5)
