@@ -160,13 +160,3 @@ def test_generated_code_is_not_tracked() -> None:
         pytest.skip("not a git checkout")
     done = subprocess.run(["git", "ls-files", "headrace/v1"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == ""
-
-
-@pytest.mark.parametrize(
-    "target",
-    ["help", "setup", "up", "test", "lint", "typecheck", "proto", "check", "fmt", "bench", "compose-test", "clean"],
-)
-def test_make_help_has_one_line_for_each_target(target: str) -> None:
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
-    (line,) = [line for line in done.stdout.splitlines() if line.split()[:2] == ["make", target]]
-    assert len(line.split()) > 3
