@@ -7,7 +7,7 @@ shell (service.py) hands in messages with a time and sends what the outboxes hol
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from headrace.errors import OverloadedError, ProtocolError
@@ -77,6 +77,31 @@ class Batch:
         if len(self.token_ids) != num_tokens:
             raise ProtocolError(f"token batch: {len(self.token_ids)} token_ids where num_tokens says {num_tokens}")
 
+    def split(self, tokens_max: int) -> Iterator[Batch]:
+        """Cut the batch between streams so that no part has more than `tokens_max` tokens, unless one stream alone has."""
+        if len(self.token_ids) <= tokens_max:
+            yield self
+            return
+        begin = begin_token = end_token = 0
+        for end in range(len(self.stream_ids)):
+            num_tokens = self.num_tokens[end] if self.num_tokens else 1
+            if end > begin and end_token + num_tokens - begin_token > tokens_max:
+                yield self._part(slice(begin, end), slice(begin_token, end_token))
+                begin, begin_token = end, end_token
+            end_token += num_tokens
+        yield self._part(slice(begin, len(self.stream_ids)), slice(begin_token, end_token))
+
+    def _part(self, streams: slice, tokens: slice) -> Batch:
+        return Batch(
+            self.stream_ids[streams],
+            self.first_positions[streams],
+            self.token_ids[tokens],
+            self.num_tokens[streams],
+            self.finish_reasons[streams],
+            self.num_stop_tokens[streams],
+            self.num_cached_tokens[streams],
+        )
+
 
 @dataclass(slots=True)
 class BatchEffects:
@@ -135,30 +160,37 @@ class StreamTable:
         """Begin a stream, or begin it again; tokens that came before it are taken now.
 
         Raises:
-            OverloadedError: There are too many streams. The stream's end with an error waits in the outbox.
+            OverloadedError: There are too many streams. Nothing was opened: `refuse` tells the router.
             ProtocolError: The history is shorter than it claims. Likewise.
         """
+        former = self._streams.get(start.stream_id)
+        if former is None and len(self._streams) >= self._limits.streams_max:
+            raise OverloadedError(f"detokenizer: {len(self._streams)} streams are open, the most that streams_max allows")
+        if start.num_output_tokens > len(start.history):
+            raise ProtocolError(
+                f"open_stream: num_output_tokens is {start.num_output_tokens} but the history has {len(start.history)} tokens"
+            )
         self._forget(start.stream_id)
         self._over.pop(start.stream_id, None)
         table = self._table_without_special if start.skip_special_tokens else self._table
         matcher = StopMatcher(start.stops, include_stop=start.include_stop) if any(start.stops) else None
-        stream = Stream(start.stream_id, owner, IncrementalDecoder(table), matcher)
-        is_full = len(self._streams) >= self._limits.streams_max
-        self._streams[start.stream_id] = stream
+        stream = self._streams[start.stream_id] = Stream(start.stream_id, owner, IncrementalDecoder(table), matcher)
+        if former is not None and former.owner == owner:
+            # Begun again because of a gap: tokens already on their way show the same gap once more, which is no news.
+            stream.gap_told_ns = former.gap_told_ns
         effects = BatchEffects()
-        if is_full or start.num_output_tokens > len(start.history):
-            stream.fail()
-            self.outbox(owner).add(stream)
-            if is_full:
-                raise OverloadedError(f"detokenizer: {self._limits.streams_max} streams are open, the most streams_max allows")
-            raise ProtocolError(
-                f"open_stream: num_output_tokens is {start.num_output_tokens} but the history has {len(start.history)} tokens"
-            )
         if stream.resume(start.history, num_output_tokens=start.num_output_tokens, num_sent_chars=start.num_sent_chars):
             self._to_send(stream, effects)
         for entry in self._pending.pop(start.stream_id):
             self._take(start.stream_id, entry, effects, now_ns=now_ns)
         return effects
+
+    def refuse(self, stream_id: int, *, owner: int) -> None:
+        """End a stream that was not opened with an error, which waits in the outbox."""
+        self._forget(stream_id)
+        stream = self._streams[stream_id] = Stream(stream_id, owner, IncrementalDecoder(self._table), None)
+        stream.fail()
+        self.outbox(owner).add(stream)
 
     def close(self, stream_ids: Sequence[int], *, owner: int) -> list[int]:
         """Forget a router's streams; give those that were open. Another router's and unknown ones are left alone."""

@@ -235,21 +235,23 @@ def test_streams_of_several_routers_go_to_their_own(streams: StreamTable, table:
     assert readers[OTHER_ROUTER].texts == {1: "b", 3: "d", 5: "f"}
 
 
-def test_too_many_streams_end_the_new_one_with_an_error(table: TokenTable) -> None:
+def test_too_many_streams_are_refused_with_an_error(table: TokenTable) -> None:
     streams = StreamTable(table, StreamLimits(streams_max=1))
     reader = Reader(streams)
     _open(streams)
     with pytest.raises(OverloadedError, match="1 streams are open"):
         _open(streams, stream_id=2)
+    streams.refuse(2, owner=ROUTER)
     reader.read()
     assert reader.ends == {2: ERROR}
     assert len(streams) == 1
 
 
-def test_a_history_shorter_than_it_claims_ends_the_stream_with_an_error(streams: StreamTable) -> None:
+def test_a_history_shorter_than_it_claims_is_refused_with_an_error(streams: StreamTable) -> None:
     reader = Reader(streams)
     with pytest.raises(ProtocolError, match="num_output_tokens is 3 but the history has 1"):
         _open(streams, history=[1], num_output_tokens=3)
+    streams.refuse(STREAM, owner=ROUTER)
     reader.read()
     assert reader.ends == {STREAM: ERROR}
 
@@ -367,3 +369,20 @@ def test_text_tokens_and_end_do_not_depend_on_the_batches(
             reader.read()
         results.append((reader.texts, reader.tokens, reader.ends))
     assert results[0] == results[1]
+
+
+def test_beginning_again_after_a_gap_does_not_tell_the_same_gap_at_once(streams: StreamTable, table: TokenTable) -> None:
+    reader = Reader(streams)
+    ids = _ids(table, "abcdef")
+    _open(streams)
+    _give(streams, 0, ids[:1])
+    reader.read()
+    assert _give(streams, 2, ids[2:3]).num_gaps == 1
+    _open(streams, history=ids[:1], num_output_tokens=1, num_sent_chars=1)
+    # Sent before the scheduler was told to send again.
+    assert _give(streams, 3, ids[3:4], now_ns=5).num_gaps == 0
+    _give(streams, 1, ids[1:5], now_ns=6)
+    reader.read()
+    assert reader.texts[STREAM] == "abcde"
+    # A new gap is news.
+    assert _give(streams, 6, ids[5:], now_ns=7).num_gaps == 1
