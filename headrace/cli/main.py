@@ -1,4 +1,4 @@
-"""The `headrace` command. Options of `serve`, `run` and `config` are made from the settings themselves: there is one list of them."""
+"""The `headrace` command. Options of `serve`, `run` and `config` are made from the settings: there is one list of them."""
 
 from __future__ import annotations
 
@@ -180,8 +180,9 @@ def models_list(store: str | None) -> None:
 @_store_option
 def models_show(name: str, store: str | None) -> None:
     """Describe one model."""
+    from headrace.models.description import describe
     from headrace.models.inspect import show_rows
-    from headrace.models.store import describe, resolve
+    from headrace.models.store import resolve
 
     table = Table(box=None, show_header=False)
     for row in show_rows(describe(resolve(name, _store(store)))):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final
 
 from headrace.errors import ModelError
-from headrace.models.store import ModelDescription, describe, list_models
+from headrace.models.description import ModelDescription, describe
+from headrace.models.store import list_models
 
 LIST_HEADER: Final = ("name", "architecture", "parameters", "context", "weights", "size")
 """Column titles of `list_rows`."""

@@ -21,10 +21,11 @@ from tokenizers import Tokenizer
 from headrace.errors import ModelError
 from headrace.models import fetch
 from headrace.models.catalogue import CATALOGUE
+from headrace.models.description import describe
 from headrace.models.gguf_convert import write_hf_files
 from headrace.models.model_config import CONFIG_FILE, TOKENIZER_FILE
 from headrace.models.progress import PullProgress, SilentProgress
-from headrace.models.store import describe, directory_name, is_hub_id
+from headrace.models.store import directory_name, is_hub_id
 from headrace.models.weights import gguf_file_in
 
 _PARTIAL_PATTERN: Final = re.compile(r"\.(?P<name>.+)\.partial-\d+")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from headrace.models.description import describe
 from headrace.models.model_config import load_model_config, load_tokenizer_config
 from headrace.models.pull import pull
-from headrace.models.store import describe, list_models
+from headrace.models.store import list_models
 from headrace.models.weights import open_weights
 
 NAME = "smollm2-135m-instruct"

@@ -21,9 +21,10 @@ from headrace.errors import ModelError
 from headrace.models import fetch
 from headrace.models import pull as pull_module
 from headrace.models.catalogue import CATALOGUE, CatalogueEntry
+from headrace.models.description import describe
 from headrace.models.progress import ConsoleProgress
 from headrace.models.pull import pull
-from headrace.models.store import describe, list_models
+from headrace.models.store import list_models
 from headrace.models.weights import open_weights
 
 REAL_POPEN = fetch.subprocess.Popen

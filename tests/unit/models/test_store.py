@@ -7,9 +7,10 @@ import json
 import pytest
 
 from headrace.errors import ModelError
+from headrace.models.description import describe
 from headrace.models.inspect import LIST_HEADER, list_rows, short_count, show_rows
 from headrace.models.pull import pull
-from headrace.models.store import describe, directory_name, list_models, resolve
+from headrace.models.store import directory_name, list_models, resolve
 
 
 @pytest.fixture
