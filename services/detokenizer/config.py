@@ -25,7 +25,7 @@ class Settings(Section):
         default=8192, ge=1, description="Most tokens decoded in one turn of the event loop, so that heartbeats are never late."
     )
     resend_interval_s: float = Field(
-        0.01, gt=0, description="How often text for a router with a full queue is offered again, seconds."
+        default=0.01, gt=0, description="How often text for a router with a full queue is offered again, seconds."
     )
     repeat_after_s: float = Field(
         default=1.0, gt=0, description="After how long a gap or a stop that stands is told again, seconds."
