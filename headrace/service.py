@@ -163,7 +163,7 @@ def run_service(name: str) -> int:
         settings = settings_from_process()
         instance = settings.instance or f"{name}-{socket.gethostname()}"
         logs.configure(service=name, instance=instance, level=settings.telemetry.log_level, output=settings.telemetry.log_output)
-        uvloop.run(_Runner(name, instance, settings, attachment.notifier).run())
+        uvloop.run(_live(name, instance, settings, attachment.notifier))
     except (ConfigError, ModelError) as error:
         attachment.notifier.state(State.FAILED, error.message)
         print(f"headrace {name}: {error.message}", file=sys.stderr)
@@ -173,6 +173,11 @@ def run_service(name: str) -> int:
         print(f"headrace {name}: {error.code}: {error.message}", file=sys.stderr)
         return 1
     return 0
+
+
+async def _live(name: str, instance: str, settings: Settings, notifier: Notifier) -> None:
+    """Make everything inside the loop it runs on: a gRPC server, for one, belongs to the loop of its making."""
+    await _Runner(name, instance, settings, notifier).run()
 
 
 class _Runner:
