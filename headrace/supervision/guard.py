@@ -4,9 +4,9 @@ Why a process: whatever lives in a child can be killed before it acts (PR_SET_PD
 as `sleep` has neither lifeline nor parent death signal. Why one for the whole tree and not one a group: it needs only to know
 who belongs to the tree, which the mark in every environment tells (headrace/supervision/process_table.py), also for a child
 that was being spawned in that very moment or a daemon that left its group; and one interpreter without site packages costs
-about 9 MB resident, most of it shared pages, five would cost five times that. Sessions of children are told to it besides,
-for programs that write over their environment. Why a session of its own: a Ctrl-C or a kill of the supervisor's group must
-not reach it.
+about 9.7 MB resident of which 3.6 MB are its own (Python 3.11), five would cost five times that. Sessions of children are told
+to it besides, for programs that write over their environment. Why a session of its own: a Ctrl-C or a kill of the
+supervisor's group must not reach it.
 
 Protocol on its socket: it sends `.` when it stands; it reads lines `+<session>`, `-<session>` and `quit`. End of file without
 `quit` means that the supervisor is dead. Started by headrace/supervision/guard_handle.py; imports next to nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def main() -> int:
         behaviour = json.dumps({"tag": tag, "name": f"rank{rank}", "grandchild": True, "daemon": True})
         argv = [sys.executable, str(Path(__file__).with_name("child_program.py")), behaviour]
         specs.append(ProcessSpec(f"rank{rank}", argv, restart="never"))
-    return asyncio.run(Supervisor(specs, settings=SupervisionLimits(), on_state=on_state).run())
+    run_directory = Path(os.environ["HEADRACE_RUN_DIRECTORY"]) / "ranks"
+    supervisor = Supervisor(specs, settings=SupervisionLimits(), on_state=on_state, run_directory=run_directory)
+    return asyncio.run(supervisor.run())
 
 
 if __name__ == "__main__":
