@@ -337,7 +337,7 @@ class TokenizerService:
             if message.name:
                 turn["name"] = message.name
             turns.append(turn)
-        self._limits.check_text("".join(turn["content"] for turn in turns), "messages")
+        self._limits.check_text("".join(text for turn in turns for text in turn.values()), "messages")
         # Who asks to go on with a message does not ask for a new turn as well.
         is_opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
         return engine.renderer.render(turns, add_generation_prompt=is_opened, continue_final_message=chat.continue_final_message)
