@@ -2,8 +2,9 @@
 
     python -m bench.micro.scheduler [--json FILE]
 
-Two loads at each number of running sequences: `steady`, where all decode and nothing changes but the pages, and `churn`, where in every
-step one sequence ends and another enters. `waiting` more requests stand in the queue. Median and 99th percentile over the steps.
+Two loads at each number of running sequences: `steady`, where all decode and nothing changes but the pages, and `churn`, where in
+every step one sequence ends and another enters. `waiting` more requests stand in the queue. Median and 99th percentile over the
+steps.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Every decoding sequence gets one token in every step with rows, so when it will need its next page, and when it will reach its last
 token, is known as a step number as soon as it begins to decode. The clock counts those steps as ticks and keeps, for each tick to
-come, the sequences that need something then. It works on counts alone: a plan may be made before the result of the last one is back.
+come, the sequences that need something then. It works on counts alone: a plan may be made before the result of the last one is
+back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One lane: what the scheduler knows of one worker group.
 
-A lane owns its page pool, its slots and its running sequences: those still extending their prompt and those that decode. A sequence is
-admitted with pages for all its known tokens, so a prefill that has begun never waits for pages and only growing outputs can run out of
-them. What a step computes is decided by the planner; what came of it is applied by the results.
+A lane owns its page pool, its slots and its running sequences: those still extending their prompt and those that decode. A
+sequence is admitted with pages for all its known tokens, so a prefill that has begun never waits for pages and only growing
+outputs can run out of them. What a step computes is decided by the planner; what came of it is applied by the results.
 """
 
 from __future__ import annotations
@@ -127,8 +127,9 @@ class Lane:
     def can_admit(self, sequence: Sequence) -> bool:
         """Whether the sequence can enter now.
 
-        There must be a slot and pages for its tokens, and then still a page for each running sequence, or it would soon be preempted
-        again. No more prompt tokens are taken than the next step has budget for: what cannot start yet may start sooner elsewhere.
+        There must be a slot and pages for its tokens, and then still a page for each running sequence, or it would soon be
+        preempted again. No more prompt tokens are taken than the next step has budget for: what cannot start yet may start sooner
+        elsewhere.
         """
         if self.is_draining or not self.slots.num_free or not self.fits(sequence.num_tokens):
             return False

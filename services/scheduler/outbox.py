@@ -1,8 +1,9 @@
 """Where tokens go, and which of them have not gone yet.
 
-A target is one life of one detokenizer. While tokens cannot be handed to it (it is not connected yet, its queue is full, it died), the
-streams concerned are *behind* from an output position on. Nothing is copied for that: a sequence keeps all its tokens, and a finished
-one is kept until the rest of its output has gone, its router redirects or aborts it, or nobody has asked for `linger_s`.
+A target is one life of one detokenizer. While tokens cannot be handed to it (it is not connected yet, its queue is full, it
+died), the streams concerned are *behind* from an output position on. Nothing is copied for that: a sequence keeps all its tokens,
+and a finished one is kept until the rest of its output has gone, its router redirects or aborts it, or nobody has asked for
+`linger_s`.
 """
 
 from __future__ import annotations
@@ -103,9 +104,12 @@ class Outbox:
         """A batch could not be sent: its streams are behind from here, if they were not before."""
         behind = batch.target.behind
         for sequence, position in zip(batch.sequences, batch.first_positions, strict=True):
-            behind.setdefault(sequence, position)
             if sequence.status is Status.FINISHED:
+                # Nobody waits for the output of one that has been aborted since.
+                if not sequence.has_final_output:
+                    continue
                 self._kept[sequence.request_id] = sequence
+            behind.setdefault(sequence, position)
         self._targets.setdefault((batch.target.address, batch.target.incarnation), batch.target)
 
     def sent(self, target: Target) -> None:
@@ -148,6 +152,9 @@ class Outbox:
         """Drop finished sequences whose output could not be sent for too long."""
         for sequence in [kept for kept in self._kept.values() if now_ns - kept.finished_ns >= self._linger_ns]:
             self.drop_kept(sequence.request_id)
+        # Named by a request that was then refused.
+        for target in self:
+            self._forget_if_idle(target)
 
     def _drop_kept(self, sequence: Sequence) -> None:
         # A new request of the same id may be kept in its place.

@@ -1,7 +1,7 @@
 """Where a lane looks for KV it has already: the seam of the prefix cache.
 
-A lane asks its index when it admits a sequence. `NoPrefixes`, the only one so far, never finds anything, so all pages are either free
-or held by running sequences.
+A lane asks its index when it admits a sequence. `NoPrefixes`, the only one so far, never finds anything, so all pages are either
+free or held by running sequences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The scheduler's core: takes events and a time, gives plans and outcomes.
 
-It owns the requests, the waiting queue and the lanes, and says what happens to each request from its submission to its one end. It does
-no I/O, reads no clock and knows nothing of text: the service, the property tests and the simulator drive the same class.
+It owns the requests, the waiting queue and the lanes, and says what happens to each request from its submission to its one end.
+It does no I/O, reads no clock and knows nothing of text: the service, the property tests and the simulator drive the same class.
 
 `now_ns` is a monotonic clock in nanoseconds throughout, deadlines included.
 """
@@ -16,10 +16,9 @@ from headrace.errors import (
     HeadraceError,
     InvalidRequestError,
     NotFoundError,
-    ProtocolError,
     ReplicaDeadError,
-    UnavailableError,
 )
+from services.scheduler.admission import check_request, check_size
 from services.scheduler.deadlines import Deadlines
 from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.lanes import Lanes
@@ -82,6 +81,7 @@ class Scheduler:
         outbox: Where tokens go.
         counts: Running totals for metrics.
         model: Name of the model the lanes hold, also while there is none; empty before the first has joined.
+        vocab_size: The model's; token ids are below it.
     """
 
     def __init__(self, queue: WaitingQueue, outbox: Outbox) -> None:
@@ -90,7 +90,9 @@ class Scheduler:
         self.lanes = Lanes()
         self.counts = Counts()
         self.model = ""
+        self.vocab_size = 0
         self._max_prompt_tokens = 0
+        self._num_lanes_joined = 0
         self._requests: dict[str, Sequence] = {}
         self._streams: dict[int, Sequence] = {}
         self._deadlines = Deadlines()
@@ -119,12 +121,12 @@ class Scheduler:
             DeadlineExceededError: Its deadline is over.
         """
         self.abort([sequence.request_id], now_ns)
-        self._check(sequence, now_ns)
+        check_request(sequence, self.model, now_ns)
         sequence.queued_ns = now_ns
         if sequence.num_output_tokens and self._is_complete(sequence):
             self._finish_complete(sequence, now_ns)
             return
-        self._check_size(sequence)
+        check_size(sequence, self._max_prompt_tokens)
         self.queue.check_room(sequence.num_tokens, now_ns)
         self._requests[sequence.request_id] = sequence
         self._streams[sequence.stream_id] = sequence
@@ -154,19 +156,21 @@ class Scheduler:
             if sequence is not None:
                 self._end(sequence, FinishReason.STOP, now_ns)
 
-    def redirect(self, request_id: str, target: Target, from_position: int) -> None:
+    def redirect(self, request_id: str, target: Target, *, from_position: int, now_ns: int) -> None:
         """Send a request's tokens to another detokenizer, those from `from_position` on once more.
 
         Raises:
-            ReplicaDeadError: The request is not held here any more; it has to be submitted again.
-            ProtocolError: It has not got as many output tokens.
+            ReplicaDeadError: The request is not held here any more, or its router has got further than we; it has to be submitted
+            again.
         """
         sequence = self._requests.get(request_id) or self.outbox.kept(request_id)
         if sequence is None:
             raise ReplicaDeadError("scheduler: the request is not held here any more; submit it again")
         if from_position > sequence.num_output_tokens:
-            raise ProtocolError(
-                f"scheduler: redirect from output position {from_position} of a request with {sequence.num_output_tokens} output tokens"
+            self.abort([request_id], now_ns)
+            raise ReplicaDeadError(
+                f"scheduler: output position {from_position} was asked for and the request has {sequence.num_output_tokens} output "
+                "tokens here; submit it again"
             )
         self.outbox.redirect(sequence, target, from_position)
         if sequence.lane is not None:
@@ -198,12 +202,16 @@ class Scheduler:
         """
         if len(self.lanes) and capacity.model != self.model:
             raise InvalidRequestError(
-                f"scheduler: a lane with model {capacity.model!r} cannot join lanes with model {self.model!r}", param="capacity.model"
+                f"scheduler: a lane with model {capacity.model!r} cannot join lanes with model {self.model!r}",
+                param="capacity.model",
             )
         self.lane_lost(lane_id, now_ns)
         lane = Lane(lane_id, capacity)
+        # A worker that comes back in the same life must see no step id twice.
+        self._num_lanes_joined += 1
+        lane.last_step_id = self._num_lanes_joined << 32
         self.lanes.add(lane)
-        self.model = capacity.model
+        self.model, self.vocab_size = capacity.model, capacity.vocab_size
         self._max_prompt_tokens = self.lanes.largest_prompt()
         self._admit(now_ns)
         return lane
@@ -213,11 +221,7 @@ class Scheduler:
         lane = self.lanes.remove(lane_id)
         if lane is None:
             return
-        for sequence in reversed(list(lane.running())):
-            lane.release(sequence)
-            sequence.status = Status.WAITING
-            self.queue.add_front(sequence)
-            self.counts.num_requeued += 1
+        self._requeue(list(lane.running()))
         if len(self.lanes):
             self._max_prompt_tokens = self.lanes.largest_prompt()
         self._admit(now_ns)
@@ -240,7 +244,9 @@ class Scheduler:
         """Apply a step's result. Returns False when the lane waits for no such step: it is counted and ignored."""
         step = apply_result(lane, result)
         if step is None:
-            self.counts.num_ignored_results += 1
+            # Only freed slots were planned: some workers answer that, too.
+            if result.slots or result.failed_slots or result.unknown_slots:
+                self.counts.num_ignored_results += 1
             return False
         self.counts.num_steps += 1
         self.counts.num_ignored_rows += step.num_ignored_rows
@@ -250,30 +256,10 @@ class Scheduler:
             self._end(sequence, sequence.finish_reason, now_ns)
         for sequence, error in step.failed:
             self._end(sequence, FinishReason.ERROR, now_ns, error)
+        self._requeue(step.lost)
         return True
 
     # Inside
-
-    def _check(self, sequence: Sequence, now_ns: int) -> None:
-        if not self.model:
-            raise UnavailableError("scheduler: no worker has joined yet; retry later")
-        if sequence.model != self.model:
-            raise NotFoundError(f"scheduler: model {sequence.model!r} is not here, only {self.model!r}", param="model")
-        if 0 < sequence.deadline_ns <= now_ns:
-            raise DeadlineExceededError("scheduler: the request's deadline had passed when it arrived")
-        if sequence.stopping.max_tokens == 0:
-            raise InvalidRequestError("max_tokens must be at least 1, got 0", param="max_tokens")
-
-    def _check_size(self, sequence: Sequence) -> None:
-        num_tokens = sequence.num_tokens
-        if num_tokens < 1:
-            raise InvalidRequestError("the prompt must have at least 1 token, got 0", param="prompt")
-        if num_tokens > self._max_prompt_tokens:
-            raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens and model {self.model!r} takes at most {self._max_prompt_tokens} here, "
-                "so that one output token still fits the context length and the KV pages; shorten it",
-                param="prompt",
-            )
 
     def _is_complete(self, sequence: Sequence) -> bool:
         """Whether nothing is left to generate: a former life had its last token, or no lane can hold one more."""
@@ -282,6 +268,7 @@ class Scheduler:
     def _finish_complete(self, sequence: Sequence, now_ns: int) -> None:
         """End a sequence that has all its output already: only the finish is to be told."""
         sequence.finish_reason = FinishReason.LENGTH
+        sequence.has_final_output = True
         sequence.status = Status.FINISHED
         sequence.finished_ns = now_ns
         batch = StreamBatch(sequence.target, [sequence], [sequence.stream_id], [sequence.num_output_tokens], [], num_tokens=[0])
@@ -301,7 +288,8 @@ class Scheduler:
                 self._finish_complete(sequence, now_ns)
             elif sequence.num_tokens > self._max_prompt_tokens:
                 too_long = InvalidRequestError(
-                    f"the prompt has {sequence.num_tokens} tokens; the lanes that are left take {self._max_prompt_tokens}", param="prompt"
+                    f"the prompt has {sequence.num_tokens} tokens; the lanes that are left take {self._max_prompt_tokens}",
+                    param="prompt",
                 )
                 self._end(sequence, FinishReason.ERROR, now_ns, too_long)
             else:
@@ -310,6 +298,15 @@ class Scheduler:
                     return
                 self.queue.remove(sequence, now_ns)
                 lane.admit(sequence)
+
+    def _requeue(self, sequences: list[Sequence]) -> None:
+        """Running sequences, oldest first, have lost their place and wait in front of all others."""
+        for sequence in reversed(sequences):
+            assert sequence.lane is not None
+            sequence.lane.release(sequence)
+            sequence.status = Status.WAITING
+            self.queue.add_front(sequence)
+        self.counts.num_requeued += len(sequences)
 
     def _end(self, sequence: Sequence, reason: FinishReason, now_ns: int, error: HeadraceError | None = None) -> None:
         self._forget(sequence, reason, now_ns)
@@ -326,10 +323,10 @@ class Scheduler:
             del self._streams[sequence.stream_id]
         sequence.status = Status.FINISHED
         # Set before by the results, where its last tokens still have to be sent.
-        is_told = sequence.finish_reason is not FinishReason.NONE
+        sequence.has_final_output = sequence.finish_reason is not FinishReason.NONE
         sequence.finish_reason = reason
         sequence.finished_ns = now_ns
-        if is_told:
+        if sequence.has_final_output:
             self.outbox.finish(sequence)
         else:
             self.outbox.detach(sequence)

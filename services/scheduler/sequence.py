@@ -1,8 +1,8 @@
 """One sequence: what the scheduler knows of a request while it holds it.
 
-A sequence is state only. It is moved by the waiting queue, a lane, the planner and the results; it sends nothing and reads no clock.
-Its tokens (prompt, then every output token of this and former lives) are kept until it ends, so that it can be started again on
-another lane and its output can be sent again to another detokenizer.
+A sequence is state only. It is moved by the waiting queue, a lane, the planner and the results; it sends nothing and reads no
+clock. Its tokens (prompt, then every output token of this and former lives) are kept until it ends, so that it can be started
+again on another lane and its output can be sent again to another detokenizer.
 """
 
 from __future__ import annotations
@@ -86,8 +86,11 @@ class Sequence:
     finish_reason: FinishReason = FinishReason.NONE
     num_stop_tokens: int = 0
     finished_ns: int = 0
+    # It ended with a finish that its detokenizer has to be told; an abort, an error or a stop string is known elsewhere.
+    has_final_output: bool = False
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_times_lost: int = 0
     was_scheduled: bool = False
 
     # Of its stay in a lane; meaningless while it waits.

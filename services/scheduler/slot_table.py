@@ -1,7 +1,7 @@
 """The slots of one lane: the small numbers by which scheduler and worker name a sequence between them.
 
-A slot is freed in two moves: at once here, and at the worker with the next plan, which frees before it enters anything new. So a slot
-may be given out again in the very plan that frees it.
+A slot is freed in two moves: at once here, and at the worker with the next plan, which frees before it enters anything new. So a
+slot may be given out again in the very plan that frees it.
 """
 
 from __future__ import annotations

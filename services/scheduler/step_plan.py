@@ -79,6 +79,7 @@ class StepResult:
         num_tokens: Tokens a row; empty means one each.
         failed_slots: Slots whose row failed.
         failed_reasons: Why, one each, in words.
+        unknown_slots: Slots of rows that the worker does not hold: it has forgotten them, or refused them when they entered.
     """
 
     step_id: int
@@ -87,3 +88,4 @@ class StepResult:
     num_tokens: list[int] = field(default_factory=list)
     failed_slots: list[int] = field(default_factory=list)
     failed_reasons: list[str] = field(default_factory=list)
+    unknown_slots: list[int] = field(default_factory=list)

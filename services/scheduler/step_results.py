@@ -1,6 +1,7 @@
 """Applies a step's result to its lane: appends tokens, finds the sequences that ended, makes the batches for the detokenizers.
 
-A result is input from another process: unknown slots, missing rows and impossible tokens end the requests they concern, nothing else.
+A result is input from another process: unknown slots, missing rows and impossible tokens end the requests they concern, nothing
+else.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ class StepOutcome:
         batches: Tokens, one batch a detokenizer.
         finished: Sequences that ended with a stop or a length; their reason is set. They still hold their slot and pages.
         failed: Sequences that ended with an error. They still hold theirs, too.
+        lost: Sequences the worker does not hold and which may be tried again. They still hold their slot and pages here.
         num_ignored_rows: Rows for slots the plan did not have.
     """
 
     batches: list[StreamBatch] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     failed: list[tuple[Sequence, HeadraceError]] = field(default_factory=list)
+    lost: list[Sequence] = field(default_factory=list)
     num_ignored_rows: int = 0
+
+
+# A worker that has lost its link for a moment forgets everything, unseen by us; but one that refuses a sequence says the same.
+LOST_MAX = 1
 
 
 def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
@@ -45,6 +52,7 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
     is_plain = (
         step.version == lane.version
         and not result.failed_slots
+        and not result.unknown_slots
         and not result.num_tokens
         and len(result.token_ids) == len(step.sampled)
         and result.slots == step.sampled_slots
@@ -91,6 +99,7 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
     reasons = dict(zip(result.failed_slots, result.failed_reasons, strict=False))
     for slot in result.failed_slots:
         reasons.setdefault(slot, "the worker gave no reason")
+    unknown = set(result.unknown_slots)
     tokens_by_slot, problem = _tokens_by_slot(result)
     rows: list[Sequence] = []
     token_ids: list[int] = []
@@ -102,6 +111,13 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
         # It has ended or moved while the step ran.
         if sequence.lane is not lane or sequence.slot != slot:
             continue
+        if slot in unknown:
+            unknown.remove(slot)
+            sequence.num_times_lost += 1
+            if sequence.num_times_lost <= LOST_MAX:
+                outcome.lost.append(sequence)
+                continue
+            reason = "the worker does not hold it, or refuses it"
         if reason is None and samples:
             reason = problem or _why_not_one_token(tokens, lane.capacity.vocab_size)
         if reason is not None:
@@ -110,7 +126,7 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
         elif samples and tokens is not None:
             rows.append(sequence)
             token_ids.append(tokens[0])
-    outcome.num_ignored_rows = len(reasons) + len(tokens_by_slot)
+    outcome.num_ignored_rows = len(reasons) + len(tokens_by_slot) + len(unknown)
     return rows, token_ids
 
 

@@ -15,7 +15,7 @@ from services.scheduler.waiting_queue import WaitingQueue
 MODEL = "tiny"
 
 
-def capacity(  # noqa: PLR0913
+def capacity(
     *,
     num_pages: int = 64,
     page_size: int = 4,
@@ -43,7 +43,7 @@ def scheduler(*, max_requests: int = 1000, max_tokens: int = 1_000_000, linger_s
     return Scheduler(queue, Outbox(linger_s=linger_s))
 
 
-def sequence(  # noqa: PLR0913
+def sequence(
     core: Scheduler,
     request_id: str,
     tokens: Iterable[int] = (1, 2, 3),

@@ -1,8 +1,8 @@
 """A worker on paper: applies step plans as the real one would and asserts that each keeps the rules of the diff.
 
 It keeps the KV as the tokens that were written to each place of each page, and before it samples for a sequence it reads all of the
-sequence's KV back. A page in two places, a page too few or a row too many is found there if not before. The token it samples depends on
-all tokens before it, so the output of a request is the same on whatever lane, after whatever preemption.
+sequence's KV back. A page in two places, a page too few or a row too many is found there if not before. The token it samples
+depends on all tokens before it, so the output of a request is the same on whatever lane, after whatever preemption.
 """
 
 from __future__ import annotations

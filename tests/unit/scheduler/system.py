@@ -1,4 +1,4 @@
-"""A scheduler with fake workers, fake detokenizers and a router's bookkeeping, driven step by step; checks every rule as it goes."""
+"""A scheduler with fake workers, detokenizers and a router's bookkeeping, driven step by step; checks every rule as it goes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Random histories of one scheduler: whatever happens, in whatever order, the rules hold.
 
-A machine submits, aborts, stops and redirects requests, lets lanes join and die, runs some lanes and not others, loses detokenizers and
-moves the clock. After each rule the accounting must close; the fake worker asserts the rules of the step plan; and at the end every
-request must have ended exactly once, with exactly the tokens it would have got alone on an endless lane.
+A machine submits, aborts, stops and redirects requests, lets lanes join and die, runs some lanes and not others, loses detokenizers
+and moves the clock. After each rule the accounting must close; the fake worker asserts the rules of the step plan; and at the end
+every request must have ended exactly once, with exactly the tokens it would have got alone on an endless lane.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(owner=st.integers(1, 3))
     def lose_router(self, owner: int) -> None:
-        self.aborted |= {s.sequence.stream_id for s in self.system.streams.values() if s.sequence.owner == owner and s.finish is None}
+        self.aborted |= {
+            s.sequence.stream_id for s in self.system.streams.values() if s.sequence.owner == owner and s.finish is None
+        }
         self.system.core.abort_owner(owner, self.system.now_ns)
         self.system.collect()
 
@@ -138,7 +140,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         position = max(0, min(len(stream.tokens), stream.sequence.num_output_tokens) - num_back)
         is_held = not stream.num_ends or core.outbox.kept(stream.sequence.request_id) is not None
         try:
-            core.redirect(stream.sequence.request_id, core.outbox.target(detokenizer, 7), position)
+            core.redirect(
+                stream.sequence.request_id, core.outbox.target(detokenizer, 7), from_position=position, now_ns=self.system.now_ns
+            )
         except ReplicaDeadError:
             assert not is_held
         else:

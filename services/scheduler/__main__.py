@@ -1,0 +1,7 @@
+"""`python -m services.scheduler`: one scheduler process."""
+
+from __future__ import annotations
+
+from headrace.service import run_service
+
+raise SystemExit(run_service("scheduler"))

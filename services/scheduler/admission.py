@@ -1,0 +1,46 @@
+"""What a request must be before it may wait: refused at once, with the numbers, when it can never run."""
+
+from __future__ import annotations
+
+from headrace.errors import DeadlineExceededError, InvalidRequestError, NotFoundError, UnavailableError
+from services.scheduler.sequence import Sequence
+
+
+def check_request(sequence: Sequence, model: str, now_ns: int) -> None:
+    """Refuse what needs no look at its length.
+
+    Args:
+        sequence: The request.
+        model: The model that the lanes hold or, while there is none, last held; empty before the first lane.
+        now_ns: The core's clock.
+
+    Raises:
+        UnavailableError: No lane has ever joined.
+        NotFoundError: It wants another model.
+        DeadlineExceededError: Its deadline is over.
+        InvalidRequestError: It wants no token.
+    """
+    if not model:
+        raise UnavailableError("scheduler: no worker has joined yet; retry later")
+    if sequence.model != model:
+        raise NotFoundError(f"scheduler: model {sequence.model!r} is not here, only {model!r}", param="model")
+    if 0 < sequence.deadline_ns <= now_ns:
+        raise DeadlineExceededError("scheduler: the request's deadline had passed when it arrived")
+    if sequence.stopping.max_tokens == 0:
+        raise InvalidRequestError("max_tokens must be at least 1, got 0", param="max_tokens")
+
+
+def check_size(sequence: Sequence, max_prompt_tokens: int) -> None:
+    """Refuse a sequence that no lane could hold even alone.
+
+    Raises:
+        InvalidRequestError: It has no token, or more than fit with one output token.
+    """
+    if sequence.num_tokens < 1:
+        raise InvalidRequestError("the prompt must have at least 1 token, got 0", param="prompt")
+    if sequence.num_tokens > max_prompt_tokens:
+        raise InvalidRequestError(
+            f"the prompt has {sequence.num_tokens} tokens and model {sequence.model!r} takes at most {max_prompt_tokens} here, "
+            "so that one output token still fits the context length and the KV pages; shorten it",
+            param="prompt",
+        )

@@ -1,0 +1,29 @@
+"""Settings of the scheduler."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from headrace.config.settings import Section
+
+
+class Settings(Section):
+    """Bounds and order of one scheduler's waiting queue."""
+
+    policy: Literal["fcfs"] = Field(
+        "fcfs", description="Order in which waiting requests are admitted: fcfs, first come first served."
+    )
+    max_waiting_requests: int = Field(
+        1024, ge=1, description="Most requests that wait for a lane; further ones are refused as overloaded."
+    )
+    max_waiting_tokens: int = Field(
+        2_097_152, ge=1, description="Most tokens of waiting requests together; a request that would wait alone is always taken."
+    )
+    unsent_linger_s: float = Field(
+        30.0, gt=0, description="How long finished output is kept for a detokenizer that cannot be reached, seconds."
+    )
+    detokenizer_idle_s: float = Field(
+        60.0, gt=0, description="Time without streams after which the link to a detokenizer is dropped, seconds."
+    )

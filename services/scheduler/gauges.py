@@ -1,0 +1,43 @@
+"""Brings the core's counts into the metrics, and sums up its load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from headrace.telemetry.metrics import SchedulerMetrics
+from headrace.v1.control_pb2 import Load
+from services.scheduler.scheduler import Counts, Scheduler
+
+
+class Gauges:
+    """Called at each tick of the links; a step itself touches few metrics."""
+
+    def __init__(self, metrics: SchedulerMetrics) -> None:
+        self._metrics = metrics
+        self._seen = Counts()
+
+    def update(self, core: Scheduler) -> Load:
+        """Set the gauges, advance the counters, and return the load."""
+        metrics, counts = self._metrics, core.counts
+        load = Load(
+            num_running=sum(lane.num_running for lane in core.lanes),
+            num_waiting=len(core.queue),
+            num_waiting_tokens=core.queue.num_tokens,
+            num_free_pages=sum(lane.pool.num_free for lane in core.lanes),
+            num_total_pages=sum(lane.pool.num_pages for lane in core.lanes),
+            num_lanes=len(core.lanes),
+        )
+        num_used_pages = load.num_total_pages - load.num_free_pages
+        metrics.sequences.labels("running").set(load.num_running)
+        metrics.sequences.labels("waiting").set(load.num_waiting)
+        metrics.sequences.labels("unsent").set(core.outbox.num_kept)
+        metrics.pages.labels("free").set(load.num_free_pages)
+        metrics.pages.labels("running").set(num_used_pages)
+        metrics.kv_usage.set(num_used_pages / load.num_total_pages if load.num_total_pages else 0.0)
+        metrics.lanes.set(load.num_lanes)
+        metrics.preemptions.inc(counts.num_preemptions - self._seen.num_preemptions)
+        metrics.requeues.inc(counts.num_requeued - self._seen.num_requeued)
+        num_ignored = counts.num_ignored_results + counts.num_ignored_rows
+        metrics.ignored_results.inc(num_ignored - self._seen.num_ignored_results - self._seen.num_ignored_rows)
+        self._seen = replace(counts)
+        return load

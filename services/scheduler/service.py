@@ -1,0 +1,513 @@
+"""The scheduler's shell: carries messages between its links and the core, and tells the core the time.
+
+Three links: routers are dialled and send requests; workers dial and get plans; detokenizers are dialled as requests name them.
+Nothing is polled: a plan is made when work or a result arrives, a timer runs only for the next deadline, and what a full queue
+refused is sent again with the heartbeat that shows its peer alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from headrace.errors import HeadraceError, OverloadedError, ProtocolError, ReplicaDeadError
+from headrace.service import ServiceContext
+from headrace.telemetry import logs
+from headrace.telemetry.metrics import SchedulerMetrics
+from headrace.telemetry.traces import Context
+from headrace.v1 import control_pb2 as control
+from headrace.v1 import router_pb2 as router
+from headrace.v1 import scheduler_pb2 as scheduler
+from headrace.v1 import worker_pb2 as worker
+from headrace.v1.common_pb2 import ModelInfo
+from headrace.wire import topology
+from headrace.wire.link import Back, Front
+from headrace.wire.session import Peer
+from services.scheduler import messages
+from services.scheduler.config import Settings
+from services.scheduler.gauges import Gauges
+from services.scheduler.lane import Lane
+from services.scheduler.outbox import Outbox, Target
+from services.scheduler.policies.fcfs import FirstComeFirstServed
+from services.scheduler.policies.policy import Policy
+from services.scheduler.scheduler import Ending, Scheduler
+from services.scheduler.sequence import Sequence
+from services.scheduler.sequence_trace import SequenceTrace
+from services.scheduler.token_fanout import StreamBatch
+from services.scheduler.waiting_queue import WaitingQueue
+
+if TYPE_CHECKING:
+    from headrace.wire.fake import FakeBack, FakeFront
+
+log = logs.get_logger()
+
+POLICIES: dict[str, type[Policy]] = {"fcfs": FirstComeFirstServed}
+
+
+class _Hub(Protocol):
+    """What the links need of the service."""
+
+    core: Scheduler
+    context: ServiceContext
+    metrics: SchedulerMetrics
+    is_draining: bool
+
+    def wake(self) -> None:
+        """Plan and carry out, once, after the messages that have arrived together."""
+
+    def lanes_changed(self) -> None:
+        """Tell the routers what can be served now."""
+
+
+class RouterLink:
+    """Requests in, acceptances and rejections out."""
+
+    def __init__(self, hub: _Hub, detokenizers: DetokenizerLink) -> None:
+        self._hub = hub
+        self._detokenizers = detokenizers
+        self._unsent: dict[int, deque[router.Rejected]] = {}
+        self._peers: dict[int, Peer] = {}
+
+    def on_peer(self, peer: Peer) -> None:
+        """A router accepted us."""
+        self._peers[peer.incarnation] = peer
+
+    def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        """A router is gone, and with it everyone who waited for its requests."""
+        self._peers.pop(peer.incarnation, None)
+        self._unsent.pop(peer.incarnation, None)
+        self._hub.core.abort_owner(peer.incarnation, time.monotonic_ns())
+        self._hub.wake()
+
+    def on_heartbeat(self, peer: Peer) -> None:
+        """Rejections that a full queue refused go again."""
+        unsent = self._unsent.pop(peer.incarnation, None)
+        while unsent:
+            rejected = unsent.popleft()
+            self.reject(peer.incarnation, rejected)
+            if peer.incarnation in self._unsent:
+                self._unsent[peer.incarnation].extend(unsent)
+                return
+
+    def on_message(self, peer: Peer, message: Any, frames: list[memoryview]) -> None:
+        """A request, or news about one."""
+        arm = message.WhichOneof("body")
+        if arm == "submit":
+            self._on_submit(peer, message.submit, frames)
+        elif arm == "abort":
+            self._hub.core.abort(message.abort.request_ids, time.monotonic_ns())
+        elif arm == "redirect":
+            self._on_redirect(peer, message.redirect)
+        self._hub.wake()
+
+    def reject(self, owner: int, rejected: router.Rejected) -> None:
+        """Tell a router that a request has ended here. A router that is gone does not need to know."""
+        peer = self._peers.get(owner)
+        if peer is None:
+            return
+        try:
+            peer.send("rejected", rejected)
+        except OverloadedError:
+            self._unsent.setdefault(owner, deque()).append(rejected)
+        except ReplicaDeadError:
+            log.debug("rejection.undelivered", request_id=rejected.request_id)
+
+    def _on_submit(self, peer: Peer, submit: scheduler.Submit, frames: list[memoryview]) -> None:
+        request_id = submit.work.request_id
+        if not request_id:
+            raise ProtocolError("submit: no request id")
+        try:
+            self._take(peer, submit, frames)
+        except HeadraceError as error:
+            self._hub.metrics.rejections.labels(error.code).inc()
+            self.reject(peer.incarnation, router.Rejected(request_id=request_id, error=messages.error_detail(error)))
+            return
+        try:
+            peer.send("accepted", router.Accepted(request_id=request_id))
+        except (OverloadedError, ReplicaDeadError) as error:
+            # Nothing waits for it: the tokens themselves, or a rejection, come later.
+            log.debug("acceptance.undelivered", request_id=request_id, error_type=error.code)
+
+    def _take(self, peer: Peer, submit: scheduler.Submit, frames: list[memoryview]) -> None:
+        hub = self._hub
+        now_ns, now_unix_ns = time.monotonic_ns(), time.time_ns()
+        if hub.is_draining:
+            raise ReplicaDeadError("scheduler: it is draining; submit the request elsewhere")
+        tokens = messages.check_submit(submit, frames, vocab_size=hub.core.vocab_size)
+        target = self._detokenizers.target(submit.detokenizer, now_ns)
+        held = messages.sequence(submit, tokens, owner=peer.incarnation, target=target, now_ns=now_ns, now_unix_ns=now_unix_ns)
+        parent = Context(submit.work.traceparent, submit.work.tracestate)
+        held.trace = SequenceTrace(hub.context.tracer, parent, now_unix_ns)
+        hub.context.tracer.record_queue(
+            topology.ROUTER_SCHEDULER.name,
+            parent=parent,
+            enqueued_unix_ns=submit.work.enqueued_unix_ns,
+            taken_unix_ns=now_unix_ns,
+        )
+        hub.core.submit(held, now_ns)
+
+    def _on_redirect(self, peer: Peer, redirect: scheduler.Redirect) -> None:
+        try:
+            now_ns = time.monotonic_ns()
+            target = self._detokenizers.target(redirect.detokenizer, now_ns)
+            self._hub.core.redirect(redirect.request_id, target, from_position=redirect.from_position, now_ns=now_ns)
+        except ReplicaDeadError as error:
+            self.reject(peer.incarnation, router.Rejected(request_id=redirect.request_id, error=messages.error_detail(error)))
+
+
+class WorkerSite:
+    """A lane and the worker behind it."""
+
+    def __init__(self, peer: Peer, lane: Lane, model: ModelInfo) -> None:
+        self.peer = peer
+        self.lane = lane
+        self.model = model
+        self.planned_ns = 0
+        # Plans that a full queue refused. The lane holds them for made, so they must go before any other.
+        self.unsent: deque[tuple[worker.StepPlan, list[bytes]]] = deque()
+
+    def send(self) -> None:
+        """Send the plans that have been made, as far as the queue takes them."""
+        while self.unsent:
+            body, frames = self.unsent[0]
+            try:
+                self.peer.send("step_plan", body, frames)
+            except OverloadedError:
+                return
+            except ReplicaDeadError:
+                # The loss of the peer follows, and takes the lane with it.
+                self.unsent.clear()
+                return
+            self.unsent.popleft()
+
+
+class WorkerLink:
+    """Plans out, results in. One lane for each worker group."""
+
+    def __init__(self, hub: _Hub) -> None:
+        self._hub = hub
+        self.sites: dict[int, WorkerSite] = {}
+
+    def on_peer(self, peer: Peer) -> None:
+        """A worker group registered: a lane joins."""
+        try:
+            capacity = messages.lane_capacity(peer.capacity)
+            lane = self._hub.core.lane_joined(peer.incarnation, capacity, time.monotonic_ns())
+        except HeadraceError as error:
+            log.error("lane.refused", worker=peer.instance, reason=error.message)
+            self._tell_refused(peer, error.message)
+            return
+        assert peer.capacity is not None
+        self.sites[peer.incarnation] = WorkerSite(peer, lane, peer.capacity.model)
+        log.info("lane.joined", worker=peer.instance, num_pages=capacity.num_pages, page_size=capacity.page_size)
+        self._hub.lanes_changed()
+        self._hub.wake()
+
+    def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        """A worker group is gone: its sequences wait for another lane."""
+        site = self.sites.pop(peer.incarnation, None)
+        if site is None:
+            return
+        log.warning("lane.lost", worker=peer.instance, reason=reason, num_sequences=site.lane.num_running)
+        self._hub.core.lane_lost(peer.incarnation, time.monotonic_ns())
+        self._hub.lanes_changed()
+        self._hub.wake()
+
+    def on_heartbeat(self, peer: Peer) -> None:
+        """The worker may be draining, or read again."""
+        site = self.sites.get(peer.incarnation)
+        if site is not None:
+            site.lane.is_draining = peer.is_draining
+            site.send()
+            self._hub.wake()
+
+    def on_message(self, peer: Peer, message: Any, frames: list[memoryview]) -> None:
+        """A step's result: the next plan leaves before its tokens do, so that the worker waits as little as can be."""
+        site = self.sites.get(peer.incarnation)
+        if site is None:
+            raise ProtocolError("a step result of a worker that is no lane")
+        hub = self._hub
+        now_ns = time.monotonic_ns()
+        if hub.core.step_result(site.lane, messages.step_result(message.step_result), now_ns):
+            hub.metrics.step_duration.observe((now_ns - site.planned_ns) / 1e9)
+        self.plan(site)
+        hub.wake()
+
+    def plan(self, site: WorkerSite) -> None:
+        """Make and send the plans a lane can have now."""
+        hub = self._hub
+        while not site.unsent:
+            now_ns = time.monotonic_ns()
+            plan = hub.core.plan(site.lane, now_ns)
+            if plan is None:
+                return
+            works = [self._begin(sequence, now_ns) for sequence in plan.new_sequences]
+            site.unsent.append(messages.step_plan(plan, works))
+            site.send()
+            if plan.num_rows:
+                site.planned_ns = now_ns
+                hub.metrics.steps.inc()
+                hub.metrics.step_tokens.inc(plan.num_tokens)
+                hub.metrics.plan_duration.observe((time.monotonic_ns() - now_ns) / 1e9)
+
+    @staticmethod
+    def _tell_refused(peer: Peer, reason: str) -> None:
+        try:
+            peer.send("unsupported", control.Unsupported(reason=reason))
+        except (OverloadedError, ReplicaDeadError) as error:
+            log.debug("refusal.undelivered", worker=peer.instance, error_type=error.code)
+
+    def _begin(self, sequence: Sequence, now_ns: int) -> Any:
+        now_unix_ns = time.time_ns()
+        assert isinstance(sequence.trace, SequenceTrace)
+        if not sequence.was_scheduled:
+            sequence.was_scheduled = True
+            self._hub.metrics.queue_wait.observe((now_ns - sequence.queued_ns) / 1e9)
+        context = sequence.trace.begin_run(sequence, now_unix_ns)
+        return messages.work_header(sequence, context, now_ns=now_ns, now_unix_ns=now_unix_ns)
+
+
+class DetokenizerLink:
+    """Tokens out, stops in. A detokenizer is dialled when a request names it."""
+
+    def __init__(self, hub: _Hub, settings: Settings) -> None:
+        self._hub = hub
+        self._idle_ns = int(settings.detokenizer_idle_s * 1e9)
+        self._used_ns: dict[str, int] = {}
+        self._back: Back | FakeBack | None = None
+
+    @property
+    def back(self) -> Back | FakeBack:
+        """The connections; there once the service has started."""
+        if self._back is None:
+            wire = self._hub.context.wire
+            self._back = wire.dial(topology.DETOKENIZER_BACKPLANE, [], self, register=self._register)
+        return self._back
+
+    def on_peer(self, peer: Peer) -> None:
+        """A detokenizer is there, or there again: what it has missed goes now."""
+        self._flush_at(peer.address)
+
+    def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        """A detokenizer is gone. Its streams fall behind until their routers name another, or it is back."""
+        log.info("detokenizer.lost", detokenizer=peer.instance, reason=reason)
+
+    def on_heartbeat(self, peer: Peer) -> None:
+        """What a full queue refused goes again."""
+        self._flush_at(peer.address)
+        self._drop_idle(time.monotonic_ns())
+
+    def on_message(self, peer: Peer, message: Any, frames: list[memoryview]) -> None:
+        """Stop strings were found."""
+        if message.WhichOneof("body") == "stop":
+            self._hub.core.stop_streams(message.stop.stream_ids, time.monotonic_ns())
+            self._hub.wake()
+
+    def target(self, named: scheduler.DetokenizerTarget, now_ns: int) -> Target:
+        """The detokenizer a request names, dialled when it is new."""
+        self.back.add_target(named.address)
+        self._used_ns[named.address] = now_ns
+        return self._hub.core.outbox.target(named.address, named.incarnation)
+
+    def deliver(self, batch: StreamBatch) -> None:
+        """Send a batch, after whatever its target has missed; keep what cannot go."""
+        target = batch.target
+        if target.behind or not self._send(batch):
+            self._hub.core.outbox.hold(batch)
+            self.flush(target)
+
+    def flush(self, target: Target) -> None:
+        """Send what a target has missed, if that is possible now."""
+        rest = target.rest()
+        if rest is not None and self._send(rest):
+            self._hub.core.outbox.sent(target)
+
+    def _send(self, batch: StreamBatch) -> bool:
+        target = batch.target
+        peer = self.back.peer_at(target.address)
+        if peer is None or peer.incarnation != target.incarnation:
+            return False
+        try:
+            peer.send("token_batch", messages.token_batch(batch, enqueued_unix_ns=time.time_ns()))
+        except (OverloadedError, ReplicaDeadError):
+            return False
+        return True
+
+    def _flush_at(self, address: str) -> None:
+        for target in self._hub.core.outbox:
+            if target.address == address:
+                self.flush(target)
+
+    def _drop_idle(self, now_ns: int) -> None:
+        in_use = {target.address for target in self._hub.core.outbox if not target.is_idle}
+        for address in in_use & self._used_ns.keys():
+            self._used_ns[address] = now_ns
+        for address in [address for address, used_ns in self._used_ns.items() if now_ns - used_ns > self._idle_ns]:
+            del self._used_ns[address]
+            self.back.remove_target(address)
+
+    def _register(self) -> control.Register:
+        return control.Register(role=control.ROLE_SCHEDULER, instance=self._hub.context.instance)
+
+
+class DeadlineTimer:
+    """One timer, for the earliest deadline."""
+
+    def __init__(self, on_time: Callable[[], None]) -> None:
+        self._on_time = on_time
+        self._handle: asyncio.TimerHandle | None = None
+        self._deadline_ns: int | None = None
+
+    def set(self, deadline_ns: int | None) -> None:
+        """Wait for this deadline, monotonic, instead of whatever was waited for; None: for nothing."""
+        if deadline_ns == self._deadline_ns:
+            return
+        self._deadline_ns = deadline_ns
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        if deadline_ns is not None:
+            delay_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
+            self._handle = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        # The loop's clock may be a little ahead of ours; then the same deadline is set again.
+        self._handle = self._deadline_ns = None
+        self._on_time()
+
+
+class SchedulerService:
+    """The service as its runner sees it."""
+
+    def __init__(self, context: ServiceContext, settings: Settings) -> None:
+        self.context = context
+        self.metrics = SchedulerMetrics(context.registry)
+        self.is_draining = False
+        queue = WaitingQueue(
+            POLICIES[settings.policy](), max_requests=settings.max_waiting_requests, max_tokens=settings.max_waiting_tokens
+        )
+        self.core = Scheduler(queue, Outbox(linger_s=settings.unsent_linger_s))
+        self._gauges = Gauges(self.metrics)
+        self._workers = WorkerLink(self)
+        self._detokenizers = DetokenizerLink(self, settings)
+        self._routers = RouterLink(self, self._detokenizers)
+        self._front: Front | FakeFront | None = None
+        self._back: Back | FakeBack | None = None
+        self._is_stopped = False
+        self._wake_handle: asyncio.Handle | None = None
+        self._deadline_timer = DeadlineTimer(self._on_deadline)
+        self._drained = asyncio.Event()
+        self._last_step_unix_ns = 0
+        self._num_steps_seen = 0
+        self._num_looks_elsewhere = 0
+
+    async def start(self) -> None:
+        """Open the links."""
+        wire = self.context.wire
+        self._front = wire.bind(
+            topology.SCHEDULER_BACKPLANE, self.context.bind_address(topology.SCHEDULER_BACKPLANE), self._workers
+        )
+        targets = self.context.dial_targets(topology.ROUTER_BACKPLANE)
+        self._back = wire.dial(topology.ROUTER_BACKPLANE, targets, self._routers, register=self._register)
+
+    def not_ready_reason(self) -> str | None:
+        """A request needs a lane."""
+        return None if len(self.core.lanes) else "no lanes"
+
+    def load(self) -> control.Load:
+        """How busy it is. Asked at each tick, so the gauges follow it, and what has waited too long is given up here."""
+        self.core.outbox.drop_lingering(time.monotonic_ns())
+        self._check_drained()
+        return self._gauges.update(self.core)
+
+    def progress(self) -> control.Progress:
+        """Whether work moves here. While every lane computes, or there is none, we wait for others and are not stuck."""
+        counts = self.core.counts
+        if counts.num_steps != self._num_steps_seen:
+            self._num_steps_seen = counts.num_steps
+            self._last_step_unix_ns = time.time_ns()
+        if all(site.lane.in_flight or not site.lane.has_work for site in self._workers.sites.values()):
+            self._num_looks_elsewhere += 1
+        oldest = self.core.queue.peek()
+        return control.Progress(
+            num_steps=counts.num_steps + self._num_looks_elsewhere,
+            last_step_unix_ns=self._last_step_unix_ns,
+            oldest_waiting_age_ns=max(0, time.monotonic_ns() - oldest.queued_ns) if oldest is not None else 0,
+        )
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The model of the lanes, with the longest context among them; none while there is no lane."""
+        offered = [site.model for site in self._workers.sites.values()]
+        return (max(offered, key=lambda model: model.max_model_len),) if offered else ()
+
+    def health(self) -> dict[str, Any]:
+        """Details for /health."""
+        return {"num_lanes": len(self.core.lanes), "num_requests": self.core.num_requests}
+
+    def wake(self) -> None:
+        """Plan and carry out, once, after the messages that have arrived together."""
+        if self._wake_handle is None and not self._is_stopped:
+            self._wake_handle = asyncio.get_running_loop().call_soon(self._on_wake)
+
+    def lanes_changed(self) -> None:
+        """Tell the routers at once what can be served now."""
+        load = self.load()
+        self.context.wire.set_load(load, self.progress(), self.models(), num_lanes=load.num_lanes)
+        if self._back is not None:
+            self._back.beat_now()
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait until those that are held have ended and their output has gone."""
+        self.is_draining = True
+        if self._back is not None:
+            self._back.announce_drain()
+        self._check_drained()
+        await self._drained.wait()
+
+    async def stop(self) -> None:
+        """Do nothing further; the links are closed by the runner."""
+        self._is_stopped = True
+        self._deadline_timer.set(None)
+        if self._wake_handle is not None:
+            self._wake_handle.cancel()
+
+    def _register(self) -> control.Register:
+        return control.Register(role=control.ROLE_SCHEDULER, instance=self.context.instance, models=self.models())
+
+    def _on_wake(self) -> None:
+        self._wake_handle = None
+        for site in list(self._workers.sites.values()):
+            self._workers.plan(site)
+        self._carry_out()
+        self._deadline_timer.set(self.core.next_deadline_ns())
+        self._check_drained()
+
+    def _carry_out(self) -> None:
+        """Send what has come out of the core."""
+        outcome = self.core.take_outcome()
+        for batch in outcome.batches:
+            self._detokenizers.deliver(batch)
+        for target in outcome.behind:
+            self._detokenizers.flush(target)
+        for ending in outcome.endings:
+            self._on_ending(ending)
+
+    def _on_ending(self, ending: Ending) -> None:
+        sequence, error = ending.sequence, ending.error
+        assert isinstance(sequence.trace, SequenceTrace)
+        sequence.trace.end(sequence, time.time_ns(), error.code if error is not None else None)
+        if error is not None:
+            self.metrics.rejections.labels(error.code).inc()
+            detail = messages.error_detail(error)
+            self._routers.reject(sequence.owner, router.Rejected(request_id=sequence.request_id, error=detail))
+
+    def _on_deadline(self) -> None:
+        self.core.expire(time.monotonic_ns())
+        self.wake()
+
+    def _check_drained(self) -> None:
+        if self.is_draining and not self.core.num_requests and not self.core.outbox.num_kept:
+            self._drained.set()

@@ -1,0 +1,181 @@
+"""The small owners: page pool, slots, decode clock, queue, drain rate, deadlines, lanes."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.errors import OverloadedError
+from headrace.v1 import common_pb2 as common
+from services.scheduler.deadlines import Deadlines
+from services.scheduler.decode_clock import DecodeClock
+from services.scheduler.drain_rate import DrainRate
+from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.lanes import Lanes
+from services.scheduler.page_pool import PagePool
+from services.scheduler.policies.fcfs import FirstComeFirstServed
+from services.scheduler.sequence import FinishReason
+from services.scheduler.slot_table import SlotTable
+from services.scheduler.waiting_queue import WaitingQueue
+from tests.unit.scheduler import builders
+
+S = 1_000_000_000
+
+
+def test_finish_reasons_have_the_numbers_of_the_wire() -> None:
+    names = {f"FINISH_REASON_{reason.name}": int(reason) for reason in FinishReason if reason}
+    assert names == {name: number for name, number in common.FinishReason.items() if number}
+
+
+def test_pages_are_all_or_nothing_and_come_back() -> None:
+    pool = PagePool(4, 16)
+    first = pool.allocate(3)
+    assert first is not None
+    assert pool.allocate(2) is None
+    assert (pool.num_free, pool.num_used) == (1, 3)
+    pool.free(first)
+    again = pool.allocate(4)
+    assert again is not None
+    assert sorted(again) == [0, 1, 2, 3]
+    assert pool.allocate(0) == []
+
+
+def test_freeing_a_page_twice_is_caught() -> None:
+    pool = PagePool(2, 1)
+    pages = pool.allocate(1)
+    assert pages is not None
+    pool.free(pages)
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free(pages)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_pages"), [(0, 0), (1, 1), (16, 1), (17, 2)])
+def test_pages_for_tokens_round_up(num_tokens: int, num_pages: int) -> None:
+    assert PagePool(9, 16).pages_for(num_tokens) == num_pages
+
+
+@pytest.mark.parametrize(
+    "name", ["max_model_len", "vocab_size", "num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"]
+)
+def test_a_capacity_of_zero_is_refused(name: str) -> None:
+    sizes = dict.fromkeys(["max_model_len", "vocab_size", "num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"], 8)
+    with pytest.raises(ValueError, match=name):
+        LaneCapacity(model="m", **(sizes | {name: 0}))
+
+
+def test_only_slots_the_worker_knows_are_told_as_freed() -> None:
+    slots = SlotTable(2)
+    slots.free(slots.allocate(), is_announced=False)
+    assert not slots.has_freed
+    slot = slots.allocate()
+    slots.free(slot, is_announced=True)
+    assert slots.take_freed() == [slot]
+    assert slots.take_freed() == []
+    assert slots.num_free == 2
+
+
+def test_a_sequence_that_left_the_clock_is_due_for_nothing() -> None:
+    core = builders.scheduler()
+    clock = DecodeClock()
+    clock.tick = 5
+    leaver, stayer = builders.sequence(core, "a"), builders.sequence(core, "b")
+    for sequence in (leaver, stayer):
+        clock.enter(sequence, page_tokens=4, token_limit=6)
+    clock.leave(leaver)
+    # 3 tokens are scheduled at tick 5 and pages hold 4: the second tick from here needs a page.
+    clock.tick = 7
+    assert clock.take_page_due() == [stayer]
+    # The results of ticks 5, 6 and 7 bring tokens 4, 5 and 6.
+    assert clock.take_limit_due(7) == [stayer]
+    assert not clock._page_due
+    assert not clock._limit_due
+
+
+def queue(**bounds: int) -> WaitingQueue:
+    return WaitingQueue(FirstComeFirstServed(), max_requests=bounds.get("max_requests", 9), max_tokens=bounds.get("max_tokens", 99))
+
+
+def test_those_that_have_run_go_first_then_the_order_of_arrival() -> None:
+    core, waiting = builders.scheduler(), queue()
+    sequences = {name: builders.sequence(core, name) for name in "abcd"}
+    waiting.add(sequences["a"])
+    waiting.add(sequences["b"])
+    waiting.add_front(sequences["c"])
+    waiting.add_front(sequences["d"])
+    order = []
+    while (head := waiting.peek()) is not None:
+        order.append(head.request_id)
+        waiting.remove(head, 0)
+    assert order == ["d", "c", "a", "b"]
+    assert waiting.num_tokens == 0
+
+
+def test_a_refusal_names_bound_value_and_time() -> None:
+    core, waiting = builders.scheduler(), queue(max_requests=2, max_tokens=10)
+    waiting.check_room(1000, 0)
+    for name in "ab":
+        waiting.add(builders.sequence(core, name, [1, 2, 3]))
+    with pytest.raises(OverloadedError, match="2 requests wait and max_waiting_requests is 2") as refusal:
+        waiting.check_room(1, 0)
+    assert refusal.value.retry_after_s >= 1
+    waiting.max_requests = 3
+    with pytest.raises(OverloadedError, match="6 tokens wait, this request has 5 and max_waiting_tokens is 10"):
+        waiting.check_room(5, 0)
+    waiting.check_room(4, 0)
+
+
+def test_the_drain_rate_finds_a_steady_rate() -> None:
+    rate = DrainRate(window_s=10)
+    for tenth in range(300):
+        rate.record(2, tenth * S // 10)
+    assert rate.per_second(30 * S) == pytest.approx(20, rel=0.05)
+    assert rate.seconds_for(100, 30 * S) == pytest.approx(5, rel=0.05)
+
+
+def test_advice_stays_within_bounds_and_survives_a_clock_that_jumps_back() -> None:
+    rate = DrainRate(retry_after_s_min=1, retry_after_s_max=60)
+    assert rate.seconds_for(1, 0) == 60
+    for second in range(10):
+        rate.record(1000, second * S)
+    assert rate.seconds_for(1, 10 * S) == 1
+    assert 1 <= rate.seconds_for(10**9, 1) <= 60
+
+
+def test_deadlines_come_in_order_and_forget_the_ended() -> None:
+    deadlines = Deadlines()
+    live = {"a", "b", "c"}
+    for request_id, deadline_ns in (("b", 20), ("a", 10), ("c", 30)):
+        deadlines.add(request_id, deadline_ns, live, 3)
+    assert deadlines.take_due(20) == ["a", "b"]
+    assert deadlines.next_ns(live) == 30
+    assert deadlines.next_ns({"a"}) is None
+
+
+def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
+    deadlines = Deadlines()
+    for index in range(10_000):
+        deadlines.add(str(index), 10**9 + index, {str(index)}, 1)
+    assert len(deadlines._heap) < 100
+
+
+def test_the_lane_with_the_least_load_takes_a_sequence() -> None:
+    core, lanes = builders.scheduler(), Lanes()
+    for lane_id in (1, 2):
+        lanes.add(Lane(lane_id, builders.capacity()))
+    first, second = lanes
+    first.admit(builders.sequence(core, "a", [1] * 9))
+    second.admit(builders.sequence(core, "b", [1] * 3))
+    assert lanes.choose(builders.sequence(core, "c")) is second
+    second.is_draining = True
+    assert lanes.choose(builders.sequence(core, "d")) is first
+
+
+def test_a_lane_keeps_a_page_for_each_running_sequence() -> None:
+    core = builders.scheduler()
+    lane = Lane(1, builders.capacity(num_pages=4, page_size=4))
+    lane.admit(builders.sequence(core, "a", [1] * 8))
+    assert not lane.can_admit(builders.sequence(core, "b", [1] * 5)), "2 pages are free, 2 needed, and 1 must be left"
+    assert lane.can_admit(builders.sequence(core, "c", [1] * 4))
+
+
+def test_no_more_sequences_run_than_the_budget_has_tokens() -> None:
+    assert Lane(1, builders.capacity(max_num_seqs=8, max_num_batched_tokens=3)).slots.num_slots == 3

@@ -1,0 +1,246 @@
+"""What happens to requests: refusals, endings, moves between lanes, output to detokenizers."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from headrace.errors import InvalidRequestError, NotFoundError, ReplicaDeadError
+from services.scheduler.sequence import FinishReason
+from tests.unit.scheduler import builders
+from tests.unit.scheduler.fake_worker import next_token
+from tests.unit.scheduler.system import System
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    system = System(builders.scheduler())
+    system.join(builders.capacity(num_pages=4, page_size=4, max_model_len=128))
+    with pytest.raises(InvalidRequestError, match=r"17 tokens .* at most 16"):
+        system.submit(builders.sequence(system.core, "pages", [1] * 17))
+    system.join(builders.capacity(num_pages=64, page_size=4, max_model_len=128))
+    with pytest.raises(InvalidRequestError, match=r"128 tokens .* at most 127"):
+        system.submit(builders.sequence(system.core, "length", [1] * 128))
+    system.submit(builders.sequence(system.core, "fits", [1] * 127))
+    system.run()
+    assert next(iter(system.streams.values())).finish is FinishReason.LENGTH
+
+
+def test_a_long_prompt_goes_to_the_lane_that_can_hold_it() -> None:
+    system = System(builders.scheduler())
+    small = system.join(builders.capacity(num_pages=4))
+    large = system.join(builders.capacity(num_pages=32))
+    system.submit(builders.sequence(system.core, "a", [1] * 40))
+    system.run()
+    assert not small.plans
+    assert large.plans
+
+
+def test_two_idle_lanes_share_the_work() -> None:
+    system = System(builders.scheduler())
+    sites = [system.join(builders.capacity()) for _ in range(2)]
+    for index in range(4):
+        system.submit(builders.sequence(system.core, f"r{index}"))
+    assert [site.lane.num_running for site in sites] == [2, 2]
+    system.run()
+    assert all(stream.num_ends == 1 for stream in system.streams.values())
+
+
+def test_a_lost_lanes_sequences_go_on_where_they_were() -> None:
+    system = System(builders.scheduler())
+    first = system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a", max_tokens=30))
+    system.submit(builders.sequence(system.core, "b", max_tokens=30))
+    for _ in range(10):
+        system.plan_all()
+        system.deliver_result(first)
+    system.lose(first.lane.lane_id)
+    assert [sequence.request_id for sequence in system.core.queue] == ["a", "b"]
+    system.join(builders.capacity(page_size=16))
+    system.run()
+    assert [len(stream.tokens) for stream in system.streams.values()] == [30, 30]
+    assert system.core.counts.num_requeued == 2
+
+
+def test_a_sequence_that_outgrew_every_lane_that_is_left_ends_with_length() -> None:
+    system = System(builders.scheduler())
+    large = system.join(builders.capacity(num_pages=32))
+    system.submit(builders.sequence(system.core, "a", max_tokens=100))
+    for _ in range(40):
+        system.plan_all()
+        system.deliver_result(large)
+    system.lose(large.lane.lane_id)
+    system.join(builders.capacity(num_pages=4))
+    system.run()
+    stream = next(iter(system.streams.values()))
+    assert stream.finish is FinishReason.LENGTH
+    assert len(stream.tokens) == 40
+
+
+def test_waiting_requests_for_a_model_that_has_gone_are_told() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a"))
+    system.lose(site.lane.lane_id)
+    system.join(builders.capacity(model="other"))
+    assert next(iter(system.streams.values())).error_code == NotFoundError.code
+
+
+def test_a_lane_with_another_model_cannot_join() -> None:
+    system = System(builders.scheduler())
+    system.join(builders.capacity())
+    with pytest.raises(InvalidRequestError, match="'other' cannot join"):
+        system.join(builders.capacity(model="other"))
+
+
+def former_life(num_output_tokens: int) -> list[int]:
+    tokens = array("i", [1, 2, 3])
+    for _ in range(num_output_tokens):
+        tokens.append(next_token(tokens, 50))
+    return tokens.tolist()
+
+
+def test_outputs_of_a_former_life_count_and_are_not_sent_again() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a", former_life(5), num_output_tokens=5, max_tokens=8))
+    system.run()
+    stream = next(iter(system.streams.values()))
+    assert stream.tokens.tolist() == former_life(8)[3:]
+    assert sum(len(plan.new_sequences) for plan in site.plans) == 1
+    assert sum(plan.num_rows for plan in site.plans) == 3
+
+
+def test_a_former_life_that_was_complete_is_only_told_so() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a", former_life(8), num_output_tokens=8, max_tokens=8))
+    stream = next(iter(system.streams.values()))
+    assert (stream.finish, stream.num_ends) == (FinishReason.LENGTH, 1)
+    assert not site.plans
+    assert system.core.num_requests == 0
+
+
+@pytest.mark.parametrize(("min_tokens", "num_tokens"), [(0, 3), (3, 3), (4, 8)])
+def test_a_stop_token_counts_from_min_tokens_on(min_tokens: int, num_tokens: int) -> None:
+    outputs = former_life(8)[3:]
+    stop = outputs[2]
+    assert outputs.count(stop) == 1
+    system = System(builders.scheduler())
+    system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a", stop=[stop], min_tokens=min_tokens))
+    system.run()
+    stream = next(iter(system.streams.values()))
+    assert len(stream.tokens) == num_tokens
+    assert stream.finish is (FinishReason.STOP if num_tokens == 3 else FinishReason.LENGTH)
+
+
+def test_a_stop_token_as_the_last_token_allowed_is_a_stop() -> None:
+    outputs = former_life(3)[3:]
+    system = System(builders.scheduler())
+    system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a", stop=[outputs[2]], max_tokens=3))
+    system.run()
+    assert next(iter(system.streams.values())).finish is FinishReason.STOP
+
+
+def test_a_request_submitted_again_replaces_the_one_that_is_held() -> None:
+    system = System(builders.scheduler())
+    system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a", stream_id=1, max_tokens=20))
+    system.plan_all()
+    system.submit(builders.sequence(system.core, "a", stream_id=2, max_tokens=20))
+    system.run()
+    system.check_accounting()
+    assert [stream.num_ends for stream in system.streams.values()] == [1, 1]
+    assert [len(stream.tokens) for stream in system.streams.values()] == [0, 20]
+
+
+def test_tokens_of_one_step_for_one_detokenizer_go_in_one_batch() -> None:
+    core = builders.scheduler()
+    system = System(core)
+    site = system.join(builders.capacity())
+    for index in range(4):
+        target = f"detokenizer-{index % 2}"
+        core.submit(builders.sequence(core, f"r{index}", stream_id=index, detokenizer=target), 0)
+    plan = core.plan(site.lane, 0)
+    assert plan is not None
+    result = site.worker.apply(plan)
+    assert result is not None
+    core.step_result(site.lane, result, 0)
+    batches = core.take_outcome().batches
+    assert [(batch.target.address, batch.stream_ids) for batch in batches] == [("detokenizer-0", [0, 2]), ("detokenizer-1", [1, 3])]
+    assert [batch.token_ids for batch in batches] == [result.token_ids[::2], result.token_ids[1::2]]
+
+
+def test_a_redirect_beyond_what_is_here_asks_for_the_request_again() -> None:
+    system = System(builders.scheduler())
+    system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a"))
+    with pytest.raises(ReplicaDeadError, match=r"position 5 .* has 0"):
+        system.core.redirect("a", system.core.outbox.target("other", 1), from_position=5, now_ns=0)
+    system.collect()
+    assert system.core.num_requests == 0
+    system.run()
+
+
+def test_finished_output_is_kept_for_a_detokenizer_that_hangs_but_not_for_ever() -> None:
+    system = System(builders.scheduler(linger_s=30))
+    system.join(builders.capacity())
+    system.deaf.add("detokenizer-0")
+    system.submit(builders.sequence(system.core, "a"))
+    system.run()
+    assert system.core.outbox.num_kept == 1
+    system.now_ns += 29_000_000_000
+    system.core.expire(system.now_ns)
+    assert system.core.outbox.num_kept == 1
+    system.now_ns += 2_000_000_000
+    system.core.expire(system.now_ns)
+    assert system.core.outbox.num_kept == 0
+    assert not list(system.core.outbox), "the target is forgotten, too"
+
+
+def test_a_kept_output_can_be_redirected() -> None:
+    system = System(builders.scheduler())
+    system.join(builders.capacity())
+    system.deaf.add("detokenizer-0")
+    system.submit(builders.sequence(system.core, "a"))
+    system.run()
+    system.core.redirect("a", system.core.outbox.target("detokenizer-1", 7), from_position=0, now_ns=system.now_ns)
+    system.collect()
+    stream = next(iter(system.streams.values()))
+    assert (len(stream.tokens), stream.finish) == (8, FinishReason.LENGTH)
+    assert system.core.outbox.num_kept == 0
+
+
+def test_the_deadline_error_says_how_far_it_came() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity(max_num_seqs=1))
+    deadline_ns = system.now_ns + 1_000
+    system.submit(builders.sequence(system.core, "a", deadline_ns=deadline_ns))
+    system.submit(builders.sequence(system.core, "b", deadline_ns=deadline_ns))
+    for _ in range(3):
+        system.plan_all()
+        system.deliver_result(site)
+    system.core.expire(deadline_ns)
+    errors = {ending.sequence.request_id: ending.error for ending in system.core.take_outcome().endings}
+    assert "3 output tokens made" in str(errors["a"])
+    assert "in the waiting queue" in str(errors["b"])
+    assert system.core.next_deadline_ns() is None
+
+
+def test_tokens_of_a_request_aborted_before_they_could_go_are_not_kept() -> None:
+    core = builders.scheduler()
+    system = System(core)
+    site = system.join(builders.capacity())
+    core.submit(builders.sequence(core, "a"), 0)
+    plan = core.plan(site.lane, 0)
+    assert plan is not None
+    result = site.worker.apply(plan)
+    assert result is not None
+    core.step_result(site.lane, result, 0)
+    core.abort(["a"], 0)
+    (batch,) = core.take_outcome().batches
+    core.outbox.hold(batch)
+    assert batch.target.rest() is None
+    assert core.outbox.num_kept == 0
