@@ -38,27 +38,41 @@ def serve_one(service: str, settings: Settings, environment: Mapping[str, str]) 
 
 
 def local_specs(settings: Settings, environment: Mapping[str, str]) -> list[ProcessSpec]:
-    """The processes of `headrace serve`. Everyone dials the router or what dials it, so it comes first; the rest start together."""
+    """The processes of `headrace serve`.
+
+    The worker takes longest and starts at once; the light services start one after another beside it. The router stops first, so
+    that the others can finish what it has open.
+    """
     serve = settings.serve
-    replicas = {
-        "tokenizer": serve.tokenizer_replicas,
-        "scheduler": 1,
-        "detokenizer": serve.detokenizer_replicas,
-        "worker": serve.worker_replicas,
-    }
-    specs = [_spec("router", "router-0", settings, environment)]
-    for service, count in replicas.items():
-        for index in range(count):
+    chain = (
+        ("worker", serve.worker_replicas),
+        ("scheduler", 1),
+        ("detokenizer", serve.detokenizer_replicas),
+        ("tokenizer", serve.tokenizer_replicas),
+    )
+    specs: list[ProcessSpec] = []
+    before: tuple[str, ...] = ()
+    for service, count in chain:
+        names = tuple(f"{service}-{index}" for index in range(count))
+        for index, name in enumerate(names):
             own = dict(environment)
             if index:
                 # One port cannot be bound twice; the further replicas take free ones and log them.
                 own[env_name(f"telemetry.{service}_metrics_port")] = "0"
-            specs.append(_spec(service, f"{service}-{index}", settings, own, start_after=("router-0",)))
-    return specs
+            specs.append(_spec(service, name, settings, own, start_after=before))
+        before = names if service != "worker" else ()
+    router = _spec("router", "router-0", settings, environment, start_after=before, stop_before=tuple(spec.name for spec in specs))
+    return [*specs, router]
 
 
 def _spec(
-    service: str, instance: str, settings: Settings, environment: Mapping[str, str], *, start_after: tuple[str, ...] = ()
+    service: str,
+    instance: str,
+    settings: Settings,
+    environment: Mapping[str, str],
+    *,
+    start_after: tuple[str, ...] = (),
+    stop_before: tuple[str, ...] = (),
 ) -> ProcessSpec:
     own = dict(environment)
     if instance:
@@ -69,6 +83,7 @@ def _spec(
         argv=(sys.executable, "-m", f"services.{service}"),
         env=own,
         start_after=start_after,
+        stop_before=stop_before,
         stall_timeout_s=settings.supervision.stall_timeout_s,
     )
 

@@ -58,6 +58,8 @@ class ProcessSpec:
     """Added to the supervisor's own environment."""
     start_after: tuple[str, ...] = ()
     """Names that must have said `started` before this one is spawned. Stopping goes in the reverse order."""
+    stop_before: tuple[str, ...] = ()
+    """Names that are stopped only when this one has ended, although they may start at any time."""
     start_timeout_s: float | None = None
     """Overrides the limit of the same name."""
     stall_timeout_s: float | None = None
@@ -72,7 +74,7 @@ def check_specs(specs: Sequence[ProcessSpec]) -> None:
     """Refuse specs that could never all start.
 
     Raises:
-        ConfigError: No spec at all, a name twice or with `/`, an unknown name in `start_after`, or a cycle.
+        ConfigError: No spec at all, a name twice or with `/`, an unknown name in `start_after` or `stop_before`, or a cycle.
     """
     if not specs:
         raise ConfigError("there is no process to supervise")
@@ -83,15 +85,20 @@ def check_specs(specs: Sequence[ProcessSpec]) -> None:
         if not name or "/" in name:
             raise ConfigError(f"process name {name!r} must not be empty or contain '/'", param="name")
     for spec in specs:
-        for earlier in spec.start_after:
-            if earlier not in names:
-                raise ConfigError(
-                    f"{spec.name} starts after {earlier!r}, which is not among: {', '.join(names)}", param="start_after"
-                )
-    startable: set[str] = set()
-    while len(startable) < len(specs):
-        more = {spec.name for spec in specs if spec.name not in startable and startable.issuperset(spec.start_after)}
+        for option in ("start_after", "stop_before"):
+            for other in getattr(spec, option):
+                if other not in names:
+                    raise ConfigError(
+                        f"{option} of {spec.name} holds {other!r}, which is not among: {', '.join(names)}", param=option
+                    )
+    _refuse_cycle("start_after", {spec.name: set(spec.start_after) for spec in specs})
+    _refuse_cycle("start_after and stop_before", {spec.name: {*spec.start_after, *spec.stop_before} for spec in specs})
+
+
+def _refuse_cycle(option: str, needed: Mapping[str, set[str]]) -> None:
+    reached: set[str] = set()
+    while len(reached) < len(needed):
+        more = {name for name in needed if name not in reached and reached.issuperset(needed[name])}
         if not more:
-            stuck = ", ".join(sorted(set(names) - startable))
-            raise ConfigError(f"start_after makes a cycle among: {stuck}", param="start_after")
-        startable |= more
+            raise ConfigError(f"{option} makes a cycle among: {', '.join(sorted(needed.keys() - reached))}", param="start_after")
+        reached |= more

@@ -168,7 +168,7 @@ class Supervisor:
         log.info("supervisor.stopping", reason=self._stop_reason)
 
     async def _stop_in_order(self) -> None:
-        """Each member is stopped once all that started after it have ended."""
+        """Each member is stopped once all have ended that started after it or are to stop before it."""
         assert self._stop_reason is not None
         reason = self._stop_reason
         for member in self._members.values():
@@ -176,7 +176,7 @@ class Supervisor:
 
         async def stop(member: Member) -> None:
             for later in self._members.values():
-                if member.spec.name in later.spec.start_after:
+                if member.spec.name in (*later.spec.start_after, *later.spec.stop_before):
                     await later.ended.wait()
             member.request_stop(reason)
             await member.ended.wait()

@@ -57,6 +57,17 @@ def test_processes_start_in_order_by_message_and_stop_in_reverse(tree, tmp_path)
     assert log.read_text().split() == ["third", "second", "first"]
 
 
+def test_process_that_stops_before_another_need_not_start_after_it(tree, tmp_path):
+    log = tmp_path / "stops"
+    tree.add("router", spec={"stop_before": ["worker"]}, stop_log=str(log), drain_s=0.3)
+    tree.add("worker", stop_log=str(log))
+    tree.start()
+    tree.wait_ready()
+    tree.signal(signal.SIGINT)
+    assert tree.wait() == 0
+    assert log.read_text().split() == ["router", "worker"]
+
+
 def test_exit_before_started_fails_the_start_at_once_and_shows_the_stderr_tail(tree):
     tree.add("router", exit_before_started=7, stderr="line one\nTraceback: the weights are missing\n")
     tree.add("worker", spec={"start_after": ["router"]})
