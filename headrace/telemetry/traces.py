@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
+SpanKind = otel.SpanKind
 AttributeValue = str | int | float | bool | Sequence[str]
 
 _PROPAGATOR = TraceContextTextMapPropagator()

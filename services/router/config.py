@@ -1,0 +1,30 @@
+"""Settings of the router. Units are in the names; every field has a default that suits one machine."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """What an operator may set, as `router.<field>` in headrace.yaml or `HEADRACE_ROUTER_<FIELD>` in the environment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    http_host: str = Field("127.0.0.1", description="Address the HTTP port listens on.")
+    http_port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    grpc_host: str = Field("127.0.0.1", description="Address the gRPC port listens on.")
+    grpc_port: int | None = Field(9000, ge=0, le=65535, description="gRPC port; 0 takes a free one, null serves no gRPC.")
+    policy: str = Field("least_loaded", pattern="^(least_loaded|round_robin)$", description="How an instance of a stage is chosen.")
+    max_open_requests: int = Field(4096, ge=1, description="Most requests open at once; more are answered 429.")
+    max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest HTTP body or gRPC message; larger: 413.")
+    body_timeout_s: float = Field(60.0, gt=0, description="Longest time a client may take to send its body.")
+    default_timeout_s: float = Field(600.0, gt=0, description="Deadline of requests that name none.")
+    max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline a request may name.")
+    unavailable_wait_s: float = Field(10.0, ge=0, description="Longest wait for a missing stage before 503.")
+    stall_nudge_s: float = Field(15.0, gt=0, description="Silence of a request after which its stages are asked again.")
+    move_delay_s: float = Field(0.2, ge=0, description="Pause before a request goes back to an instance that refused it.")
+    max_moves: int = Field(16, ge=1, description="Times a request may be moved between instances before it fails.")
+    slow_client_timeout_s: float = Field(30.0, gt=0, description="Longest time a client may leave its output unread.")
+    client_buffer_bytes: int = Field(1024 * 1024, ge=4096, description="Most unread output kept for a client.")
+    stuck_after_s: float = Field(60.0, gt=0, description="An instance with work and no step for so long is stuck.")
+    keep_alive_s: float = Field(75.0, gt=0, description="Idle time after which an HTTP connection is closed.")

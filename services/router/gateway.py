@@ -1,0 +1,330 @@
+"""The engine as protocol layers see it: opens requests on the back-plane, hands their output to its reader. Part of the shell.
+
+It owns admission, the readers of open requests, and what is measured of client calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+
+from headrace.errors import (
+    HeadraceError,
+    InvalidRequestError,
+    NotFoundError,
+    RequestAbortedError,
+    RequestFailedError,
+    UnavailableError,
+)
+from headrace.telemetry import logs, names
+from headrace.telemetry.metrics import RouterMetrics
+from headrace.telemetry.traces import Context, SpanKind, Tracer
+from services.router import messages
+from services.router.admission import Admission
+from services.router.backplane import Backplane
+from services.router.config import Settings
+from services.router.generation import Call, EncodedPrompt, GenerationRequest, ModelOffer, OutputPiece, Prompt, TokenPrompt
+from services.router.observation import Observation
+from services.router.open_request import Kind, OpenRequest, Patience
+from services.router.output_buffer import OutputBuffer
+
+log = logs.get_logger()
+
+_SPAN_NAMES = {"http": names.SPAN_ROUTER_HTTP, "grpc": names.SPAN_ROUTER_GRPC}
+
+
+class ClientStream:
+    """One open request and the client call that reads it. Implements `OutputStream` above and `Reader` below."""
+
+    def __init__(
+        self, gateway: Gateway, request: OpenRequest, call: Call, observation: Observation, *, buffer: OutputBuffer
+    ) -> None:
+        self.call = call
+        self.request = request
+        self.buffer = buffer
+        self.seed = messages.drawn_seed(request.generation.sampling.seed, secrets.randbits(64))
+        self.context: Context = observation.context
+        self.deadline_unix_ns = call.started_unix_ns + (request.deadline_ns - call.started_ns)
+        self._gateway = gateway
+        self._observation = observation
+        self._wake: asyncio.Future[None] | None = None
+        self._finish_reason: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The model that answers."""
+        return self.request.generation.model
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt; known with the first output."""
+        return 0 if self.request.encoded is None else int(self.request.encoded.token_ids.size)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens made so far."""
+        return len(self.request.output_tokens)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose KV was reused."""
+        return self.request.num_cached_tokens
+
+    async def next(self) -> OutputPiece:
+        """All output since the last call, waiting for some."""
+        self.buffer.come_back()
+        while not self.buffer.is_ready:
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        return self.buffer.take(time.monotonic_ns())
+
+    def close(self) -> None:
+        """The reader leaves."""
+        self._gateway.close_stream(self, RequestAbortedError("the client went away"))
+
+    def on_arrival(self, edge: str, *, num_tokens: int, enqueued_unix_ns: int, now_ns: int) -> None:
+        """An answer has come from a link."""
+        if num_tokens:
+            now_unix_ns = time.time_ns() if self._observation.is_traced else 0
+            self._observation.on_tokens(num_tokens, enqueued_unix_ns=enqueued_unix_ns, now_ns=now_ns, now_unix_ns=now_unix_ns)
+        elif self._observation.is_traced:
+            self._observation.record_queue(edge, enqueued_unix_ns, time.time_ns())
+
+    def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+        """New output from the core."""
+        self._finish_reason = finish_reason
+        self.buffer.put(text, token_ids, finish_reason)
+        self._wake_reader()
+        if self.buffer.is_over_limit:
+            self._gateway.cut_off(self)
+
+    def end(self, error: HeadraceError | None) -> None:
+        """The request is over."""
+        now_ns = time.monotonic_ns()
+        self._gateway.release(now_ns)
+        self._observation.end(self.request, error, finish_reason=self._finish_reason, now_ns=now_ns)
+        if error is not None:
+            self.buffer.fail(error)
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+
+class _TokenizerCall:
+    """A tokenize or detokenize call: one answer, awaited."""
+
+    def __init__(self, gateway: Gateway, call: Call, request: OpenRequest) -> None:
+        self.context: Context = call.context
+        self.deadline_unix_ns = call.started_unix_ns + (request.deadline_ns - call.started_ns)
+        self.seed = 0
+        self.text = ""
+        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._gateway = gateway
+
+    def on_arrival(self, edge: str, *, num_tokens: int, enqueued_unix_ns: int, now_ns: int) -> None:
+        """An answer has come from a link."""
+        self._gateway.tracer.record_queue(
+            edge, parent=self.context, enqueued_unix_ns=enqueued_unix_ns, taken_unix_ns=time.time_ns()
+        )
+
+    def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+        """The text of a detokenize call."""
+        self.text = text
+
+    def end(self, error: HeadraceError | None) -> None:
+        """The call is over."""
+        self._gateway.release(time.monotonic_ns())
+        if self.answer.done():
+            return
+        if error is None:
+            self.answer.set_result(None)
+        else:
+            self.answer.set_exception(error)
+
+
+class Gateway:
+    """Implements `Engine` over the back-plane."""
+
+    def __init__(
+        self, backplane: Backplane, settings: Settings, *, tracer: Tracer, metrics: RouterMetrics, registry: CollectorRegistry
+    ) -> None:
+        self.tracer = tracer
+        self.admission = Admission(settings.max_open_requests)
+        self.is_draining = False
+        self._backplane = backplane
+        self._settings = settings
+        self._metrics = metrics
+        self._registry = registry
+        self._streams: set[ClientStream] = set()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._patience = Patience(
+            unavailable_wait_ns=_ns(settings.unavailable_wait_s),
+            stall_nudge_ns=_ns(settings.stall_nudge_s),
+            move_delay_ns=_ns(settings.move_delay_s),
+            max_moves=settings.max_moves,
+        )
+
+    # Calls.
+
+    def begin_call(self, *, protocol: str, endpoint: str, traceparent: str = "", tracestate: str = "") -> Call:
+        """Open a client call."""
+        started_unix_ns = time.time_ns()
+        span = self.tracer.start(
+            _SPAN_NAMES[protocol],
+            parent=Context(traceparent, tracestate),
+            start_unix_ns=started_unix_ns,
+            kind=SpanKind.SERVER,
+            root=True,
+        )
+        call = Call(uuid.uuid4().hex, endpoint, time.monotonic_ns(), started_unix_ns, span)
+        span.rename(f"POST {endpoint}" if protocol == "http" else endpoint)
+        span.set(names.ATTR_REQUEST_ID, call.request_id)
+        span.set(names.ATTR_HTTP_ROUTE if protocol == "http" else names.ATTR_RPC_METHOD, endpoint)
+        return call
+
+    def end_call(self, call: Call, *, status: str, error_code: str | None = None) -> None:
+        """Close a client call."""
+        self._metrics.requests.labels(call.endpoint, status).inc()
+        if status.isdigit():
+            call.span.set(names.ATTR_HTTP_STATUS, int(status))
+        if error_code is not None:
+            self._metrics.failures.labels(error_code).inc()
+            call.span.error(error_code)
+        call.span.end()
+
+    # Work.
+
+    def open_stream(self, request: GenerationRequest, call: Call) -> ClientStream:
+        """Start a generation."""
+        request = replace(request, model=self._resolve_model(request.model))
+        opened = self._admit(Kind.GENERATE, request, call)
+        observation = Observation(call, request, tracer=self.tracer, metrics=self._metrics)
+        buffer = OutputBuffer(self._settings.client_buffer_bytes)
+        stream = ClientStream(self, opened, call, observation, buffer=buffer)
+        self._streams.add(stream)
+        self._backplane.open(opened, stream)
+        return stream
+
+    async def tokenize(self, model: str, prompt: Prompt, call: Call) -> EncodedPrompt:
+        """Tokens of a prompt."""
+        generation = GenerationRequest(self._resolve_model(model), prompt)
+        request, _ = await self._ask_tokenizer(Kind.TOKENIZE, generation, call)
+        if request.encoded is None:
+            raise RequestFailedError("the tokenizer answered without tokens")
+        return request.encoded
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], call: Call, *, skip_special_tokens: bool) -> str:
+        """Text of tokens."""
+        prompt = TokenPrompt(np.asarray(token_ids, dtype=np.int32))
+        generation = GenerationRequest(self._resolve_model(model), prompt, skip_special_tokens=skip_special_tokens)
+        return (await self._ask_tokenizer(Kind.DETOKENIZE, generation, call))[1]
+
+    async def _ask_tokenizer(self, kind: Kind, generation: GenerationRequest, call: Call) -> tuple[OpenRequest, str]:
+        request = self._admit(kind, generation, call)
+        reader = _TokenizerCall(self, call, request)
+        self._backplane.open(request, reader)
+        try:
+            await reader.answer
+        finally:
+            self._backplane.end(request.request_id, RequestAbortedError("the client went away"))
+        return request, reader.text
+
+    def close_stream(self, stream: ClientStream, error: HeadraceError) -> None:
+        """The reader of a stream leaves; what still runs for it is aborted."""
+        self._streams.discard(stream)
+        self._backplane.end(stream.request.request_id, error)
+
+    def cut_off(self, stream: ClientStream) -> None:
+        """The client does not read: stop its request and break its connection, so that it holds nothing of others."""
+        self._metrics.slow_clients.inc()
+        self.close_stream(stream, RequestAbortedError("the client left its output unread for too long"))
+        if stream.call.cut is not None:
+            stream.call.cut()
+
+    def cut_off_slow_clients(self) -> None:
+        """Look for readers that took something long ago and have not come back."""
+        now_ns, timeout_ns = time.monotonic_ns(), _ns(self._settings.slow_client_timeout_s)
+        for stream in [stream for stream in self._streams if stream.buffer.is_reader_stuck(now_ns, timeout_ns)]:
+            self.cut_off(stream)
+
+    def release(self, now_ns: int) -> None:
+        """A request is over."""
+        self.admission.release(now_ns)
+        if not self.admission.num_open:
+            self._is_idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is open."""
+        await self._is_idle.wait()
+
+    def end_all(self, error: HeadraceError) -> None:
+        """End every open request with an error."""
+        for request in self._backplane.streams:
+            self._backplane.end(request.request_id, error)
+
+    def _admit(self, kind: Kind, generation: GenerationRequest, call: Call) -> OpenRequest:
+        if self.is_draining:
+            raise UnavailableError("router: it is draining and takes no new requests; send this to another", retry_after_s=5.0)
+        timeout_s = self._settings.default_timeout_s if call.timeout_s is None else call.timeout_s
+        if not 0 < timeout_s <= self._settings.max_timeout_s:
+            limit = self._settings.max_timeout_s
+            raise InvalidRequestError(f"the deadline must be in (0, {limit:g}] seconds; got {timeout_s:g}", param="timeout")
+        self.admission.admit(time.monotonic_ns())
+        self._is_idle.clear()
+        return OpenRequest(
+            call.request_id,
+            kind=kind,
+            generation=generation,
+            stream_id=secrets.randbits(64),
+            deadline_ns=call.started_ns + _ns(timeout_s),
+            placement=self._backplane.directory,
+            patience=self._patience,
+        )
+
+    def _resolve_model(self, name: str) -> str:
+        directory = self._backplane.directory
+        known = directory.known_models
+        if not known:
+            raise UnavailableError("no model is served yet: no tokenizer, scheduler or detokenizer has offered one")
+        if name:
+            if not directory.has_ever_known(name):
+                raise NotFoundError(f"the model {name!r} does not exist; served: {', '.join(known)}", param="model")
+            return name
+        if len(known) > 1:
+            raise InvalidRequestError(f"model is required when several are served: {', '.join(known)}", param="model")
+        return known[0]
+
+    # Questions.
+
+    def list_models(self) -> list[ModelOffer]:
+        """Models that can be served now."""
+        return self._backplane.directory.offers()
+
+    def not_ready_reason(self) -> str | None:
+        """Why a request could not be served now."""
+        if self.is_draining:
+            return "the router is draining"
+        return self._backplane.directory.not_ready_reason(time.monotonic_ns())
+
+    def health(self) -> dict[str, object]:
+        """What the router knows of every stage."""
+        stages = self._backplane.directory.stages(time.monotonic_ns(), time.time_ns())
+        return {"draining": self.is_draining, "open_requests": self.admission.num_open, "stages": stages}
+
+    def metrics(self) -> bytes:
+        """The process's metrics."""
+        return generate_latest(self._registry)
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)

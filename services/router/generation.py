@@ -1,0 +1,217 @@
+"""What a client asked for, whatever protocol it spoke, and what it gets back.
+
+Protocol layers (http/, grpc/) make these and read these; nothing here knows HTTP, gRPC, or where the work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.telemetry.traces import NO_CONTEXT, Context, Span
+
+TokenArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text to continue."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A prompt that is tokens already."""
+
+    token_ids: TokenArray
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationPrompt:
+    """A conversation, to be rendered with the model's chat template."""
+
+    turns: tuple[ChatTurn, ...]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+Prompt = TextPrompt | TokenPrompt | ConversationPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; None leaves the choice to the model's defaults."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """When a sequence ends."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_in_output: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A checked request for one sequence."""
+
+    model: str
+    prompt: Prompt
+    sampling: Sampling = field(default_factory=Sampling)
+    stopping: Stopping = field(default_factory=Stopping)
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """What a tokenizer made of a prompt, and what it knows of the model."""
+
+    token_ids: TokenArray
+    max_model_len: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    defaults: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPiece:
+    """New output of one sequence. The last piece has a finish reason, "stop" or "length"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOffer:
+    """A model that can be asked for now."""
+
+    name: str
+    max_model_len: int
+    loaded_unix_s: int
+
+
+@dataclass(slots=True)
+class Call:
+    """One client call on its way: identity, trace, deadline. Ended exactly once by the layer that began it."""
+
+    request_id: str
+    endpoint: str
+    started_ns: int
+    started_unix_ns: int
+    span: Span = field(default_factory=lambda: Span(None, NO_CONTEXT))
+    timeout_s: float | None = None
+    is_streaming: bool = False
+    cut: Callable[[], object] | None = None
+    """Breaks the client's connection; set by a layer whose sends may block for ever."""
+
+    @property
+    def context(self) -> Context:
+        """Trace context below the call's own span."""
+        return self.span.context
+
+
+class OutputStream(Protocol):
+    """The output of one open request, as a protocol layer reads it."""
+
+    @property
+    def model(self) -> str:
+        """The model that answers."""
+        ...
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt; known with the first output."""
+        ...
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens made so far."""
+        ...
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose KV was reused."""
+        ...
+
+    async def next(self) -> OutputPiece:
+        """All output that has come since the last call, waiting for some.
+
+        Raises:
+            HeadraceError: The request ended without its full output.
+        """
+        ...
+
+    def close(self) -> None:
+        """The client is gone or has all it wanted; aborts what is still running. Idempotent."""
+        ...
+
+
+class Engine(Protocol):
+    """What the protocol layers need from the rest of the router."""
+
+    def begin_call(self, *, protocol: str, endpoint: str, traceparent: str = "", tracestate: str = "") -> Call:
+        """Open a client call ("http" or "grpc"): mint its id, start its span, note its time."""
+        ...
+
+    def end_call(self, call: Call, *, status: str, error_code: str | None = None) -> None:
+        """Close a client call: span, metrics."""
+        ...
+
+    def open_stream(self, request: GenerationRequest, call: Call) -> OutputStream:
+        """Start a generation.
+
+        Raises:
+            OverloadedError: Too many requests are open.
+            UnavailableError: The router is draining.
+            NotFoundError: No such model.
+        """
+        ...
+
+    async def tokenize(self, model: str, prompt: Prompt, call: Call) -> EncodedPrompt:
+        """Tokens of a prompt."""
+        ...
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], call: Call, *, skip_special_tokens: bool) -> str:
+        """Text of tokens."""
+        ...
+
+    def list_models(self) -> list[ModelOffer]:
+        """Models that can be served now."""
+        ...
+
+    def not_ready_reason(self) -> str | None:
+        """Why a request could not be served now; None when it could."""
+        ...
+
+    def health(self) -> dict[str, object]:
+        """What the router knows of every stage."""
+        ...
+
+    def metrics(self) -> bytes:
+        """The process's metrics in Prometheus' text format."""
+        ...

@@ -1,0 +1,163 @@
+"""gRPC's messages to our requests and our errors to gRPC's statuses. Pure."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import grpc
+
+from headrace.errors import (
+    DeadlineExceededError,
+    HeadraceError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    ReplicaDeadError,
+    RequestAbortedError,
+    RequestTooLargeError,
+    UnavailableError,
+)
+from headrace.v1 import common_pb2 as common
+from headrace.v1 import inference_pb2 as inference
+from headrace.v1 import tokenizer_pb2 as tokenizer
+from services.router.generation import (
+    ChatTurn,
+    ConversationPrompt,
+    GenerationRequest,
+    OutputStream,
+    Prompt,
+    Sampling,
+    Stopping,
+    TextPrompt,
+    TokenPrompt,
+)
+from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, check_token_ids, refuse
+
+CODE_KEY = "headrace-error-code"
+PARAM_KEY = "headrace-error-param"
+RETRY_KEY = "headrace-retry-after-ms"
+REQUEST_ID_KEY = "x-request-id"
+
+_STATUSES: tuple[tuple[type[HeadraceError], grpc.StatusCode], ...] = (
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (RequestTooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (RequestAbortedError, grpc.StatusCode.CANCELLED),
+    (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (ReplicaDeadError, grpc.StatusCode.UNAVAILABLE),
+)
+_FINISH_REASONS = {"stop": common.FINISH_REASON_STOP, "length": common.FINISH_REASON_LENGTH}
+
+
+def status_of(error: HeadraceError) -> grpc.StatusCode:
+    """The gRPC status of an error."""
+    return next((status for kind, status in _STATUSES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def metadata_of(error: HeadraceError) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata of an error: its stable code, the field, when to come back."""
+    found = [(CODE_KEY, error.code)]
+    if error.param:
+        found.append((PARAM_KEY, error.param))
+    if isinstance(error, (OverloadedError, UnavailableError)):
+        found.append((RETRY_KEY, str(int(error.retry_after_s * 1000))))
+    return tuple(found)
+
+
+def generate_request(message: inference.GenerateRequest) -> GenerationRequest:
+    """A Generate call, checked."""
+    kind = message.WhichOneof("prompt")
+    prompt: Prompt
+    if kind == "text":
+        if not message.text:
+            refuse("text", "a non-empty string", message.text)
+        prompt = TextPrompt(message.text)
+    elif kind == "token_ids":
+        prompt = TokenPrompt(check_token_ids("token_ids", list(message.token_ids.ids)))
+    else:
+        raise InvalidRequestError("one of text and token_ids is required", param="prompt")
+    return _generation(message, prompt, skip_special_tokens=_optional(message, "skip_special_tokens", True))
+
+
+def chat_request(message: inference.ChatRequest) -> GenerationRequest:
+    """A Chat call, checked."""
+    return _generation(message, conversation(message.prompt, "prompt"), skip_special_tokens=True)
+
+
+def tokenize_prompt(message: inference.TokenizeRequest) -> Prompt:
+    """What a Tokenize call wants encoded."""
+    kind = message.WhichOneof("prompt")
+    if kind == "chat":
+        return conversation(message.chat, "chat")
+    if kind == "text":
+        return TextPrompt(message.text, _optional(message, "add_special_tokens", True))
+    raise InvalidRequestError("one of text and chat is required", param="prompt")
+
+
+def conversation(chat: tokenizer.ChatPrompt, path: str) -> ConversationPrompt:
+    """A conversation, checked as over HTTP."""
+    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
+        refuse(f"{path}.messages", f"1 to {MAX_MESSAGES} messages", f"{len(chat.messages)} of them")
+    for index, turn in enumerate(chat.messages):
+        if not turn.role:
+            raise InvalidRequestError(f"{path}.messages.{index}.role is required", param=f"{path}.messages.{index}.role")
+    is_continued = chat.continue_final_message
+    if is_continued and chat.HasField("add_generation_prompt") and chat.add_generation_prompt:
+        raise InvalidRequestError(
+            "add_generation_prompt and continue_final_message cannot both be true", param=f"{path}.continue_final_message"
+        )
+    return ConversationPrompt(
+        tuple(ChatTurn(turn.role, turn.content, turn.name) for turn in chat.messages),
+        add_generation_prompt=_optional(chat, "add_generation_prompt", not is_continued),
+        continue_final_message=is_continued,
+    )
+
+
+def finish_reason_of(name: str | None) -> common.FinishReason:
+    """The enum's value of a finish reason."""
+    return _FINISH_REASONS[name] if name is not None else common.FINISH_REASON_UNSPECIFIED
+
+
+def usage_of(stream: OutputStream) -> inference.Usage:
+    """Token counts of a stream."""
+    return inference.Usage(
+        num_prompt_tokens=stream.num_prompt_tokens,
+        num_output_tokens=stream.num_output_tokens,
+        num_cached_tokens=stream.num_cached_tokens,
+    )
+
+
+def _generation(
+    message: inference.GenerateRequest | inference.ChatRequest, prompt: Prompt, *, skip_special_tokens: bool
+) -> GenerationRequest:
+    asked, stops = message.sampling, message.stopping
+    sampling = Sampling(
+        temperature=_optional(asked, "temperature", None),
+        top_p=_optional(asked, "top_p", None),
+        top_k=_optional(asked, "top_k", None),
+        min_p=_optional(asked, "min_p", None),
+        seed=_optional(asked, "seed", None),
+    )
+    stopping = Stopping(
+        max_tokens=_optional(stops, "max_tokens", None),
+        min_tokens=stops.min_tokens,
+        ignore_eos=stops.ignore_eos,
+        stop=tuple(stops.stop),
+        stop_token_ids=tuple(stops.stop_token_ids),
+        include_stop_in_output=stops.include_stop_in_output,
+    )
+    check_sampling(sampling)
+    check_stopping(stopping)
+    return GenerationRequest(message.model, prompt, sampling, stopping, skip_special_tokens)
+
+
+_Default = TypeVar("_Default")
+
+
+def _optional(message: object, name: str, default: _Default) -> _Default:
+    """An optional field's value, or the default where it is absent."""
+    if message.HasField(name):  # type: ignore[attr-defined]
+        return getattr(message, name)  # type: ignore[no-any-return]
+    return default

@@ -1,0 +1,76 @@
+"""The gRPC port: inference, health, reflection. Part of the shell."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from headrace.errors import ConfigError
+from headrace.v1 import inference_pb2, inference_pb2_grpc
+from services.router.generation import Engine
+from services.router.grpc.servicer import SERVICE_NAME, InferenceServicer
+
+GRACE_S = 2.0
+
+
+class GrpcServer:
+    """A grpc.aio server on one port."""
+
+    def __init__(self, engine: Engine, *, host: str, port: int, max_message_bytes: int) -> None:
+        self.port = port
+        self._host = host
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._is_serving: bool | None = None
+        self._server = grpc.aio.server(
+            options=[
+                # With SO_REUSEPORT a second router would share the port silently instead of being told that it is busy.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_metadata_size", 64 * 1024),
+                # Clients behind idle connections may ping; a dead one is noticed.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ]
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        assert inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name == SERVICE_NAME
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            ConfigError: The port cannot be bound; it names the setting.
+        """
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{self.port}")
+        except RuntimeError as error:
+            bound = 0
+            reason = str(error)
+        else:
+            reason = "the address is in use or not ours"
+        if bound == 0:
+            place = f"port {self.port} on {self._host}"
+            raise ConfigError(f"{place} cannot be bound ({reason}): stop what uses it, or set router.grpc_port to another")
+        self.port = bound
+        await self.set_serving(False)
+        await self._server.start()
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """What the health service answers."""
+        if is_serving is self._is_serving:
+            return
+        self._is_serving = is_serving
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+    async def stop(self) -> None:
+        """Close the port; calls under way get a moment to end, then are cancelled."""
+        await asyncio.wait_for(self._server.stop(GRACE_S), GRACE_S * 3)

@@ -1,0 +1,135 @@
+"""headrace.v1.Inference over the engine. Part of the shell; conversions.py has the shapes.
+
+grpc.aio cancels the handler's task when the client cancels or its deadline passes; closing the stream on the way out aborts the
+request at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from headrace.errors import HeadraceError, RequestFailedError
+from headrace.telemetry import logs
+from headrace.v1 import inference_pb2 as inference
+from headrace.v1 import inference_pb2_grpc
+from services.router.generation import Call, Engine, GenerationRequest, OutputPiece, OutputStream
+from services.router.grpc import conversions
+from services.router.limits import check_token_ids
+from services.router.messages import model_info
+
+log = logs.get_logger()
+
+SERVICE_NAME = "headrace.v1.Inference"
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """The public gRPC service."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Generate(self, request: inference.GenerateRequest, context: Context) -> AsyncIterator[inference.GenerateResponse]:
+        """Text or token ids to text, streamed."""
+        async with self._call("Generate", context) as call:
+            async for stream, piece in self._pieces(conversions.generate_request(request), call):
+                answer = inference.GenerateResponse(request_id=call.request_id, text=piece.text, token_ids=piece.token_ids)
+                yield _close_answer(answer, stream, piece)
+
+    async def Chat(self, request: inference.ChatRequest, context: Context) -> AsyncIterator[inference.ChatResponse]:
+        """A conversation to the assistant's next turn, streamed."""
+        async with self._call("Chat", context) as call:
+            async for stream, piece in self._pieces(conversions.chat_request(request), call):
+                answer = inference.ChatResponse(request_id=call.request_id, content=piece.text, token_ids=piece.token_ids)
+                yield _close_answer(answer, stream, piece)
+
+    async def Tokenize(self, request: inference.TokenizeRequest, context: Context) -> inference.TokenizeResponse:
+        """Text or a conversation to token ids."""
+        async with self._call("Tokenize", context) as call:
+            encoded = await self._engine.tokenize(request.model, conversions.tokenize_prompt(request), call)
+            return inference.TokenizeResponse(token_ids=encoded.token_ids.tolist(), max_model_len=encoded.max_model_len)
+        raise AssertionError("an error ends the call")
+
+    async def Detokenize(self, request: inference.DetokenizeRequest, context: Context) -> inference.DetokenizeResponse:
+        """Token ids to text."""
+        async with self._call("Detokenize", context) as call:
+            token_ids = list(request.token_ids)
+            if token_ids:
+                check_token_ids("token_ids", token_ids)
+            skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+            text = await self._engine.detokenize(request.model, token_ids, call, skip_special_tokens=skip)
+            return inference.DetokenizeResponse(text=text)
+        raise AssertionError("an error ends the call")
+
+    async def ListModels(self, request: inference.ListModelsRequest, context: Context) -> inference.ListModelsResponse:
+        """The models that can be asked for."""
+        return inference.ListModelsResponse(models=[model_info(offer) for offer in self._engine.list_models()])
+
+    async def _pieces(self, generation: GenerationRequest, call: Call) -> AsyncIterator[tuple[OutputStream, OutputPiece]]:
+        stream = self._engine.open_stream(generation, call)
+        try:
+            while True:
+                piece = await stream.next()
+                yield stream, piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            stream.close()
+
+    @asynccontextmanager
+    async def _call(self, method: str, context: Context) -> AsyncIterator[Call]:
+        """One client call: its deadline and trace from the metadata, its errors to statuses, its end counted once."""
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        call = self._engine.begin_call(
+            protocol="grpc",
+            endpoint=f"{SERVICE_NAME}/{method}",
+            traceparent=metadata.get("traceparent", ""),
+            tracestate=metadata.get("tracestate", ""),
+        )
+        call.is_streaming = method in {"Generate", "Chat"}
+        call.timeout_s = _timeout_s(context)
+        call.cut = _canceller()
+        status, failure = "OK", None
+        try:
+            await context.send_initial_metadata(((conversions.REQUEST_ID_KEY, call.request_id),))
+            yield call
+        except HeadraceError as error:
+            failure = error
+        except (asyncio.CancelledError, GeneratorExit):
+            status = grpc.StatusCode.CANCELLED.name
+            raise
+        except Exception:
+            log.exception("rpc.failed", method=method)
+            failure = RequestFailedError("internal error; the router's log has the details")
+        finally:
+            if failure is not None:
+                status = conversions.status_of(failure).name
+            self._engine.end_call(call, status=status, error_code=None if failure is None else failure.code)
+        if failure is not None:
+            await context.abort(conversions.status_of(failure), failure.message, conversions.metadata_of(failure))
+
+
+Answer = inference.GenerateResponse | inference.ChatResponse
+
+
+def _close_answer(answer: Any, stream: OutputStream, piece: OutputPiece) -> Any:
+    """Add finish reason and usage to the last answer."""
+    if piece.finish_reason is not None:
+        answer.finish_reason = conversions.finish_reason_of(piece.finish_reason)
+        answer.usage.CopyFrom(conversions.usage_of(stream))
+    return answer
+
+
+def _timeout_s(context: Context) -> float | None:
+    remaining_s: float | None = context.time_remaining()
+    return None if remaining_s is None else max(remaining_s, 0.001)
+
+
+def _canceller() -> Callable[[], object] | None:
+    task = asyncio.current_task()
+    return None if task is None else task.cancel

@@ -1,0 +1,368 @@
+"""OpenAI's request shapes, checked at the edge and turned into our own.
+
+Pure: bytes in, `GenerationRequest` out, or one error that names the field, the limit and the value. Unknown fields are errors
+with a suggestion. Fields that every OpenAI client sends are accepted at the value that means "not used"; those OpenAI keeps for its
+own books (`IGNORED_FIELDS`) are accepted and ignored. Answers are rendered in `openai_answers.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from headrace.errors import InvalidRequestError
+from services.router.generation import (
+    ChatTurn,
+    ConversationPrompt,
+    GenerationRequest,
+    Prompt,
+    Sampling,
+    Stopping,
+    TextPrompt,
+    TokenPrompt,
+)
+from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, check_token_ids, refuse, shown
+
+IGNORED_FIELDS = frozenset(
+    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"}
+)
+"""Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
+
+_NOT_YET: dict[str, tuple[object, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "prompt_logprobs": (None,),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "response_format": (None, {"type": "text"}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "moderation": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None,),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1),
+}
+"""Fields we know and cannot honour yet, with the values at which they ask for nothing."""
+
+_MESSAGE_NOT_YET: dict[str, tuple[object, ...]] = {
+    "tool_calls": (None, []),
+    "function_call": (None,),
+    "refusal": (None,),
+    "audio": (None,),
+    "annotations": (None, []),
+    "reasoning_content": (None,),
+    "tool_call_id": (None,),
+}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES_NOT_YET = frozenset({"tool", "function"})
+_UNIONS = {"stop": "a string or an array of strings", "prompt": "a string or an array of token ids"}
+_PARTS_NOT_YET = frozenset({"image_url", "input_audio", "file", "video_url", "refusal"})
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
+
+
+class _Shared(_Body):
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class _Chat(_Shared):
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class _Completion(_Shared):
+    prompt: str | list[Any]
+    add_special_tokens: bool | None = None
+
+
+class _Tokenize(_Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class _Detokenize(_Body):
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A request and how its answer is to be sent."""
+
+    generation: GenerationRequest
+    is_streaming: bool
+    include_usage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeCall:
+    """A call of /tokenize."""
+
+    model: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeCall:
+    """A call of /detokenize."""
+
+    model: str
+    token_ids: list[int]
+    skip_special_tokens: bool
+
+
+def parse_chat(body: bytes) -> ParsedRequest:
+    """Read a body of POST /v1/chat/completions.
+
+    Raises:
+        InvalidRequestError: It names the first thing that is wrong.
+    """
+    chat = _validate(_Chat, _drop_unused(_load(body)))
+    prompt = _conversation(chat.messages, chat.add_generation_prompt, chat.continue_final_message)
+    max_tokens, param = chat.max_tokens, "max_tokens"
+    if chat.max_completion_tokens is not None:
+        if max_tokens is not None and max_tokens != chat.max_completion_tokens:
+            refuse("max_tokens", f"left out, or equal to max_completion_tokens, {chat.max_completion_tokens}", max_tokens)
+        max_tokens, param = chat.max_completion_tokens, "max_completion_tokens"
+    return _finish(chat, prompt, max_tokens=max_tokens, max_tokens_param=param)
+
+
+def parse_completion(body: bytes) -> ParsedRequest:
+    """Read a body of POST /v1/completions.
+
+    Raises:
+        InvalidRequestError: It names the first thing that is wrong.
+    """
+    completion = _validate(_Completion, _drop_unused(_load(body)))
+    prompt = _completion_prompt(completion.prompt, completion.add_special_tokens is not False)
+    max_tokens = 16 if completion.max_tokens is None else completion.max_tokens
+    return _finish(completion, prompt, max_tokens=max_tokens, max_tokens_param="max_tokens")
+
+
+def parse_tokenize(body: bytes) -> TokenizeCall:
+    """Read a body of POST /tokenize."""
+    call = _validate(_Tokenize, _load(body))
+    if (call.prompt is None) == (call.messages is None):
+        raise InvalidRequestError("exactly one of prompt and messages must be given", param="prompt")
+    if call.messages is not None:
+        return TokenizeCall(call.model or "", _conversation(call.messages, call.add_generation_prompt, call.continue_final_message))
+    return TokenizeCall(call.model or "", TextPrompt(call.prompt or "", call.add_special_tokens is not False))
+
+
+def parse_detokenize(body: bytes) -> DetokenizeCall:
+    """Read a body of POST /detokenize."""
+    call = _validate(_Detokenize, _load(body))
+    if call.tokens:
+        check_token_ids("tokens", call.tokens)
+    return DetokenizeCall(call.model or "", call.tokens, call.skip_special_tokens is not False)
+
+
+def _load(body: bytes) -> dict[str, Any]:
+    if not body:
+        raise InvalidRequestError("the body is empty; send a JSON object")
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"the body must be a JSON object; got {shown(value)}")
+    return value
+
+
+def _drop_unused(body: dict[str, Any], table: Mapping[str, tuple[object, ...]] = _NOT_YET, path: str = "") -> dict[str, Any]:
+    kept = {}
+    for name, value in body.items():
+        if name in table:
+            _require_unused(path + name, value, table[name])
+        elif path or name not in IGNORED_FIELDS:
+            kept[name] = value
+    return kept
+
+
+def _require_unused(param: str, value: object, allowed: tuple[object, ...]) -> None:
+    for option in allowed:
+        # True == 1 and False == 0 in Python, but not for a client that asks for log probabilities with 0.
+        if value == option and isinstance(value, bool) == isinstance(option, bool):
+            return
+    options = " or ".join(orjson.dumps(option).decode() for option in allowed)
+    raise InvalidRequestError(f"{param} is not supported yet: leave it out or send {options}; got {shown(value)}", param=param)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _validate(shape: type[_Model], body: dict[str, Any]) -> _Model:
+    try:
+        return shape.model_validate(body)
+    except ValidationError as error:
+        _refuse_first(error, shape)
+
+
+def _refuse_first(error: ValidationError, shape: type[BaseModel]) -> NoReturn:
+    """One error is enough for a client; an unknown field comes first, since it often explains a missing one."""
+    errors = error.errors(include_url=False)
+    first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
+    # A union names its member types in the location ("stop", "str"); clients know only the field.
+    location = [str(part) for part in first["loc"]]
+    if len(location) > 1 and location[0] in _UNIONS:
+        location = location[:1]
+    param = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], [*shape.model_fields, *_NOT_YET], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InvalidRequestError(f"unknown field {param}{hint}", param=param)
+    if first["type"] == "missing":
+        raise InvalidRequestError(f"{param} is required", param=param)
+    expected = _UNIONS.get(param) or _expectation(first["msg"])
+    raise InvalidRequestError(f"{param} must be {expected}; got {shown(first['input'])}", param=param)
+
+
+def _expectation(message: str) -> str:
+    text = message.removeprefix("Input should be ")
+    return text if text != message else message[:1].lower() + message[1:]
+
+
+def _conversation(
+    messages: list[dict[str, Any]], add_generation_prompt: bool | None, continue_final: bool | None
+) -> ConversationPrompt:
+    turns = tuple(_turn(f"messages.{index}", message) for index, message in enumerate(messages))
+    is_continued = continue_final is True
+    if is_continued and add_generation_prompt is True:
+        raise InvalidRequestError(
+            "add_generation_prompt and continue_final_message cannot both be true", param="continue_final_message"
+        )
+    if is_continued and turns[-1].role != "assistant":
+        refuse("continue_final_message", "false unless the last message is the assistant's", turns[-1].role)
+    is_opened = not is_continued if add_generation_prompt is None else add_generation_prompt
+    return ConversationPrompt(turns, add_generation_prompt=is_opened, continue_final_message=is_continued)
+
+
+def _turn(path: str, message: dict[str, Any]) -> ChatTurn:
+    role = message.get("role")
+    if isinstance(role, str) and role in _ROLES_NOT_YET:
+        raise InvalidRequestError(
+            f"{path}.role {role!r} is not supported yet: send one of {', '.join(_ROLES)}", param=f"{path}.role"
+        )
+    if not isinstance(role, str) or role not in _ROLES:
+        refuse(f"{path}.role", f"one of {', '.join(_ROLES)}", role)
+    message = _drop_unused(message, _MESSAGE_NOT_YET, path + ".")
+    unknown = [field for field in message if field not in {"role", "content", "name"}]
+    if unknown:
+        raise InvalidRequestError(f"unknown field {path}.{unknown[0]}", param=f"{path}.{unknown[0]}")
+    name = message.get("name")
+    if name is not None and not isinstance(name, str):
+        refuse(f"{path}.name", "a string", name)
+    if "content" not in message:
+        raise InvalidRequestError(f"{path}.content is required", param=f"{path}.content")
+    return ChatTurn(_ROLES[role], _content(f"{path}.content", message["content"]), name or "")
+
+
+def _content(path: str, content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        refuse(path, "a string or a non-empty array of text parts", content)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in _PARTS_NOT_YET:
+            message = f"{path}.{index} of type {kind} is not supported yet: send text parts only"
+            raise InvalidRequestError(message, param=f"{path}.{index}")
+        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            refuse(f"{path}.{index}", 'of the form {"type": "text", "text": "…"}', part)
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _completion_prompt(prompt: str | list[Any], add_special_tokens: bool) -> Prompt:
+    if isinstance(prompt, str):
+        if not prompt:
+            refuse("prompt", "a non-empty string", prompt)
+        return TextPrompt(prompt, add_special_tokens)
+    if prompt and isinstance(prompt[0], (str, list)):
+        if len(prompt) > 1:
+            message = f"several prompts in one request are not supported yet: the limit is 1; got {len(prompt)}"
+            raise InvalidRequestError(message, param="prompt")
+        if isinstance(prompt[0], str):
+            return _completion_prompt(prompt[0], add_special_tokens)
+        prompt = prompt[0]
+    return TokenPrompt(check_token_ids("prompt", prompt))
+
+
+def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens_param: str) -> ParsedRequest:
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    sampling = Sampling(body.temperature, body.top_p, body.top_k, body.min_p, body.seed)
+    stopping = Stopping(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        ignore_eos=body.ignore_eos is True,
+        stop=stop,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop_in_output=body.include_stop_str_in_output is True,
+    )
+    check_sampling(sampling)
+    check_stopping(stopping, max_tokens_param=max_tokens_param)
+    options = body.stream_options
+    if options is not None:
+        if body.stream is not True:
+            refuse("stream_options", "left out unless stream is true", options.model_dump())
+        if options.continuous_usage_stats:
+            _require_unused("stream_options.continuous_usage_stats", True, (False,))
+    generation = GenerationRequest(body.model or "", prompt, sampling, stopping, body.skip_special_tokens is not False)
+    return ParsedRequest(generation, body.stream is True, options is not None and options.include_usage)

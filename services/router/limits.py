@@ -1,0 +1,88 @@
+"""Ranges of request fields, the same for every protocol. A refusal names the field, the limit and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+
+from headrace.errors import InvalidRequestError
+from services.router.generation import Sampling, Stopping, TokenArray
+
+MAX_TEMPERATURE = 2.0
+MAX_INT32 = 2**31 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKENS = 64
+MAX_MESSAGES = 16384
+MAX_PROMPT_TOKENS = 4 * 1024 * 1024
+_SHOWN_CHARS = 60
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: short."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"
+
+
+def refuse(param: str, limit: str, value: object) -> NoReturn:
+    """Raise the error that names the field, the limit and the value."""
+    raise InvalidRequestError(f"{param} must be {limit}; got {shown(value)}", param=param)
+
+
+def _check_float(param: str, value: float | None, *, least: float, most: float, is_least_open: bool = False) -> None:
+    if value is None:
+        return
+    bracket = "(" if is_least_open else "["
+    if not math.isfinite(value) or value > most or value < least or (is_least_open and value == least):
+        refuse(param, f"in {bracket}{least:g}, {most:g}]", value)
+
+
+def _check_int(param: str, value: int | None, *, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        refuse(param, f"in [{least}, {most}]", value)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse values no sampler can honour."""
+    _check_float("temperature", sampling.temperature, least=0.0, most=MAX_TEMPERATURE)
+    _check_float("top_p", sampling.top_p, least=0.0, most=1.0, is_least_open=True)
+    _check_int("top_k", sampling.top_k, least=-1, most=MAX_INT32)
+    _check_float("min_p", sampling.min_p, least=0.0, most=1.0)
+    _check_int("seed", sampling.seed, least=MIN_SEED, most=MAX_SEED)
+
+
+def check_stopping(stopping: Stopping, *, max_tokens_param: str = "max_tokens") -> None:
+    """Refuse values that could never stop a sequence as asked."""
+    _check_int(max_tokens_param, stopping.max_tokens, least=1, most=MAX_INT32)
+    _check_int("min_tokens", stopping.min_tokens, least=0, most=MAX_INT32)
+    if stopping.max_tokens is not None and stopping.min_tokens > stopping.max_tokens:
+        refuse("min_tokens", f"at most {max_tokens_param}, {stopping.max_tokens}", stopping.min_tokens)
+    if len(stopping.stop) > MAX_STOP_STRINGS:
+        refuse("stop", f"at most {MAX_STOP_STRINGS} strings", f"{len(stopping.stop)} strings")
+    for text in stopping.stop:
+        if not 1 <= len(text) <= MAX_STOP_CHARS:
+            refuse("stop", f"strings of 1 to {MAX_STOP_CHARS} characters", f"one of {len(text)}")
+    if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
+        refuse("stop_token_ids", f"at most {MAX_STOP_TOKENS} ids", f"{len(stopping.stop_token_ids)} ids")
+    for token_id in stopping.stop_token_ids:
+        _check_int("stop_token_ids", token_id, least=0, most=MAX_INT32)
+
+
+def check_token_ids(param: str, token_ids: Sequence[int]) -> TokenArray:
+    """Token ids as an array; each must be a non-negative int32. The vocabulary's size is the tokenizer's to check."""
+    if not 1 <= len(token_ids) <= MAX_PROMPT_TOKENS:
+        refuse(param, f"1 to {MAX_PROMPT_TOKENS} token ids", f"{len(token_ids)} of them")
+    for token_id in token_ids:
+        # JSON's true is an int in Python; a prompt's array may hold anything.
+        if type(token_id) is not int or not 0 <= token_id <= MAX_INT32:
+            refuse(param, f"token ids in [0, {MAX_INT32}]", token_id)
+    return np.asarray(token_ids, dtype=np.int32)
+
+
+def seed_bits(seed: int) -> int:
+    """A seed as the unsigned 64-bit number the wire carries; negative ones wrap."""
+    return seed & (2**64 - 1)

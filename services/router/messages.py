@@ -1,0 +1,216 @@
+"""The protobuf bodies a router sends, made from an open request; and what it reads from those it gets. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from google.protobuf.message import Message
+
+from headrace.errors import HeadraceError, ProtocolError, error_from_code
+from headrace.telemetry.traces import Context
+from headrace.v1 import common_pb2 as common
+from headrace.v1 import detokenizer_pb2 as detokenizer
+from headrace.v1 import router_pb2 as router
+from headrace.v1 import scheduler_pb2 as scheduler
+from headrace.v1 import tokenizer_pb2 as tokenizer
+from services.router.generation import (
+    ConversationPrompt,
+    EncodedPrompt,
+    ModelOffer,
+    Prompt,
+    Sampling,
+    TextPrompt,
+    TokenArray,
+    TokenPrompt,
+)
+from services.router.limits import seed_bits
+from services.router.open_request import Kind, OpenRequest, Output
+
+PROMPT_TAIL_TOKENS = 32
+"""Prompt tokens a detokenizer gets as context, so that the first output token is decoded as it would be in the middle of a text."""
+
+WorkMessage = tuple[str, Message, list[TokenArray]]
+"""Arm of the receiver's inbox, body, further frames."""
+
+
+def work_header(request_id: str, *, context: Context, deadline_unix_ns: int, enqueued_unix_ns: int) -> common.WorkHeader:
+    """What every message that starts work carries."""
+    return common.WorkHeader(
+        request_id=request_id,
+        traceparent=context.traceparent,
+        tracestate=context.tracestate,
+        deadline_unix_ns=deadline_unix_ns,
+        enqueued_unix_ns=enqueued_unix_ns,
+    )
+
+
+def tokenize(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
+    """The prompt, or the tokens whose text is wanted, for a tokenizer."""
+    generation = request.generation
+    if request.kind is Kind.DETOKENIZE:
+        assert isinstance(generation.prompt, TokenPrompt)
+        whole = tokenizer.Detokenize(work=work, model=generation.model, skip_special_tokens=generation.skip_special_tokens)
+        return "detokenize", whole, [generation.prompt.token_ids]
+    body = tokenizer.Tokenize(work=work, model=generation.model, skip_length_check=request.kind is Kind.TOKENIZE)
+    if generation.stopping.max_tokens is not None:
+        body.max_tokens = generation.stopping.max_tokens
+    return "tokenize", body, _fill_prompt(body, generation.prompt)
+
+
+def _fill_prompt(body: tokenizer.Tokenize, prompt: Prompt) -> list[TokenArray]:
+    match prompt:
+        case TextPrompt():
+            body.text = prompt.text
+            body.add_special_tokens = prompt.add_special_tokens
+        case ConversationPrompt():
+            body.chat.add_generation_prompt = prompt.add_generation_prompt
+            body.chat.continue_final_message = prompt.continue_final_message
+            body.chat.messages.extend(
+                tokenizer.ChatMessage(role=turn.role, content=turn.content, name=turn.name) for turn in prompt.turns
+            )
+        case TokenPrompt():
+            body.num_token_ids = prompt.token_ids.size
+            return [prompt.token_ids]
+    return []
+
+
+def open_stream(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
+    """A stream for a detokenizer, with the history that lets it go on exactly where ours ends."""
+    encoded = _encoded(request)
+    outputs = np.frombuffer(request.output_tokens, dtype=np.int32) if request.output_tokens else _NO_TOKENS
+    body = detokenizer.OpenStream(
+        work=work,
+        stream_id=request.stream_id,
+        model=request.generation.model,
+        stopping=_stopping(request, with_stop_strings=True),
+        skip_special_tokens=request.generation.skip_special_tokens,
+        num_output_tokens=outputs.size,
+        num_sent_chars=request.num_sent_chars,
+    )
+    return "open_stream", body, [np.concatenate((encoded.token_ids[-PROMPT_TAIL_TOKENS:], outputs))]
+
+
+def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: scheduler.DetokenizerTarget) -> WorkMessage:
+    """Prompt and outputs so far for a scheduler, every sampling field filled."""
+    encoded = _encoded(request)
+    tokens = encoded.token_ids
+    if request.output_tokens:
+        tokens = np.concatenate((tokens, np.frombuffer(request.output_tokens, dtype=np.int32)))
+    sampling = merged_sampling(request.generation.sampling, encoded.defaults)
+    body = scheduler.Submit(
+        work=work,
+        model=request.generation.model,
+        stream_id=request.stream_id,
+        num_tokens=tokens.size,
+        num_output_tokens=len(request.output_tokens),
+        sampling=common.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=seed,
+        ),
+        stopping=_stopping(request, with_stop_strings=False),
+        eos_token_ids=encoded.eos_token_ids,
+        detokenizer=target,
+    )
+    return "submit", body, [tokens]
+
+
+def merged_sampling(asked: Sampling, defaults: Sampling) -> Sampling:
+    """The client's value wins, then the model's, then plain sampling from the whole distribution."""
+
+    def first(*values: float | None) -> float:
+        return next(value for value in values if value is not None)
+
+    return replace(
+        asked,
+        temperature=first(asked.temperature, defaults.temperature, 1.0),
+        top_p=first(asked.top_p, defaults.top_p, 1.0),
+        top_k=int(first(asked.top_k, defaults.top_k, 0)),
+        min_p=first(asked.min_p, defaults.min_p, 0.0),
+    )
+
+
+def _stopping(request: OpenRequest, *, with_stop_strings: bool) -> common.StoppingParams:
+    stopping = request.generation.stopping
+    body = common.StoppingParams(
+        min_tokens=stopping.min_tokens,
+        ignore_eos=stopping.ignore_eos,
+        stop_token_ids=stopping.stop_token_ids,
+        include_stop_in_output=stopping.include_stop_in_output,
+    )
+    if stopping.max_tokens is not None:
+        body.max_tokens = stopping.max_tokens
+    if with_stop_strings:
+        body.stop.extend(stopping.stop)
+    return body
+
+
+def encoded_prompt(reply: tokenizer.TokenizeReply, tokens: TokenArray) -> EncodedPrompt:
+    """What a tokenizer answered."""
+    defaults = reply.sampling_defaults
+    return EncodedPrompt(
+        token_ids=tokens,
+        max_model_len=reply.max_model_len,
+        eos_token_ids=tuple(reply.eos_token_ids),
+        defaults=Sampling(
+            temperature=defaults.temperature if defaults.HasField("temperature") else None,
+            top_p=defaults.top_p if defaults.HasField("top_p") else None,
+            top_k=defaults.top_k if defaults.HasField("top_k") else None,
+            min_p=defaults.min_p if defaults.HasField("min_p") else None,
+        ),
+    )
+
+
+def outputs(deltas: router.OutputDeltas) -> Iterator[tuple[int, Output]]:
+    """The streams of a batch and what it says of each.
+
+    Raises:
+        ProtocolError: The arrays do not fit each other.
+    """
+    stream_ids = deltas.stream_ids
+    num = len(stream_ids)
+    counts = list(deltas.num_tokens) or [1] * num
+    finish: list[int] = [*deltas.finish_reasons] or [0] * num
+    cached = list(deltas.num_cached_tokens) or [0] * num
+    tokens = list(deltas.token_ids)
+    positions, texts = deltas.first_positions, deltas.texts
+    if not num == len(counts) == len(finish) == len(cached) == len(positions) == len(texts) or sum(counts) != len(tokens):
+        raise ProtocolError(f"OutputDeltas of {num} streams with arrays of other lengths")
+    start = 0
+    for index in range(num):
+        end = start + counts[index]
+        yield stream_ids[index], Output(positions[index], tuple(tokens[start:end]), texts[index], finish[index], cached[index])
+        start = end
+
+
+def offers(models: tuple[common.ModelInfo, ...]) -> tuple[ModelOffer, ...]:
+    """Models as the directory keeps them."""
+    return tuple(ModelOffer(model.name, model.max_model_len, model.loaded_unix_s) for model in models)
+
+
+def model_info(offer: ModelOffer) -> common.ModelInfo:
+    """A model as heartbeats and gRPC answers carry it."""
+    return common.ModelInfo(name=offer.name, max_model_len=offer.max_model_len, loaded_unix_s=offer.loaded_unix_s)
+
+
+def error_of(detail: common.ErrorDetail) -> HeadraceError:
+    """The error a peer sent."""
+    retry_after_s = detail.retry_after_s if detail.HasField("retry_after_s") else None
+    return error_from_code(detail.code, detail.message, param=detail.param or None, retry_after_s=retry_after_s)
+
+
+def drawn_seed(asked: int | None, random_bits: int) -> int:
+    """The seed a request runs with: the client's, or one drawn once so that a move goes on along the same path."""
+    return random_bits if asked is None else seed_bits(asked)
+
+
+def _encoded(request: OpenRequest) -> EncodedPrompt:
+    assert request.encoded is not None
+    return request.encoded
+
+
+_NO_TOKENS = np.empty(0, dtype=np.int32)

@@ -1,0 +1,148 @@
+"""The router's process: one back-plane behind it, HTTP and gRPC in front.
+
+It binds the back-plane on which tokenizers, schedulers and detokenizers register, serves clients, and runs the timers of open
+requests. Everything that decides stands in the core files beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from headrace.errors import ConfigError, UnavailableError
+from headrace.telemetry import logs
+from headrace.telemetry.metrics import RouterMetrics
+from headrace.v1.common_pb2 import ModelInfo
+from headrace.v1.control_pb2 import Load, Progress
+from headrace.wire import topology
+from services.router import messages
+from services.router.backplane import Backplane, Clock
+from services.router.config import Settings
+from services.router.directory import Directory
+from services.router.gateway import Gateway
+from services.router.grpc.server import GrpcServer
+from services.router.http.app import HttpApp, HttpLimits
+from services.router.http.server import HttpServer
+from services.router.policies.choice import POLICIES
+
+if TYPE_CHECKING:
+    from headrace.service import ServiceContext
+
+log = logs.get_logger()
+
+TICK_S = 0.05
+
+
+class RouterService:
+    """Owns open client requests; dies with their connections."""
+
+    def __init__(self, context: ServiceContext, settings: Settings) -> None:
+        self._context = context
+        self._settings = settings
+        metrics = RouterMetrics(context.registry)
+        directory = Directory(POLICIES[settings.policy], stuck_after_ns=int(settings.stuck_after_s * 1e9))
+        self._metrics = metrics
+        self._backplane = Backplane(directory, metrics, Clock(time.monotonic_ns, time.time_ns))
+        self.gateway = Gateway(self._backplane, settings, tracer=context.tracer, metrics=metrics, registry=context.registry)
+        limits = HttpLimits(
+            max_body_bytes=settings.max_body_bytes,
+            body_timeout_s=settings.body_timeout_s,
+            max_timeout_s=settings.max_timeout_s,
+            send_timeout_s=settings.slow_client_timeout_s,
+        )
+        app = HttpApp(self.gateway, limits)
+        self.http = HttpServer(app, host=settings.http_host, port=settings.http_port, keep_alive_s=settings.keep_alive_s)
+        self.grpc = self._make_grpc()
+        self._timers: asyncio.Task[None] | None = None
+        self._num_ticks = 0
+
+    def _make_grpc(self) -> GrpcServer | None:
+        if self._settings.grpc_port is None:
+            return None
+        return GrpcServer(
+            self.gateway,
+            host=self._settings.grpc_host,
+            port=self._settings.grpc_port,
+            max_message_bytes=self._settings.max_body_bytes,
+        )
+
+    async def start(self) -> None:
+        """Bind the back-plane and both public ports."""
+        self._check_settings()
+        address = self._context.bind_address(topology.ROUTER_BACKPLANE)
+        front = self._context.wire.bind(topology.ROUTER_BACKPLANE, address, self._backplane)
+        await self.http.start()
+        if self.grpc is not None:
+            await self.grpc.start()
+        self._timers = asyncio.create_task(self._run_timers(), name="router-timers")
+        log.info(
+            "router.listening",
+            backplane=front.address,
+            http_port=self.http.port,
+            grpc_port=None if self.grpc is None else self.grpc.port,
+        )
+
+    def _check_settings(self) -> None:
+        if self._settings.default_timeout_s > self._settings.max_timeout_s:
+            raise ConfigError(
+                f"router.default_timeout_s must be at most router.max_timeout_s, {self._settings.max_timeout_s:g}; "
+                f"got {self._settings.default_timeout_s:g}"
+            )
+
+    async def _run_timers(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(TICK_S)
+                self._num_ticks += 1
+                self._backplane.tick()
+                self._metrics.open_requests.set(self.gateway.admission.num_open)
+                self.gateway.cut_off_slow_clients()
+                if self.grpc is not None:
+                    await self.grpc.set_serving(self.gateway.not_ready_reason() is None)
+        except Exception as error:
+            # Without timers no deadline would be kept: better to be restarted.
+            log.exception("timers.failed")
+            self._context.fail(error)
+
+    def not_ready_reason(self) -> str | None:
+        """Why a request could not be served now."""
+        return self.gateway.not_ready_reason()
+
+    def progress(self) -> Progress:
+        """Timers turn whatever the load; when they do not, the event loop is stuck."""
+        return Progress(num_steps=self._num_ticks, last_step_unix_ns=time.time_ns())
+
+    def load(self) -> Load:
+        """Open requests."""
+        return Load(num_running=self.gateway.admission.num_open)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Models that can be asked for now."""
+        return tuple(messages.model_info(offer) for offer in self.gateway.list_models())
+
+    def health(self) -> dict[str, Any]:
+        """What is known of every stage, and where clients reach this router."""
+        addresses = [f"http://{self._settings.http_host}:{self.http.port}"]
+        if self.grpc is not None:
+            addresses.append(f"grpc://{self._settings.grpc_host}:{self.grpc.port}")
+        return {"addresses": addresses, **self.gateway.health()}
+
+    async def drain(self) -> None:
+        """Refuse new requests, finish open ones; the runner bounds the time."""
+        self.gateway.is_draining = True
+        if self.grpc is not None:
+            await self.grpc.set_serving(False)
+        await self.gateway.wait_idle()
+
+    async def stop(self) -> None:
+        """Close the ports; what is still open is cut off."""
+        self.gateway.is_draining = True
+        self.gateway.end_all(
+            UnavailableError("router: it is stopping; send the request again, to another router", retry_after_s=5.0)
+        )
+        if self.grpc is not None:
+            await self.grpc.stop()
+        await self.http.stop()
+        if self._timers is not None:
+            self._timers.cancel()

@@ -1,0 +1,98 @@
+"""An engine for tests of the protocol layers: answers from a script, remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from headrace.errors import HeadraceError, NotFoundError, RequestAbortedError
+from services.router.generation import Call, EncodedPrompt, GenerationRequest, ModelOffer, OutputPiece, Prompt
+
+Step = OutputPiece | HeadraceError | float
+
+
+class FakeStream:
+    """Plays a script: pieces are given, errors raised, numbers slept."""
+
+    model = "m"
+    num_prompt_tokens = 3
+    num_cached_tokens = 1
+
+    def __init__(self, script: Sequence[Step]) -> None:
+        self.num_output_tokens = 0
+        self.num_closes = 0
+        self.closed = asyncio.Event()
+        self._script = list(script)
+
+    async def next(self) -> OutputPiece:
+        while True:
+            if self.num_closes or not self._script:
+                raise RequestAbortedError("closed")
+            step = self._script.pop(0)
+            if isinstance(step, HeadraceError):
+                raise step
+            if isinstance(step, OutputPiece):
+                self.num_output_tokens += len(step.token_ids)
+                return step
+            try:
+                await asyncio.wait_for(self.closed.wait(), step)
+            except TimeoutError:
+                continue
+
+    def close(self) -> None:
+        self.num_closes += 1
+        self.closed.set()
+
+
+class FakeEngine:
+    """Implements `Engine`."""
+
+    def __init__(self, *script: Step) -> None:
+        self.script: Sequence[Step] = script or [OutputPiece("Hel", (1,)), OutputPiece("lo", (2,)), OutputPiece("!", (3,), "stop")]
+        self.requests: list[GenerationRequest] = []
+        self.streams: list[FakeStream] = []
+        self.calls: list[Call] = []
+        self.ended: list[tuple[str, str | None]] = []
+        self.traceparents: list[str] = []
+        self.reason: str | None = None
+        self.refusal: HeadraceError | None = None
+        self.tokenize_delay_s = 0.0
+
+    def begin_call(self, *, protocol: str, endpoint: str, traceparent: str = "", tracestate: str = "") -> Call:
+        call = Call(f"id{len(self.calls)}", endpoint, 0, 0)
+        self.calls.append(call)
+        self.traceparents.append(traceparent)
+        return call
+
+    def end_call(self, call: Call, *, status: str, error_code: str | None = None) -> None:
+        self.ended.append((status, error_code))
+
+    def open_stream(self, request: GenerationRequest, call: Call) -> FakeStream:
+        if self.refusal is not None:
+            raise self.refusal
+        if request.model not in ("", "m"):
+            raise NotFoundError(f"the model {request.model!r} does not exist", param="model")
+        self.requests.append(request)
+        self.streams.append(FakeStream(self.script))
+        return self.streams[-1]
+
+    async def tokenize(self, model: str, prompt: Prompt, call: Call) -> EncodedPrompt:
+        await asyncio.sleep(self.tokenize_delay_s)
+        return EncodedPrompt(np.array([1, 2, 3], dtype=np.int32), 128)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], call: Call, *, skip_special_tokens: bool) -> str:
+        return "-".join(map(str, token_ids)) + str(skip_special_tokens)
+
+    def list_models(self) -> list[ModelOffer]:
+        return [ModelOffer("m", 128, 7)]
+
+    def not_ready_reason(self) -> str | None:
+        return self.reason
+
+    def health(self) -> dict[str, object]:
+        return {"stages": {"tokenizer": []}}
+
+    def metrics(self) -> bytes:
+        return b"headrace_x 1\n"

@@ -1,0 +1,150 @@
+"""Who is chosen, what is counted, what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from headrace.errors import OverloadedError, RequestFailedError
+from services.router.admission import Admission
+from services.router.directory import Directory, Instance, Report
+from services.router.generation import ModelOffer
+from services.router.open_request import DETOKENIZER, SCHEDULER, TOKENIZER
+from services.router.output_buffer import OutputBuffer
+from services.router.policies.choice import Candidate, least_loaded, round_robin
+
+SECOND = 1_000_000_000
+OFFER = ModelOffer("m", 128, 1)
+
+
+def make(*roles: int, models: tuple[ModelOffer, ...] = (OFFER,)) -> Directory:
+    directory = Directory(least_loaded, stuck_after_ns=60 * SECOND)
+    for incarnation, role in enumerate(roles, start=1):
+        directory.add(Instance(role, incarnation, f"i{incarnation}", "a", {offer.name: offer for offer in models}), 0)
+    return directory
+
+
+def report(*, running: int = 0, steps: int = 0, draining: bool = False, models: tuple[ModelOffer, ...] = (OFFER,)) -> Report:
+    return Report(running, 0, steps, 0, 0, draining, models)
+
+
+def test_work_is_spread_evenly_over_equal_instances() -> None:
+    directory = make(TOKENIZER, TOKENIZER, TOKENIZER)
+    taken = Counter(directory.take(TOKENIZER, "m", avoid=None) for _ in range(30))
+    assert set(taken.values()) == {10}
+
+
+def test_a_newcomer_gets_work_at_once_but_not_all_of_it() -> None:
+    directory = make(TOKENIZER)
+    for _ in range(100):
+        directory.give_back(directory.take(TOKENIZER, "m", avoid=None) or 0)
+    directory.add(Instance(TOKENIZER, 9, "new", "a", {"m": OFFER}), 0)
+    taken = Counter()
+    for _ in range(10):
+        chosen = directory.take(TOKENIZER, "m", avoid=None)
+        taken[chosen] += 1
+        directory.give_back(chosen or 0)
+    assert taken == {1: 5, 9: 5}
+
+
+def test_reported_load_of_other_routers_counts_and_own_work_is_not_counted_twice() -> None:
+    directory = make(SCHEDULER, SCHEDULER)
+    assert directory.take(SCHEDULER, "m", avoid=None) == 1
+    directory.report(1, report(running=1), 0)
+    directory.report(2, report(running=3), 0)
+    assert directory.take(SCHEDULER, "m", avoid=None) == 1
+    assert directory.take(SCHEDULER, "m", avoid=None) == 1
+    assert directory.take(SCHEDULER, "m", avoid=None) == 2
+
+
+def test_draining_and_wrong_model_and_avoided_instances_get_nothing() -> None:
+    directory = make(DETOKENIZER, DETOKENIZER)
+    directory.report(1, report(draining=True), 0)
+    assert directory.take(DETOKENIZER, "m", avoid=None) == 2
+    assert directory.take(DETOKENIZER, "m", avoid=2) is None
+    assert directory.take(DETOKENIZER, "other", avoid=None) is None
+
+
+def test_a_heartbeat_with_a_new_model_says_that_more_can_be_served() -> None:
+    directory = make(SCHEDULER, models=())
+    assert directory.report(1, report(), 0) is True
+    assert directory.report(1, report(), 0) is False
+
+
+def test_readiness_names_the_missing_stage() -> None:
+    assert "tokenizer" in (make(SCHEDULER, DETOKENIZER).not_ready_reason(0) or "")
+    assert "scheduler" in (make(TOKENIZER, DETOKENIZER).not_ready_reason(0) or "")
+    assert "detokenizer" in (make(TOKENIZER, SCHEDULER).not_ready_reason(0) or "")
+    assert make(TOKENIZER, SCHEDULER, DETOKENIZER).not_ready_reason(0) is None
+
+
+def test_a_scheduler_without_a_lane_is_named_with_its_worker() -> None:
+    directory = make(TOKENIZER, SCHEDULER, DETOKENIZER)
+    directory.report(2, report(models=()), 0)
+    reason = directory.not_ready_reason(0)
+    assert reason is not None
+    assert "scheduler" in reason
+    assert "worker" in reason
+
+
+def test_a_stage_with_work_and_no_step_is_stuck_and_named() -> None:
+    directory = make(TOKENIZER, SCHEDULER, DETOKENIZER)
+    directory.report(2, report(running=4, steps=1), 0)
+    directory.report(2, report(running=4, steps=1), 61 * SECOND)
+    assert "scheduler is stuck" in (directory.not_ready_reason(61 * SECOND) or "")
+    directory.report(2, report(running=4, steps=2), 62 * SECOND)
+    assert directory.not_ready_reason(62 * SECOND) is None
+
+
+def test_health_tells_ages_of_every_instance() -> None:
+    directory = make(TOKENIZER, SCHEDULER, DETOKENIZER)
+    directory.report(2, Report(1, 2, 3, 5 * SECOND, SECOND, False, (OFFER,)), SECOND)
+    stages = directory.stages(3 * SECOND, 9 * SECOND)
+    scheduler = stages["scheduler"][0]  # type: ignore[index]
+    assert scheduler["last_heartbeat_age_s"] == 2.0
+    assert scheduler["last_step_age_s"] == 4.0
+    assert scheduler["oldest_waiting_age_s"] == 1.0
+
+
+def test_policies_choose_as_named() -> None:
+    candidates = [Candidate(num_open=5, num_taken=1), Candidate(num_open=1, num_taken=9)]
+    assert least_loaded(candidates) == 1
+    assert round_robin(candidates) == 0
+
+
+def test_admission_refuses_over_its_limit_with_the_measured_rate() -> None:
+    admission = Admission(3)
+    for _ in range(3):
+        admission.admit(0)
+    for number in range(1, 5):
+        admission.release(number * 10 * SECOND)
+        admission.admit(number * 10 * SECOND)
+    with pytest.raises(OverloadedError, match="limit max_open_requests is 3") as caught:
+        admission.admit(50 * SECOND)
+    assert caught.value.retry_after_s == 10.0
+
+
+def test_output_is_merged_while_the_reader_is_away() -> None:
+    buffer = OutputBuffer(100)
+    buffer.put("a", (1,), None)
+    assert buffer.take(0).text == "a"
+    buffer.put("b", (2,), None)
+    buffer.put("c", (3,), "stop")
+    buffer.fail(RequestFailedError("late"))
+    piece = buffer.take(0)
+    assert (piece.text, piece.token_ids, piece.finish_reason) == ("bc", (2, 3), "stop")
+    with pytest.raises(RequestFailedError):
+        buffer.take(0)
+
+
+def test_a_reader_that_does_not_come_back_is_stuck_and_unread_output_is_bounded() -> None:
+    buffer = OutputBuffer(2)
+    assert not buffer.is_reader_stuck(10**12, 1)
+    buffer.put("abc", (1,), None)
+    assert buffer.is_over_limit
+    buffer.take(0)
+    assert not buffer.is_over_limit
+    assert buffer.is_reader_stuck(30, 30)
+    buffer.come_back()
+    assert not buffer.is_reader_stuck(60, 30)
