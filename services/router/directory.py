@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from headrace.errors import InvalidRequestError, NotFoundError, UnavailableError
 from services.router.generation import ModelOffer
-from services.router.open_request import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER
+from services.router.limits import shown
+from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER
 from services.router.policies.choice import Candidate, Policy
 
 
@@ -113,14 +115,26 @@ class Directory:
         if instance is not None and instance.num_open > 0:
             instance.num_open -= 1
 
-    def has_ever_known(self, model: str) -> bool:
-        """Whether any instance has ever offered the model: then its absence is an outage, not the client's mistake."""
-        return model in self._known_models
+    def resolve_model(self, name: str) -> str:
+        """The model that a request means; an empty name means the only one.
 
-    @property
-    def known_models(self) -> list[str]:
-        """Every model ever offered, by name."""
-        return sorted(self._known_models)
+        A model that was ever offered stays known: its absence later is an outage, not the client's mistake.
+
+        Raises:
+            UnavailableError: No instance has offered any model yet.
+            NotFoundError: No instance ever offered this one.
+            InvalidRequestError: No name is given and there are several.
+        """
+        known = sorted(self._known_models)
+        if not known:
+            raise UnavailableError("no model is served yet: no tokenizer, scheduler or detokenizer has offered one")
+        if name in self._known_models:
+            return name
+        if name:
+            raise NotFoundError(f"the model {shown(name)} does not exist; served: {', '.join(known)}", param="model")
+        if len(known) > 1:
+            raise InvalidRequestError(f"model is required when several are served: {', '.join(known)}", param="model")
+        return known[0]
 
     def offers(self) -> list[ModelOffer]:
         """Models that schedulers can serve now, by name."""

@@ -18,7 +18,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from headrace.errors import (
     HeadraceError,
     InvalidRequestError,
-    NotFoundError,
     RequestAbortedError,
     RequestFailedError,
     UnavailableError,
@@ -108,7 +107,7 @@ class ClientStream:
     def end(self, error: HeadraceError | None) -> None:
         """The request is over."""
         now_ns = time.monotonic_ns()
-        self._gateway.release(now_ns)
+        self._gateway.turnstile.leave(now_ns)
         self._observation.end(self.request, error, finish_reason=self._finish_reason, now_ns=now_ns)
         if error is not None:
             self.buffer.fail(error)
@@ -142,13 +141,42 @@ class _TokenizerCall:
 
     def end(self, error: HeadraceError | None) -> None:
         """The call is over."""
-        self._gateway.release(time.monotonic_ns())
+        self._gateway.turnstile.leave(time.monotonic_ns())
         if self.answer.done():
             return
         if error is None:
             self.answer.set_result(None)
         else:
             self.answer.set_exception(error)
+
+
+class Turnstile:
+    """Admission, with a way to wait until everyone has left."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    @property
+    def num_open(self) -> int:
+        """Open requests."""
+        return self._admission.num_open
+
+    def enter(self, now_ns: int) -> None:
+        """Count a request in, or refuse it."""
+        self._admission.admit(now_ns)
+        self._is_idle.clear()
+
+    def leave(self, now_ns: int) -> None:
+        """Count a request out."""
+        self._admission.release(now_ns)
+        if not self._admission.num_open:
+            self._is_idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is open."""
+        await self._is_idle.wait()
 
 
 class Gateway:
@@ -158,15 +186,13 @@ class Gateway:
         self, backplane: Backplane, settings: Settings, *, tracer: Tracer, metrics: RouterMetrics, registry: CollectorRegistry
     ) -> None:
         self.tracer = tracer
-        self.admission = Admission(settings.max_open_requests)
+        self.turnstile = Turnstile(Admission(settings.max_open_requests))
         self.is_draining = False
         self._backplane = backplane
         self._settings = settings
         self._metrics = metrics
         self._registry = registry
         self._streams: set[ClientStream] = set()
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
         self._patience = Patience(
             unavailable_wait_ns=_ns(settings.unavailable_wait_s),
             stall_nudge_ns=_ns(settings.stall_nudge_s),
@@ -206,7 +232,7 @@ class Gateway:
 
     def open_stream(self, request: GenerationRequest, call: Call) -> ClientStream:
         """Start a generation."""
-        request = replace(request, model=self._resolve_model(request.model))
+        request = replace(request, model=self._backplane.directory.resolve_model(request.model))
         opened = self._admit(Kind.GENERATE, request, call)
         observation = Observation(call, request, tracer=self.tracer, metrics=self._metrics)
         buffer = OutputBuffer(self._settings.client_buffer_bytes)
@@ -217,7 +243,7 @@ class Gateway:
 
     async def tokenize(self, model: str, prompt: Prompt, call: Call) -> EncodedPrompt:
         """Tokens of a prompt."""
-        generation = GenerationRequest(self._resolve_model(model), prompt)
+        generation = GenerationRequest(self._backplane.directory.resolve_model(model), prompt)
         request, _ = await self._ask_tokenizer(Kind.TOKENIZE, generation, call)
         if request.encoded is None:
             raise RequestFailedError("the tokenizer answered without tokens")
@@ -226,7 +252,9 @@ class Gateway:
     async def detokenize(self, model: str, token_ids: Sequence[int], call: Call, *, skip_special_tokens: bool) -> str:
         """Text of tokens."""
         prompt = TokenPrompt(np.asarray(token_ids, dtype=np.int32))
-        generation = GenerationRequest(self._resolve_model(model), prompt, skip_special_tokens=skip_special_tokens)
+        generation = GenerationRequest(
+            self._backplane.directory.resolve_model(model), prompt, skip_special_tokens=skip_special_tokens
+        )
         return (await self._ask_tokenizer(Kind.DETOKENIZE, generation, call))[1]
 
     async def _ask_tokenizer(self, kind: Kind, generation: GenerationRequest, call: Call) -> tuple[OpenRequest, str]:
@@ -257,16 +285,6 @@ class Gateway:
         for stream in [stream for stream in self._streams if stream.buffer.is_reader_stuck(now_ns, timeout_ns)]:
             self.cut_off(stream)
 
-    def release(self, now_ns: int) -> None:
-        """A request is over."""
-        self.admission.release(now_ns)
-        if not self.admission.num_open:
-            self._is_idle.set()
-
-    async def wait_idle(self) -> None:
-        """Wait until no request is open."""
-        await self._is_idle.wait()
-
     def end_all(self, error: HeadraceError) -> None:
         """End every open request with an error."""
         for request in self._backplane.streams:
@@ -279,8 +297,7 @@ class Gateway:
         if not 0 < timeout_s <= self._settings.max_timeout_s:
             limit = self._settings.max_timeout_s
             raise InvalidRequestError(f"the deadline must be in (0, {limit:g}] seconds; got {timeout_s:g}", param="timeout")
-        self.admission.admit(time.monotonic_ns())
-        self._is_idle.clear()
+        self.turnstile.enter(time.monotonic_ns())
         return OpenRequest(
             call.request_id,
             kind=kind,
@@ -290,19 +307,6 @@ class Gateway:
             placement=self._backplane.directory,
             patience=self._patience,
         )
-
-    def _resolve_model(self, name: str) -> str:
-        directory = self._backplane.directory
-        known = directory.known_models
-        if not known:
-            raise UnavailableError("no model is served yet: no tokenizer, scheduler or detokenizer has offered one")
-        if name:
-            if not directory.has_ever_known(name):
-                raise NotFoundError(f"the model {name!r} does not exist; served: {', '.join(known)}", param="model")
-            return name
-        if len(known) > 1:
-            raise InvalidRequestError(f"model is required when several are served: {', '.join(known)}", param="model")
-        return known[0]
 
     # Questions.
 
@@ -319,7 +323,7 @@ class Gateway:
     def health(self) -> dict[str, object]:
         """What the router knows of every stage."""
         stages = self._backplane.directory.stages(time.monotonic_ns(), time.time_ns())
-        return {"draining": self.is_draining, "open_requests": self.admission.num_open, "stages": stages}
+        return {"draining": self.is_draining, "open_requests": self.turnstile.num_open, "stages": stages}
 
     def metrics(self) -> bytes:
         """The process's metrics."""

@@ -17,8 +17,9 @@ from headrace.v1.common_pb2 import ModelInfo
 from headrace.v1.control_pb2 import Load, Progress
 from headrace.wire import topology
 from services.router import messages
-from services.router.backplane import Backplane, Clock
+from services.router.backplane import Backplane
 from services.router.config import Settings
+from services.router.courier import Clock
 from services.router.directory import Directory
 from services.router.gateway import Gateway
 from services.router.grpc.server import GrpcServer
@@ -96,7 +97,7 @@ class RouterService:
                 await asyncio.sleep(TICK_S)
                 self._num_ticks += 1
                 self._backplane.tick()
-                self._metrics.open_requests.set(self.gateway.admission.num_open)
+                self._metrics.open_requests.set(self.gateway.turnstile.num_open)
                 self.gateway.cut_off_slow_clients()
                 if self.grpc is not None:
                     await self.grpc.set_serving(self.gateway.not_ready_reason() is None)
@@ -115,7 +116,7 @@ class RouterService:
 
     def load(self) -> Load:
         """Open requests."""
-        return Load(num_running=self.gateway.admission.num_open)
+        return Load(num_running=self.gateway.turnstile.num_open)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Models that can be asked for now."""
@@ -133,7 +134,7 @@ class RouterService:
         self.gateway.is_draining = True
         if self.grpc is not None:
             await self.grpc.set_serving(False)
-        await self.gateway.wait_idle()
+        await self.gateway.turnstile.wait_idle()
 
     async def stop(self) -> None:
         """Close the ports; what is still open is cut off."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from headrace.errors import HeadraceError
 from services.router.actions import Action, SendWork
 from services.router.generation import EncodedPrompt
-from services.router.open_request import SCHEDULER, TOKENIZER, OpenRequest, Output
+from services.router.open_request import OpenRequest, Output
 
 
 class Streams:
@@ -31,10 +31,6 @@ class Streams:
     def __iter__(self) -> Iterator[OpenRequest]:
         return iter(list(self._by_id.values()))
 
-    def get(self, request_id: str) -> OpenRequest | None:
-        """The open request of that id."""
-        return self._by_id.get(request_id)
-
     def get_by_stream(self, stream_id: int) -> OpenRequest | None:
         """The open request whose stream has that number."""
         return self._by_stream.get(stream_id)
@@ -45,31 +41,15 @@ class Streams:
         self._by_stream[request.stream_id] = request
         return self._after(request, request.advance(now_ns))
 
-    def on_tokens(self, request_id: str, peer: int, encoded: EncodedPrompt, now_ns: int) -> list[Action]:
-        """A tokenizer sent a prompt's tokens."""
+    def on_tokenized(self, request_id: str, peer: int, answer: EncodedPrompt | str, now_ns: int) -> list[Action]:
+        """A tokenizer sent a prompt's tokens, or the text of tokens."""
         request = self._by_id.get(request_id)
-        return [] if request is None else self._after(request, request.on_tokens(peer, encoded, now_ns))
+        return [] if request is None else self._after(request, request.on_tokenized(peer, answer, now_ns))
 
-    def on_text(self, request_id: str, peer: int, text: str) -> list[Action]:
-        """A tokenizer sent the text of tokens."""
+    def on_refused(self, request_id: str, role: int, peer: int, *, error: HeadraceError, now_ns: int) -> list[Action]:
+        """A stage will not serve a request, or serve it no further."""
         request = self._by_id.get(request_id)
-        return [] if request is None else self._after(request, request.on_text(peer, text))
-
-    def on_tokenizer_error(self, request_id: str, peer: int, error: HeadraceError, now_ns: int) -> list[Action]:
-        """A tokenizer refused a prompt."""
-        request = self._by_id.get(request_id)
-        return [] if request is None else self._after(request, request.on_refused(TOKENIZER, peer, error, now_ns))
-
-    def on_accepted(self, request_id: str, peer: int, now_ns: int) -> None:
-        """A scheduler holds a request."""
-        request = self._by_id.get(request_id)
-        if request is not None:
-            request.on_accepted(peer, now_ns)
-
-    def on_rejected(self, request_id: str, peer: int, error: HeadraceError, now_ns: int) -> list[Action]:
-        """A scheduler will not serve a request, or serve it no further."""
-        request = self._by_id.get(request_id)
-        return [] if request is None else self._after(request, request.on_refused(SCHEDULER, peer, error, now_ns))
+        return [] if request is None else self._after(request, request.on_refused(role, peer, error, now_ns))
 
     def on_output(self, stream_id: int, peer: int, output: Output, now_ns: int) -> list[Action]:
         """A detokenizer sent output of a stream."""
@@ -94,7 +74,7 @@ class Streams:
 
     def num_held_by(self, peer: int) -> int:
         """How many open requests an instance holds."""
-        return sum(peer in request.held.values() for request in self._by_id.values())
+        return sum(peer in request.places.held.values() for request in self._by_id.values())
 
     def on_capacity(self, now_ns: int) -> list[Action]:
         """An instance came, or offers more than before: whatever waits may go on."""
@@ -132,7 +112,7 @@ class Streams:
             self._waiting.pop(request_id, None)
             self._timer_at.pop(request_id, None)
             return actions
-        if request.waiting_for is None:
+        if request.places.waiting_for is None:
             self._waiting.pop(request_id, None)
         else:
             self._waiting[request_id] = request

@@ -10,8 +10,8 @@ from headrace.errors import OverloadedError, RequestFailedError
 from services.router.admission import Admission
 from services.router.directory import Directory, Instance, Report
 from services.router.generation import ModelOffer
-from services.router.open_request import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.output_buffer import OutputBuffer
+from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import Candidate, least_loaded, round_robin
 
 SECOND = 1_000_000_000

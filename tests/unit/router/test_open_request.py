@@ -17,7 +17,7 @@ from headrace.errors import (
     RequestFailedError,
     UnavailableError,
 )
-from headrace.v1.common_pb2 import FINISH_REASON_ERROR, FINISH_REASON_STOP
+from headrace.v1.common_pb2 import FINISH_REASON_ABORT, FINISH_REASON_ERROR, FINISH_REASON_STOP
 from services.router.actions import (
     Action,
     Deliver,
@@ -31,7 +31,8 @@ from services.router.actions import (
 )
 from services.router.directory import Directory, Instance
 from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, TextPrompt
-from services.router.open_request import DETOKENIZER, SCHEDULER, TOKENIZER, Kind, OpenRequest, Output, Patience
+from services.router.open_request import Kind, OpenRequest, Output, Patience
+from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import least_loaded
 
 SECOND = 1_000_000_000
@@ -66,7 +67,7 @@ class Bench:
     def stream(self, tokens: Sequence[int] = (1, 2, 3)) -> OpenRequest:
         """Bring the request to STREAMING, at 10, 20 and 30, with some output."""
         self.request.advance(SECOND)
-        self.request.on_tokens(10, PROMPT, SECOND)
+        self.request.on_tokenized(10, PROMPT, SECOND)
         for position, token in enumerate(tokens):
             self.request.on_output(30, Output(position, (token,), "x"), SECOND)
         return self.request
@@ -86,7 +87,7 @@ def end_error(actions: Sequence[Action]) -> HeadraceError | None:
 def test_the_stages_follow_each_other_and_the_stream_is_open_before_the_submit() -> None:
     bench = Bench()
     assert kinds(bench.request.advance(SECOND)) == [SendTokenize]
-    actions = bench.request.on_tokens(10, PROMPT, SECOND)
+    actions = bench.request.on_tokenized(10, PROMPT, SECOND)
     assert kinds(actions) == [SendOpenStream, SendSubmit]
     actions = bench.request.on_output(30, Output(0, (1,), "hi"), SECOND)
     assert actions == [Deliver(bench.request, "hi", (1,), None)]
@@ -98,7 +99,7 @@ def test_a_lost_tokenizer_is_replaced() -> None:
     bench = Bench()
     bench.request.advance(SECOND)
     assert bench.lose(10) == [SendTokenize(bench.request, 11)]
-    assert bench.request.on_tokens(10, PROMPT, SECOND) == []
+    assert bench.request.on_tokenized(10, PROMPT, SECOND) == []
 
 
 def test_a_lost_scheduler_is_replaced_with_prompt_and_outputs() -> None:
@@ -123,7 +124,7 @@ def test_scheduler_and_detokenizer_lost_together_are_both_replaced() -> None:
     bench.directory.remove(30)
     actions = [*request.on_peer_lost(20, SECOND), *request.on_peer_lost(30, SECOND)]
     assert {type(action) for action in actions} >= {SendSubmit, SendOpenStream}
-    assert request.held == {SCHEDULER: 21, DETOKENIZER: 31}
+    assert request.places.held == {SCHEDULER: 21, DETOKENIZER: 31}
 
 
 def test_a_gap_is_sent_again_from_where_the_detokenizer_expects() -> None:
@@ -144,7 +145,7 @@ def test_repeated_output_is_dropped_and_missing_output_reopens_the_stream() -> N
 def test_replica_dead_is_resubmitted_and_other_refusals_reach_the_client() -> None:
     bench = Bench()
     request = bench.stream()
-    assert request.on_refused(SCHEDULER, 20, ReplicaDeadError("lane lost"), SECOND) == [SendSubmit(request, 21)]
+    assert request.on_refused(SCHEDULER, 20, ReplicaDeadError("lane lost"), SECOND) == [SendAbort("r", 20), SendSubmit(request, 21)]
     refusal = InvalidRequestError("prompt too long")
     actions = request.on_refused(SCHEDULER, 21, refusal, SECOND)
     assert end_error(actions) is refusal
@@ -155,19 +156,25 @@ def test_replica_dead_is_resubmitted_and_other_refusals_reach_the_client() -> No
 def test_the_only_scheduler_gets_the_request_again_after_a_pause() -> None:
     bench = Bench(10, 20, 30)
     request = bench.stream()
-    assert request.on_refused(SCHEDULER, 20, ReplicaDeadError("lane lost"), SECOND) == []
+    assert request.on_refused(SCHEDULER, 20, ReplicaDeadError("lane lost"), SECOND) == [SendAbort("r", 20)]
     assert request.due_ns() == SECOND + SECOND // 5
     assert request.on_time(SECOND + SECOND // 5) == [SendSubmit(request, 20)]
 
 
-def test_a_redirect_answered_by_not_held_is_resubmitted_and_a_stale_answer_ignored() -> None:
+def test_a_redirect_for_a_request_not_held_any_more_is_resubmitted_and_the_former_holder_told() -> None:
     bench = Bench()
     request = bench.stream()
-    not_held = NotFoundError("not held", param="request_id")
-    assert request.on_refused(SCHEDULER, 20, not_held, SECOND) == []
     bench.lose(30)
-    actions = request.on_refused(SCHEDULER, 20, not_held, SECOND)
+    actions = request.on_refused(SCHEDULER, 20, ReplicaDeadError("not held"), SECOND)
     assert actions == [SendAbort("r", 20), SendSubmit(request, 21)]
+    assert request.on_refused(SCHEDULER, 20, ReplicaDeadError("not held"), SECOND) == []
+
+
+def test_a_detokenizer_that_refuses_the_stream_is_left_for_another() -> None:
+    bench = Bench()
+    request = bench.stream()
+    actions = request.on_output(30, Output(0, (), "", FINISH_REASON_ERROR), SECOND)
+    assert actions == [SendOpenStream(request, 31), SendRedirect(request, 20, 3)]
 
 
 def test_an_unknown_model_at_the_scheduler_reaches_the_client() -> None:
@@ -193,10 +200,21 @@ def test_an_overload_after_output_has_begun_is_waited_out() -> None:
     assert request.on_time(2 * SECOND) == [SendSubmit(request, 20)]
 
 
+def test_an_endless_overload_ends_the_request() -> None:
+    bench = Bench(10, 20, 30, max_moves=2)
+    request = bench.stream()
+    error = OverloadedError("full")
+    for number in range(2, 5):
+        actions = request.on_refused(SCHEDULER, 20, error, number * SECOND)
+        if number < 4:
+            assert request.on_time(number * SECOND + SECOND // 2) == [SendSubmit(request, 20)]
+    assert end_error(actions) is error
+
+
 def test_work_that_cannot_be_sent_takes_back_what_would_have_followed() -> None:
     bench = Bench(10, 20, 30, 31)
     bench.request.advance(SECOND)
-    actions = bench.request.on_tokens(10, PROMPT, SECOND)
+    actions = bench.request.on_tokenized(10, PROMPT, SECOND)
     unsent = [action for action in actions if isinstance(action, (SendOpenStream, SendSubmit))]
     again = bench.request.on_unsent(unsent, ReplicaDeadError("gone"), SECOND)
     assert again == [SendOpenStream(bench.request, 31), SendSubmit(bench.request, 20)]
@@ -214,7 +232,7 @@ def test_a_redirect_into_a_full_queue_is_tried_again_without_a_second_submit() -
 def test_a_missing_stage_is_waited_for_and_then_named() -> None:
     bench = Bench(10, 30)
     bench.request.advance(SECOND)
-    assert kinds(bench.request.on_tokens(10, PROMPT, SECOND)) == [SendOpenStream]
+    assert kinds(bench.request.on_tokenized(10, PROMPT, SECOND)) == [SendOpenStream]
     bench.add(20)
     assert bench.request.advance(2 * SECOND) == [SendSubmit(bench.request, 20)]
     assert bench.lose(20) == []
@@ -252,22 +270,22 @@ def test_endless_moves_end_in_an_error() -> None:
     request = bench.stream()
     actions: list[Action] = []
     for _ in range(4):
-        actions = request.on_refused(SCHEDULER, request.held[SCHEDULER], ReplicaDeadError("dead"), SECOND)
+        actions = request.on_refused(SCHEDULER, request.places.held[SCHEDULER], ReplicaDeadError("dead"), SECOND)
     assert isinstance(end_error(actions), RequestFailedError)
 
 
-def test_a_failed_sequence_is_the_clients_error() -> None:
-    actions = Bench().stream().on_output(30, Output(3, (), "", FINISH_REASON_ERROR), SECOND)
-    assert isinstance(end_error(actions), RequestFailedError)
+def test_an_operators_abort_is_told_to_the_client() -> None:
+    actions = Bench().stream().on_output(30, Output(3, (), "", FINISH_REASON_ABORT), SECOND)
+    assert isinstance(end_error(actions), RequestAbortedError)
 
 
 def test_tokenize_and_detokenize_end_with_the_tokenizers_answer() -> None:
     tokenize = Bench(10, kind=Kind.TOKENIZE)
     tokenize.request.advance(SECOND)
-    assert tokenize.request.on_tokens(10, PROMPT, SECOND) == [End(tokenize.request, None)]
+    assert tokenize.request.on_tokenized(10, PROMPT, SECOND) == [End(tokenize.request, None)]
     detokenize = Bench(10, kind=Kind.DETOKENIZE)
     detokenize.request.advance(SECOND)
-    assert detokenize.request.on_text(10, "hello") == [
+    assert detokenize.request.on_tokenized(10, "hello", SECOND) == [
         Deliver(detokenize.request, "hello", (), "stop"),
         End(detokenize.request, None),
     ]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace.errors import HeadraceError, NotFoundError
+from headrace.errors import HeadraceError, NotFoundError, ReplicaDeadError
 from headrace.v1.common_pb2 import FINISH_REASON_LENGTH
 from services.router.actions import (
     Action,
@@ -29,7 +29,8 @@ from services.router.actions import (
 )
 from services.router.directory import Directory, Instance
 from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, TextPrompt
-from services.router.open_request import DETOKENIZER, SCHEDULER, TOKENIZER, Kind, OpenRequest, Output, Patience
+from services.router.open_request import Kind, OpenRequest, Output, Patience
+from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import least_loaded
 from services.router.streams import Streams
 
@@ -62,13 +63,15 @@ class Process:
 
     def submit(self, request_id: str, stream_id: int, num_outputs: int, detokenizer: int) -> None:
         self.sequences[request_id] = [stream_id, num_outputs, detokenizer]
-        self.world.to_router(self, lambda: self.world.streams.on_accepted(request_id, self.incarnation, self.world.now))
 
     def redirect(self, request_id: str, detokenizer: int, from_position: int) -> None:
         sequence = self.sequences.get(request_id)
         if sequence is None:
-            error = NotFoundError("not held", param="request_id")
-            self.world.to_router(self, lambda: self.world.streams.on_rejected(request_id, self.incarnation, error, self.world.now))
+            error = ReplicaDeadError("not held here any more")
+            self.world.to_router(
+                self,
+                lambda: self.world.streams.on_refused(request_id, SCHEDULER, self.incarnation, error=error, now_ns=self.world.now),
+            )
             return
         sequence[2] = detokenizer
         for position in range(from_position, sequence[1]):
@@ -174,13 +177,13 @@ class World:
             case SendTokenize(request):
                 prompt = EncodedPrompt(np.arange(3, dtype=np.int32))
                 return lambda: self.to_router(
-                    target, lambda: self.streams.on_tokens(request.request_id, target.incarnation, prompt, self.now)
+                    target, lambda: self.streams.on_tokenized(request.request_id, target.incarnation, prompt, self.now)
                 )
             case SendSubmit(request):
-                num, detokenizer = len(request.output_tokens), request.held[DETOKENIZER]
+                num, detokenizer = len(request.output_tokens), request.places.held[DETOKENIZER]
                 return lambda: target.submit(request.request_id, request.stream_id, num, detokenizer)
             case SendRedirect(request, _, position):
-                detokenizer = request.held[DETOKENIZER]
+                detokenizer = request.places.held[DETOKENIZER]
                 return lambda: target.redirect(request.request_id, detokenizer, position)
             case SendOpenStream(request):
                 num = len(request.output_tokens)
