@@ -1,0 +1,31 @@
+"""Settings of the worker. The model's own (which, how long) are in the common section `model`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from headrace.config.settings import Section
+
+
+class Settings(Section):
+    """One worker group: what it computes with, and how much it holds."""
+
+    runner: Literal["model", "mock"] = Field(
+        "model", description="model computes; mock invents tokens by a fixed rule and a time model, for load tests without a model."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of weights, activations and KV; auto is bfloat16 where the CPU has it natively."
+    )
+    num_ranks: int = Field(1, ge=1, description="Processes of the group; more than 1 is not supported yet.")
+    num_threads: int | Literal["auto"] = Field(
+        "auto", description="Threads that compute; auto is the number of physical cores that the process may use."
+    )
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="Most sequences held at once.")
+    max_num_batched_tokens: int = Field(512, ge=1, le=65536, description="Most tokens a step computes; long prompts are chunked.")
+    page_size: int = Field(32, ge=1, le=1024, description="Tokens a KV page; the unit of allocation and of prefix sharing.")
+    kv_cache_bytes: int = Field(512 * 1024 * 1024, ge=1, description="Memory for KV pages.")
+    kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens that the KV pages hold; leads over kv_cache_bytes.")
+    mock_step_s: float = Field(0.005, ge=0, le=60, description="Mock runner: time of a step.")
+    mock_token_s: float = Field(0.00005, ge=0, le=1, description="Mock runner: further time a token computed.")

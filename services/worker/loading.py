@@ -1,0 +1,131 @@
+"""From a model directory to a runner that is ready: type, weights, memory plan, pages, warm-up.
+
+Decisions only; what they were is in `LoadReport`, for the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from headrace.errors import ConfigError
+from headrace.models.model_config import ModelConfig, load_model_config
+from services.worker.attention.torch_cpu import TorchCpuAttention
+from services.worker.batch_inputs import Limits
+from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, plan_memory
+from services.worker.layers.linear import can_pack_bfloat16
+from services.worker.model_runner import ModelRunner
+from services.worker.models.registry import build_model
+from services.worker.weights import WeightLoader
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+NATIVE_BFLOAT16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""CPU flags, as /proc/cpuinfo names them, that say that bfloat16 is multiplied natively."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What the settings say of loading; units in the names.
+
+    Attributes:
+        dtype: `auto`, `float32` or `bfloat16`.
+        max_model_len: Longest sequence in tokens; None for the model's own.
+        kv_cache_tokens: Leads over `kv_cache_bytes` where it is given.
+    """
+
+    directory: Path
+    dtype: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    kv_cache_bytes: int
+    kv_cache_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What was decided."""
+
+    config: ModelConfig
+    dtype: str
+    dtype_reason: str
+    memory: MemoryPlan
+
+
+def choose_dtype(setting: str, cpu_flags: frozenset[str]) -> tuple[str, str]:
+    """Resolve `auto`; gives the type's name and the reason, for the log."""
+    if setting != "auto":
+        return setting, "set"
+    if cpu_flags & NATIVE_BFLOAT16_FLAGS and can_pack_bfloat16():
+        return "bfloat16", "this CPU multiplies bfloat16 natively"
+    return "float32", "this CPU has no native bfloat16 (avx512_bf16, amx_bf16)"
+
+
+def choose_max_model_len(setting: int | None, config: ModelConfig) -> int:
+    """Give the longest sequence, in tokens.
+
+    Raises:
+        ConfigError: More is asked for than the model has positions.
+    """
+    if setting is None:
+        return config.max_position_embeddings
+    if setting > config.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_model_len is {setting}; the model has {config.max_position_embeddings} positions: lower it",
+            param="model.max_model_len",
+        )
+    return setting
+
+
+def load_runner(
+    options: LoadOptions, *, cpu_flags: frozenset[str], available_bytes: Callable[[], int]
+) -> tuple[ModelRunner, LoadReport]:
+    """Load a model and make a runner for it, not yet warm.
+
+    Args:
+        options: Settings.
+        cpu_flags: What the CPU can do.
+        available_bytes: Asked for the free memory after the weights are in.
+
+    Raises:
+        ModelError: The directory cannot be used.
+        ConfigError: The settings do not fit the model or the memory.
+    """
+    config = load_model_config(options.directory)
+    max_model_len = choose_max_model_len(options.max_model_len, config)
+    dtype_name, dtype_reason = choose_dtype(options.dtype, cpu_flags)
+    dtype = _DTYPES[dtype_name]
+    weights = WeightLoader(options.directory, dtype=dtype)
+    attention = TorchCpuAttention(page_size=options.page_size, dtype=dtype)
+    model = build_model(config, weights, attention, max_model_len=max_model_len)
+    shape = PageShape(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=options.page_size,
+        dtype=dtype,
+    )
+    memory = plan_memory(
+        shape,
+        weight_bytes=weights.num_bytes,
+        available_bytes=available_bytes(),
+        kv_cache_bytes=options.kv_cache_bytes,
+        kv_cache_tokens=options.kv_cache_tokens,
+        max_model_len=max_model_len,
+    )
+    limits = Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        num_pages=memory.num_pages,
+        page_size=options.page_size,
+        vocab_size=config.vocab_size,
+    )
+    runner = ModelRunner(model, KvCache(shape, num_pages=memory.num_pages), limits)
+    return runner, LoadReport(config=config, dtype=dtype_name, dtype_reason=dtype_reason, memory=memory)

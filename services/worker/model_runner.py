@@ -1,0 +1,126 @@
+"""Owns weights and KV pages; turns a step plan into a step result.
+
+Plan → `BatchInputs` (arrays) → `StepTensors` → model → logits of the rows that sample → sampler → result. No I/O, no clock, one
+thread. See `rank.py` for where plans come from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.v1.common_pb2 import SamplingParams, WorkHeader
+from headrace.v1.scheduler_pb2 import StepResult
+from headrace.v1.worker_pb2 import NewSequence, StepPlan
+from services.worker.attention.backend import ExtendRow, StepTensors
+from services.worker.batch_inputs import BatchInputs, Limits, StepInputs
+from services.worker.kv_cache import KvCache
+from services.worker.models.registry import Model
+from services.worker.runner import step_result
+from services.worker.sampler import sample
+
+_NO_TOKEN_IDS = np.zeros(0, dtype=np.int64)
+_ALL_FINITE = np.ones(0, dtype=np.bool_)
+
+
+class ModelRunner:
+    """Computes steps.
+
+    Args:
+        model: The network.
+        kv_cache: Its pages.
+        limits: Sizes; `num_pages` and `page_size` are those of the cache.
+    """
+
+    def __init__(self, model: Model, kv_cache: KvCache, limits: Limits) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._inputs = BatchInputs(limits)
+
+    @property
+    def limits(self) -> Limits:
+        """Sizes to register with."""
+        return self._inputs.limits
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences held."""
+        return self._inputs.num_sequences
+
+    def step(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None) -> StepResult:
+        """Compute one plan.
+
+        Args:
+            plan: The next plan, in order.
+            token_ids: Tokens of the plan's new sequences, one after another; None when it has none.
+
+        Returns:
+            The result without its times.
+
+        Raises:
+            ProtocolError: The plan contradicts what is held; nothing was computed.
+        """
+        step = self._inputs.apply(plan, token_ids)
+        if len(step.token_ids) == 0:
+            return step_result(plan, step, _NO_TOKEN_IDS, _ALL_FINITE)
+        with torch.inference_mode():
+            logits = self._model.forward(self._tensors(step), self._kv_cache.layers)
+            sampled, is_finite = sample(logits, step.sampled)
+        self._inputs.commit(step, sampled, is_finite)
+        if not is_finite.all():
+            self._clear_pages(step.sampled.slots[~is_finite].tolist())
+        return step_result(plan, step, sampled, is_finite)
+
+    def reset(self) -> None:
+        """Forget every sequence. Pages keep their content; a page is always written before it is attended to."""
+        self._inputs.reset()
+
+    def warm_up(self) -> None:
+        """Run a prefill and a decode over scratch pages, so that no request pays for the first call of each kernel."""
+        limits = self.limits
+        num_tokens = min(limits.max_num_batched_tokens, limits.max_model_len - 1, 2 * limits.page_size + 1)
+        num_pages = num_tokens // limits.page_size + 1
+        sampling = SamplingParams(temperature=1.0, top_p=0.9, top_k=8, seed=1)
+        sequence = NewSequence(slot=0, work=WorkHeader(request_id="warm-up"), num_tokens=num_tokens, sampling=sampling)
+        prefill = StepPlan(
+            new_sequences=[sequence],
+            page_slots=[0],
+            num_new_pages=[num_pages],
+            new_pages=range(num_pages),
+            row_slots=[0],
+            row_num_new_tokens=[num_tokens],
+        )
+        self.step(prefill, np.zeros(num_tokens, dtype=np.int32))
+        self.step(StepPlan(row_slots=[0]), None)
+        self.reset()
+
+    def _tensors(self, step: StepInputs) -> StepTensors:
+        num_decode_rows = step.num_decode_rows
+        decode_slots = step.row_slots[:num_decode_rows]
+        return StepTensors(
+            token_ids=torch.from_numpy(step.token_ids),
+            positions=torch.from_numpy(step.positions),
+            slot_mapping=torch.from_numpy(step.slot_mapping),
+            decode_page_tables=torch.from_numpy(self._inputs.page_tables(decode_slots)),
+            decode_lengths=torch.from_numpy(step.row_starts[:num_decode_rows] + 1),
+            extends=self._extend_rows(step),
+            sampled_tokens=torch.from_numpy(step.sampled_tokens),
+        )
+
+    def _extend_rows(self, step: StepInputs) -> tuple[ExtendRow, ...]:
+        first_token = step.num_decode_rows
+        rows: list[ExtendRow] = []
+        for row in range(step.num_decode_rows, len(step.row_slots)):
+            slot, start, count = int(step.row_slots[row]), int(step.row_starts[row]), int(step.row_counts[row])
+            pages = torch.from_numpy(self._inputs.pages(slot, num_tokens=start + count))
+            rows.append(ExtendRow(first_token=first_token, num_new_tokens=count, num_cached_tokens=start, pages=pages))
+            first_token += count
+        return tuple(rows)
+
+    def _clear_pages(self, slots: list[int]) -> None:
+        """Wipe the pages of failed rows: a NaN left behind would spoil the page's next owner, even where a mask hides it."""
+        for slot in slots:
+            pages = torch.from_numpy(self._inputs.own_pages(slot))
+            for layer_pages in self._kv_cache.layers:
+                layer_pages[pages] = 0

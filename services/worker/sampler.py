@@ -1,0 +1,88 @@
+"""From logits to tokens: temperature, top-k, top-p, min-p, in this order, each row with its own parameters.
+
+A greedy row (temperature 0) takes the largest logit. Any other row draws by inverting the cumulative distribution, in order of
+token ids, at a number that depends on nothing but (seed, position): see `philox.py`. What stands between logits and draw is
+computed row by row, so a row's token is independent of its batch wherever its logits are. Tokens that tie with the last one kept
+by top-k or top-p are kept with it: which of equals would go must not depend on a sort.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from services.worker.batch_inputs import Int64Array, SampledRows
+from services.worker.philox import uniforms
+
+# Nearly always the nucleus lies in this many likeliest tokens, and finding them is ten times cheaper than a whole sort.
+_NUM_CANDIDATES: Final = 512
+
+
+def sample(logits: torch.Tensor, rows: SampledRows) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    """Choose one token a row.
+
+    Args:
+        logits: float32 `[num_rows, vocab_size]`.
+        rows: Parameters of the rows.
+
+    Returns:
+        Token ids, and whether the row's logits were finite; where they were not, the token means nothing.
+    """
+    # A sum is finite only if all its terms are, and is one pass.
+    is_finite = torch.isfinite(logits.sum(dim=-1))
+    token_ids = logits.argmax(dim=-1)
+    is_drawn = torch.from_numpy(rows.temperature > 0) & is_finite
+    if bool(is_drawn.any()):
+        drawn = is_drawn.nonzero().squeeze(1)
+        token_ids[drawn] = _draw(logits if len(drawn) == len(logits) else logits[drawn], rows, drawn.numpy())
+    return token_ids.numpy(), is_finite.numpy()
+
+
+def _draw(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> torch.Tensor:
+    temperature = torch.from_numpy(rows.temperature[indices]).unsqueeze(1)
+    # The largest becomes 0 before it is divided, so that the smallest temperature cannot overflow.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    top_k, top_p, min_p = rows.top_k[indices], rows.top_p[indices], rows.min_p[indices]
+    if top_k.any():
+        scaled = _keep_top_k(scaled, torch.from_numpy(top_k))
+    if (top_p < 1).any():
+        scaled = _keep_top_p(scaled, torch.from_numpy(top_p))
+    if min_p.any():
+        # Relative to the largest, which is 0; the logarithm of 0 keeps all.
+        scaled = scaled.masked_fill(scaled < torch.from_numpy(min_p).log().unsqueeze(1), -torch.inf)
+    cumulative = scaled.exp().double().cumsum(dim=-1)
+    targets = torch.from_numpy(uniforms(rows.seeds[indices], rows.positions[indices])).unsqueeze(1) * cumulative[:, -1:]
+    # The first token whose cumulative mass is above the target; one without mass of its own never is.
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+
+
+def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    """Drop what is smaller than the k-th largest; 0 keeps all."""
+    vocab_size = scaled.shape[1]
+    limited = (top_k > 0) & (top_k < vocab_size)
+    if not bool(limited.any()):
+        return scaled
+    largest = scaled.topk(int(top_k[limited].max()), dim=-1).values
+    kth = largest.gather(1, torch.where(limited, top_k.long() - 1, 0).unsqueeze(1))
+    return scaled.masked_fill((scaled < kth) & limited.unsqueeze(1), -torch.inf)
+
+
+def _keep_top_p(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Keep the fewest likeliest tokens whose mass reaches `top_p`."""
+    thresholds = torch.full_like(top_p, -torch.inf)
+    totals = scaled.exp().sum(dim=-1)
+    open_rows = (top_p < 1).nonzero().squeeze(1)
+    for num_candidates in (min(_NUM_CANDIDATES, scaled.shape[1]), scaled.shape[1]):
+        largest = scaled[open_rows].topk(num_candidates, dim=-1).values
+        mass_before = largest.exp().cumsum(dim=-1) / totals[open_rows].unsqueeze(1) - largest.exp() / totals[open_rows].unsqueeze(1)
+        num_kept = (mass_before < top_p[open_rows].unsqueeze(1)).sum(dim=-1)
+        is_settled = (num_kept < num_candidates) | (num_candidates == scaled.shape[1])
+        kept_last = largest.gather(1, (num_kept - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        thresholds[open_rows[is_settled]] = kept_last[is_settled]
+        open_rows = open_rows[~is_settled]
+        if len(open_rows) == 0:
+            break
+    return scaled.masked_fill(scaled < thresholds.unsqueeze(1), -torch.inf)

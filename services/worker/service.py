@@ -1,0 +1,372 @@
+"""The shell of rank 0: plans of the scheduler in, results out, on the main thread; computing on a thread of its own.
+
+Plans queue towards the compute thread and are computed strictly in order; results come back through the event loop. torch lets go
+of the interpreter while it computes, so the link is served meanwhile. When the scheduler is lost, every sequence is forgotten
+before the next scheduler's first plan, and results still under way are dropped: they belong to a lane that no longer exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.errors import OverloadedError, ProtocolError, ReplicaDeadError
+from headrace.models.model_config import load_model_config
+from headrace.service import ServiceContext
+from headrace.telemetry import logs
+from headrace.telemetry.metrics import WorkerMetrics
+from headrace.v1.common_pb2 import ModelInfo
+from headrace.v1.control_pb2 import Capacity, Load, PagePoolInfo, Progress, Register, Role, WorkKind
+from headrace.v1.scheduler_pb2 import RowError, StepResult
+from headrace.v1.worker_pb2 import StepPlan, WorkerInbox
+from headrace.wire.envelope import int32_array
+from headrace.wire.session import Peer
+from headrace.wire.topology import SCHEDULER_BACKPLANE
+from services.worker import machine
+from services.worker.batch_inputs import Limits
+from services.worker.config import Settings
+from services.worker.launcher import num_compute_threads
+from services.worker.mock_runner import MockRunner
+from services.worker.runner import POOL_NAME, Runner
+from services.worker.sequence_spans import SequenceSpans
+
+if TYPE_CHECKING:
+    from headrace.wire.fake import FakeBack
+    from headrace.wire.link import Back
+
+log = logs.get_logger()
+
+STOP_WAIT_S: Final = 5.0
+_MOCK_MODEL_LEN: Final = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A plan on its way; `life` is the acquaintance with the scheduler that it belongs to."""
+
+    plan: StepPlan
+    token_ids: npt.NDArray[np.int32] | None
+    life: int
+    received_ns: int
+
+
+class ComputeThread:
+    """Owns the runner: loads it, and computes what is put in its queue, in order. Callbacks run on the event loop.
+
+    Args:
+        make_runner: Loads; called on the thread.
+        on_result: Called with each job and its result.
+        on_error: Called with what ended the thread.
+    """
+
+    def __init__(
+        self,
+        make_runner: Callable[[], Runner],
+        *,
+        on_result: Callable[[_Job, StepResult], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self.runner: Runner | None = None
+        self._make_runner = make_runner
+        self._on_result = on_result
+        self._on_error = on_error
+        self._loop = asyncio.get_running_loop()
+        self._is_loaded: asyncio.Future[None] = self._loop.create_future()
+        # Bounded by the link: the scheduler has at most a few plans under way.
+        self._jobs: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
+        # A daemon, so that a step that hangs cannot hold up the end of the process.
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    async def start(self) -> Runner:
+        """Load the runner; raises what loading raises."""
+        self._thread.start()
+        await self._is_loaded
+        assert self.runner is not None
+        return self.runner
+
+    def submit(self, job: _Job) -> None:
+        """Compute a plan after all before it."""
+        self._jobs.put(job)
+
+    def reset(self) -> None:
+        """Forget every sequence, after all plans before."""
+        if self.runner is not None:
+            self._jobs.put(self.runner.reset)
+
+    async def stop(self) -> None:
+        """End after the step under way; a step that takes too long is left to the end of the process."""
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            await self._loop.run_in_executor(None, self._thread.join, STOP_WAIT_S)
+
+    def _run(self) -> None:
+        try:
+            self.runner = self._make_runner()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the event loop raises it
+            self._call(self._is_loaded.set_exception, error)
+            return
+        self._call(self._is_loaded.set_result, None)
+        try:
+            while (job := self._jobs.get()) is not None:
+                if isinstance(job, _Job):
+                    started_unix_ns = time.time_ns()
+                    result = self.runner.step(job.plan, job.token_ids)
+                    result.started_unix_ns = started_unix_ns
+                    result.finished_unix_ns = time.time_ns()
+                    self._call(self._on_result, job, result)
+                else:
+                    job()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends the process
+            self._call(self._on_error, error)
+
+    def _call(self, callback: Callable[..., Any], *arguments: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+
+class WorkerService:
+    """Rank 0 of a worker group: one lane of the scheduler it has joined."""
+
+    def __init__(self, context: ServiceContext, settings: Settings) -> None:
+        self._context = context
+        self._settings = settings
+        self._metrics = WorkerMetrics(context.registry)
+        self._spans = SequenceSpans(context.tracer)
+        self._compute: ComputeThread | None = None
+        self._schedulers: Back | FakeBack | None = None
+        self._scheduler: Peer | None = None
+        self._life = 0
+        self._pending: deque[_Job] = deque()
+        self._num_steps = 0
+        self._last_step_unix_ns = 0
+        self._model = ModelInfo()
+        self._capacity = Capacity()
+        self._moved = asyncio.Event()
+
+    async def start(self) -> None:
+        """Load and warm the model, then join a scheduler.
+
+        Raises:
+            ModelError: The model directory cannot be used.
+            ConfigError: The settings fit neither the model nor the machine.
+        """
+        make_runner = self._make_mock if self._settings.runner == "mock" else self._make_model
+        self._compute = ComputeThread(make_runner, on_result=self._on_result, on_error=self._on_compute_error)
+        runner = await self._compute.start()
+        self._describe(runner.limits)
+        self._schedulers = self._context.wire.dial(
+            SCHEDULER_BACKPLANE,
+            self._context.dial_targets(SCHEDULER_BACKPLANE),
+            self,
+            register=self._register,
+            join="fewest_lanes",
+        )
+
+    def on_peer(self, peer: Peer) -> None:
+        """A scheduler took us on as a lane. It knows nothing of what is held here, so nothing may be."""
+        self._begin_life(peer)
+        log.info("scheduler.joined", scheduler=peer.instance)
+
+    def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        """The scheduler is gone, and with it every sequence of ours; it or another one will put them in again."""
+        if peer is self._scheduler:
+            log.warning("peer.lost", peer=peer.instance, reason=reason)
+            self._begin_life(None)
+
+    def on_heartbeat(self, peer: Peer) -> None:
+        """The scheduler's load changes nothing here."""
+
+    def on_message(self, peer: Peer, message: WorkerInbox, frames: list[memoryview]) -> None:
+        """Queue a plan for the compute thread."""
+        if peer is not self._scheduler or self._compute is None:
+            # The link counts what it drops; a plan of a scheduler that we left is one of those.
+            raise ProtocolError(f"a plan of {peer.instance}, whose lane this worker is not")
+        plan = message.step_plan
+        job = _Job(plan, self._token_ids(plan, frames), self._life, time.monotonic_ns())
+        self._pending.append(job)
+        self._compute.submit(job)
+
+    def not_ready_reason(self) -> str | None:
+        """Ready while a scheduler has us as a lane."""
+        if self._schedulers is None:
+            return "the model is being loaded"
+        return None if self._scheduler is not None else "no scheduler has answered yet"
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The one model."""
+        return (self._model,)
+
+    def load(self) -> Load:
+        """Sequences count as running while there is a plan to compute: without one, the scheduler is who is waited for."""
+        num_sequences = self._num_sequences()
+        self._metrics.sequences.set(num_sequences)
+        return Load(num_running=max(1, num_sequences) if self._pending else 0, num_waiting=max(0, len(self._pending) - 1))
+
+    def progress(self) -> Progress:
+        """Steps computed."""
+        age_ns = time.monotonic_ns() - self._pending[0].received_ns if self._pending else 0
+        return Progress(num_steps=self._num_steps, last_step_unix_ns=self._last_step_unix_ns, oldest_waiting_age_ns=age_ns)
+
+    def health(self) -> dict[str, Any]:
+        """What this lane is and holds."""
+        return {
+            "model": self._model.name,
+            "scheduler": self._scheduler.instance if self._scheduler is not None else "",
+            "num_sequences": self._num_sequences(),
+        }
+
+    async def drain(self) -> None:
+        """Take no new sequence and wait until the scheduler has freed the last one."""
+        if self._schedulers is not None:
+            self._schedulers.announce_drain()
+        while self._scheduler is not None and (self._pending or self._num_sequences()):
+            self._moved.clear()
+            await self._moved.wait()
+
+    async def stop(self) -> None:
+        """End the compute thread; what is still held is given up."""
+        self._spans.end_all(now_unix_ns=time.time_ns())
+        if self._compute is not None:
+            await self._compute.stop()
+
+    def _num_sequences(self) -> int:
+        runner = self._compute.runner if self._compute is not None else None
+        return runner.num_sequences if runner is not None else 0
+
+    def _register(self) -> Register:
+        return Register(role=Role.ROLE_WORKER, instance=self._context.instance, models=self.models(), capacity=self._capacity)
+
+    def _begin_life(self, scheduler: Peer | None) -> None:
+        self._scheduler = scheduler
+        self._life += 1
+        self._pending.clear()
+        self._moved.set()
+        self._spans.end_all(now_unix_ns=time.time_ns())
+        if self._compute is not None:
+            self._compute.reset()
+
+    def _token_ids(self, plan: StepPlan, frames: list[memoryview]) -> npt.NDArray[np.int32] | None:
+        if not plan.new_sequences:
+            return None
+        try:
+            return int32_array(frames[0] if frames else None, count=sum(sequence.num_tokens for sequence in plan.new_sequences))
+        except ProtocolError as error:
+            # Plans build on one another: with one lost, no later one can be computed truthfully.
+            self._context.fail(error)
+            raise
+
+    def _on_result(self, job: _Job, result: StepResult) -> None:
+        if job.life != self._life or self._scheduler is None:
+            return
+        self._pending.popleft()
+        self._moved.set()
+        self._num_steps += 1
+        self._last_step_unix_ns = result.finished_unix_ns
+        try:
+            self._scheduler.send("step_result", result)
+        except ReplicaDeadError as error:
+            log.warning("result.dropped", reason=error.message)
+        except OverloadedError as error:
+            # Results build the scheduler's view; one that cannot be sent must not be skipped.
+            self._context.fail(error)
+        self._spans.on_plan(job.plan, now_unix_ns=result.started_unix_ns)
+        self._spans.on_result(result)
+        self._count(job.plan, result)
+
+    def _count(self, plan: StepPlan, result: StepResult) -> None:
+        self._metrics.steps.inc()
+        self._metrics.step_duration.observe((result.finished_unix_ns - result.started_unix_ns) / 1e9)
+        counts = plan.row_num_new_tokens
+        num_decode = sum(1 for count in counts if count == 1) if counts else len(plan.row_slots) or len(result.slots)
+        self._metrics.tokens.labels("decode").inc(num_decode)
+        if counts:
+            self._metrics.tokens.labels("prefill").inc(sum(counts) - num_decode)
+        for reason in result.failed_reasons:
+            self._metrics.row_errors.labels(RowError.Name(reason)).inc()
+        if result.failed_slots:
+            log.warning("rows.failed", slots=list(result.failed_slots), reasons=[RowError.Name(r) for r in result.failed_reasons])
+
+    def _on_compute_error(self, error: Exception) -> None:
+        log.error("step.failed", error=repr(error), exc_info=error)
+        self._context.fail(error)
+
+    def _describe(self, limits: Limits) -> None:
+        self._model = ModelInfo(
+            name=self._context.settings.model.name_for_clients,
+            max_model_len=limits.max_model_len,
+            loaded_unix_s=int(time.time()),
+        )
+        self._capacity = Capacity(
+            model=self._model,
+            pools=[PagePoolInfo(name=POOL_NAME, num_pages=limits.num_pages, page_size=limits.page_size)],
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            num_ranks=self._settings.num_ranks,
+            work_kinds=[WorkKind.WORK_KIND_GENERATE],
+            vocab_size=limits.vocab_size,
+        )
+
+    def _make_mock(self) -> Runner:
+        settings = self._settings
+        config = load_model_config(self._context.model_directory)
+        max_model_len = self._context.settings.model.max_model_len or min(config.max_position_embeddings, _MOCK_MODEL_LEN)
+        num_tokens = settings.kv_cache_tokens or settings.max_num_seqs * max_model_len
+        limits = Limits(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            num_pages=-(-max(num_tokens, max_model_len) // settings.page_size),
+            page_size=settings.page_size,
+            vocab_size=config.vocab_size,
+        )
+        log.warning("model.mocked", model=self._context.settings.model.name_for_clients)
+        return MockRunner(limits, step_s=settings.mock_step_s, token_s=settings.mock_token_s, sleep=time.sleep)
+
+    def _make_model(self) -> Runner:
+        # torch takes a second to import and is not wanted by the mock.
+        import torch
+
+        from services.worker.loading import LoadOptions, load_runner
+
+        settings = self._settings
+        num_threads = num_compute_threads(settings)
+        torch.set_num_threads(num_threads)
+        begun_ns = time.monotonic_ns()
+        options = LoadOptions(
+            directory=self._context.model_directory,
+            dtype=settings.dtype,
+            max_model_len=self._context.settings.model.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            page_size=settings.page_size,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            kv_cache_tokens=settings.kv_cache_tokens,
+        )
+        runner, report = load_runner(options, cpu_flags=machine.cpu_flags(), available_bytes=machine.available_memory_bytes)
+        loaded_ns = time.monotonic_ns()
+        log.info(
+            "model.loaded",
+            directory=str(options.directory),
+            dtype=report.dtype,
+            dtype_reason=report.dtype_reason,
+            num_threads=num_threads,
+            weight_bytes=report.memory.weight_bytes,
+            kv_bytes=report.memory.kv_bytes,
+            margin_bytes=report.memory.margin_bytes,
+            num_pages=report.memory.num_pages,
+            page_size=settings.page_size,
+            max_model_len=runner.limits.max_model_len,
+            load_s=round((loaded_ns - begun_ns) / 1e9, 3),
+        )
+        runner.warm_up()
+        log.info("model.warmed", warm_up_s=round((time.monotonic_ns() - loaded_ns) / 1e9, 3))
+        return runner

@@ -1,0 +1,101 @@
+"""Weights of a model directory as torch tensors, each checked against the shape that the model expects.
+
+A model asks for each tensor once, by its Hugging Face name and shape; what it never asks for is an error as well, since a tensor
+left over means a model that computes something else than its file says. Tensors are read one at a time, so that the peak is the
+loaded model plus one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from headrace.errors import ModelError
+from headrace.models.weights import Weights, open_weights
+
+# Tables that old checkpoints stored; they follow from config.json.
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+_NAMES_SHOWN_MAX = 5
+
+
+class WeightLoader:
+    """Gives tensors by name, in one floating-point type.
+
+    Args:
+        directory: A model directory in Hugging Face layout.
+        dtype: The type of every tensor given.
+
+    Raises:
+        ModelError: The directory's weights are missing, damaged or unsupported.
+    """
+
+    def __init__(self, directory: Path, *, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.num_bytes = 0
+        self._directory = directory
+        self._weights: Weights = open_weights(directory)
+        self._left = {name for name in self._weights.names() if not name.endswith(_DERIVED_SUFFIXES)}
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold this tensor."""
+        return name in self._left
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            ModelError: It is missing, was taken before, or has another shape; names it and both shapes.
+        """
+        if name not in self._left:
+            raise ModelError(f"{self._directory}: tensor {name} {_text(shape)} is missing; pull the model again", param=name)
+        found = tuple(self._weights.info(name).shape)
+        if found != shape:
+            raise ModelError(
+                f"{self._directory}: tensor {name} has shape {_text(found)}, but config.json asks for {_text(shape)}; "
+                "config.json and the weights are not of one model: pull it again",
+                param=name,
+            )
+        self._left.remove(name)
+        tensor = self._read(name)
+        self.num_bytes += tensor.nbytes
+        return tensor
+
+    def take_stacked(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
+        """Read several tensors and stack them along their first dimension."""
+        return torch.cat([self.take(name, shape) for name, shape in parts])
+
+    def skip(self, name: str) -> None:
+        """Leave a tensor that the model does not need, if it is there."""
+        self._left.discard(name)
+
+    def check_all_taken(self) -> None:
+        """Refuse weights that hold more than the model asked for.
+
+        Raises:
+            ModelError: Names the first tensors left over, with their shapes.
+        """
+        if not self._left:
+            return
+        names = sorted(self._left)
+        shown = ", ".join(f"{name} {_text(tuple(self._weights.info(name).shape))}" for name in names[:_NAMES_SHOWN_MAX])
+        more = f" and {len(names) - _NAMES_SHOWN_MAX} more" if len(names) > _NAMES_SHOWN_MAX else ""
+        raise ModelError(
+            f"{self._directory}: config.json describes a model without the tensors {shown}{more}; "
+            "config.json and the weights are not of one model: pull it again",
+            param=names[0],
+        )
+
+    def _read(self, name: str) -> torch.Tensor:
+        values = self._weights.load(name)
+        if self._weights.info(name).dtype_name == "bf16":
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(self.dtype)
+        if values.dtype.kind != "f":
+            raise ModelError(f"{self._directory}: tensor {name} holds {values.dtype}, not floating-point numbers", param=name)
+        return torch.from_numpy(values).to(self.dtype)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return str(list(shape))

@@ -1,0 +1,165 @@
+"""Parity with transformers: tiny random checkpoints, the default model in both implementations, and a hand-driven runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from headrace.models.model_config import load_model_config
+from headrace.models.weights import open_weights
+from headrace.v1.common_pb2 import SamplingParams, WorkHeader
+from headrace.v1.worker_pb2 import NewSequence, StepPlan
+from services.worker.attention.backend import StepTensors
+from services.worker.loading import LoadOptions, load_runner
+from services.worker.model_runner import ModelRunner
+
+TINY = {
+    "vocab_size": 251,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+
+
+class RecordingModel:
+    """Passes steps on and keeps the logits of the last one."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.logits = torch.empty(0)
+
+    def forward(self, step: StepTensors, kv_layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        self.logits = self._model.forward(step, kv_layers)
+        return self.logits
+
+
+class Driver:
+    """A scheduler by hand: gives out slots and shuffled pages, and collects the logits of every sampled row by slot."""
+
+    def __init__(self, runner: ModelRunner, *, seed: int = 0) -> None:
+        self.runner = runner
+        self.model = RecordingModel(runner._model)
+        runner._model = self.model
+        self._free_pages = np.random.default_rng(seed).permutation(runner.limits.num_pages).tolist()
+        self._plan = StepPlan()
+        self._entering: list[int] = []
+        self._num_computed: dict[int, int] = {}
+        self._num_pages: dict[int, int] = {}
+
+    def enter(self, slot: int, token_ids: list[int], **sampling: Any) -> None:
+        params = SamplingParams(**({"temperature": 0.0, "seed": 1} | sampling))
+        work = WorkHeader(request_id=f"r{slot}")
+        self._plan.new_sequences.append(NewSequence(slot=slot, work=work, num_tokens=len(token_ids), sampling=params))
+        self._entering += token_ids
+        self._num_computed[slot] = self._num_pages[slot] = 0
+
+    def free(self, slot: int) -> None:
+        self._plan.freed_slots.append(slot)
+
+    def force(self, slot: int, token_id: int) -> None:
+        """Put another token in the place of the one sampled last."""
+        inputs = self.runner._inputs
+        inputs._tokens[slot, inputs._num_tokens[slot] - 1] = token_id
+
+    def step(self, rows: dict[int, int]) -> tuple[dict[int, int], dict[int, torch.Tensor]]:
+        """Compute rows `{slot: num_new_tokens}`; gives the sampled tokens and their logits, by slot."""
+        plan, self._plan = self._plan, StepPlan()
+        page_size = self.runner.limits.page_size
+        for slot, count in rows.items():
+            self._num_computed[slot] += count
+            missing = -(-self._num_computed[slot] // page_size) - self._num_pages[slot]
+            if missing > 0:
+                plan.page_slots.append(slot)
+                plan.num_new_pages.append(missing)
+                plan.new_pages.extend(self._free_pages.pop() for _ in range(missing))
+                self._num_pages[slot] += missing
+        plan.row_slots.extend(rows)
+        plan.row_num_new_tokens.extend(rows.values())
+        token_ids = np.array(self._entering, dtype=np.int32)
+        self._entering = []
+        result = self.runner.step(plan, token_ids)
+        assert not result.failed_slots
+        logits = dict(zip(result.slots, self.model.logits, strict=True))
+        return dict(zip(result.slots, result.token_ids, strict=True)), logits
+
+    def generate(self, prompts: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
+        """Greedy tokens of several prompts, prefilled in one step and decoded together."""
+        for slot, prompt in prompts.items():
+            self.enter(slot, prompt)
+        sampled, _ = self.step({slot: len(prompt) for slot, prompt in prompts.items()})
+        outputs = {slot: [token_id] for slot, token_id in sampled.items()}
+        for _ in range(num_tokens - 1):
+            sampled, _ = self.step(dict.fromkeys(prompts, 1))
+            for slot, token_id in sampled.items():
+                outputs[slot].append(token_id)
+        for slot in prompts:
+            self.free(slot)
+        return outputs
+
+
+def _make_driver(directory: Path, *, dtype: str = "float32", page_size: int = 8, kv_cache_tokens: int = 4096) -> Driver:
+    options = LoadOptions(
+        directory=directory,
+        dtype=dtype,
+        max_model_len=256,
+        max_num_seqs=24,
+        max_num_batched_tokens=1024,
+        page_size=page_size,
+        kv_cache_bytes=0,
+        kv_cache_tokens=kv_cache_tokens,
+    )
+    runner, _ = load_runner(options, cpu_flags=frozenset(), available_bytes=lambda: 4 << 30)
+    return Driver(runner)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def make_driver() -> Callable[..., Driver]:
+    return _make_driver
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Callable[..., tuple[Path, transformers.LlamaForCausalLM]]:
+    """Write a random checkpoint of a tiny configuration; gives its directory and transformers' model of it."""
+
+    def make(**changes: Any) -> tuple[Path, transformers.LlamaForCausalLM]:
+        torch.manual_seed(7)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | changes))).eval()
+        with torch.no_grad():
+            # Fresh biases and scales are 0 and 1, which would hide a mistake.
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(tmp_path)
+        return tmp_path, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_smollm2(default_model_directory: Path) -> transformers.LlamaForCausalLM:
+    """transformers' model with the very weights of the default model's file, in float32."""
+    config = load_model_config(default_model_directory)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(default_model_directory))
+    weights = open_weights(default_model_directory)
+    state = {name: torch.from_numpy(weights.load(name)).float() for name in weights.names()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    assert config.num_layers == len(model.model.layers)
+    return model.float().eval()
