@@ -51,9 +51,9 @@ async def test_concurrent_chats_equal_those_sent_one_by_one(server: Server, defa
     print(f"\n{len(parted)} of {NUM_CHATS} answers part from the one given alone")
     assert len(parted) <= NUM_CHATS // 4
     if parted:
-        from tests.parity.reference import Reference
+        from tests.parity.reference import TieJudge
 
-        reference = Reference(default_model_directory)
-        gaps = [reference.tie_gap(chats[index]["messages"], together[index], alone[index]) for index in parted]
+        judge = TieJudge(default_model_directory)
+        gaps = [judge.gap(chats[index]["messages"], together[index], alone[index]) for index in parted]
         print(f"largest gap between the float32 logits of the two tokens: {max(gaps):.3f}")
         assert max(gaps) <= TIE_GAP_MAX
