@@ -170,6 +170,8 @@ class OpenRequest:
         self.num_moves += 1
         if self.num_moves <= self._patience.max_moves:
             return self.advance(now_ns)
+        if isinstance(error, UnavailableError):
+            return self.end(error)
         limit = self._patience.max_moves
         message = f"{STAGE_NAMES[role]}: the request was moved {limit} times, the limit of router.max_moves; last: {error.message}"
         return self.end(RequestFailedError(message))

@@ -69,13 +69,14 @@ class RouterService:
         )
 
     async def start(self) -> None:
-        """Bind the back-plane and both public ports."""
+        """Bind both public ports and the back-plane."""
         self._check_settings()
-        address = self._context.bind_address(topology.ROUTER_BACKPLANE)
-        front = self._context.wire.bind(topology.ROUTER_BACKPLANE, address, self._backplane)
+        # The public ports first: a second router started by mistake fails here, before it takes the first one's ipc socket.
         await self.http.start()
         if self.grpc is not None:
             await self.grpc.start()
+        address = self._context.bind_address(topology.ROUTER_BACKPLANE)
+        front = self._context.wire.bind(topology.ROUTER_BACKPLANE, address, self._backplane)
         self._timers = asyncio.create_task(self._run_timers(), name="router-timers")
         log.info(
             "router.listening",

@@ -12,6 +12,7 @@ from headrace.errors import ConfigError
 from headrace.v1 import inference_pb2, inference_pb2_grpc
 from services.router.generation import Engine
 from services.router.grpc.servicer import SERVICE_NAME, InferenceServicer
+from services.router.http.server import listen
 
 GRACE_S = 2.0
 
@@ -48,17 +49,12 @@ class GrpcServer:
             ConfigError: The port cannot be bound; it names the setting.
         """
         host = f"[{self._host}]" if ":" in self._host else self._host
+        # gRPC's own refusal is a page of its log; a plain socket says the same in a word.
+        listen(self._host, self.port, setting="router.grpc_port").close()
         try:
-            bound = self._server.add_insecure_port(f"{host}:{self.port}")
+            self.port = self._server.add_insecure_port(f"{host}:{self.port}")
         except RuntimeError as error:
-            bound = 0
-            reason = str(error)
-        else:
-            reason = "the address is in use or not ours"
-        if bound == 0:
-            place = f"port {self.port} on {self._host}"
-            raise ConfigError(f"{place} cannot be bound ({reason}): stop what uses it, or set router.grpc_port to another")
-        self.port = bound
+            raise ConfigError(f"port {self.port} on {self._host} cannot be bound ({error}): see router.grpc_port") from error
         await self.set_serving(False)
         await self._server.start()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import socket
 from collections.abc import Iterator
 from typing import cast
@@ -124,7 +125,7 @@ class HttpServer:
         Raises:
             ConfigError: The port cannot be bound; it names the setting.
         """
-        listener = bind(self._host, self.port, setting="router.http_port")
+        listener = listen(self._host, self.port, setting="router.http_port")
         self.port = listener.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
         await self._server.wait_started(self._task)
@@ -136,18 +137,19 @@ class HttpServer:
             await self._task
 
 
-def bind(host: str, port: int, *, setting: str) -> socket.socket:
+def listen(host: str, port: int, *, setting: str) -> socket.socket:
     """A listening TCP socket.
 
     Raises:
-        ConfigError: It cannot be bound.
+        ConfigError: It cannot be bound; the message names the port and its setting.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
+        reason = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
         raise ConfigError(
-            f"port {port} on {host} cannot be bound ({error.strerror or error}): stop what uses it, or set {setting} to another"
+            f"port {port} on {host} cannot be bound ({reason}): stop what uses it, or set {setting} to another"
         ) from error
     listener.setblocking(False)
     return listener

@@ -274,6 +274,14 @@ def test_endless_moves_end_in_an_error() -> None:
     assert isinstance(end_error(actions), RequestFailedError)
 
 
+def test_a_stage_that_stays_unavailable_is_told_as_such() -> None:
+    bench = Bench(max_moves=1)
+    request = bench.stream(())
+    error = UnavailableError("no lane")
+    assert request.on_refused(SCHEDULER, 20, error, SECOND) == [SendAbort("r", 20), SendSubmit(request, 21)]
+    assert end_error(request.on_refused(SCHEDULER, 21, error, SECOND)) is error
+
+
 def test_an_operators_abort_is_told_to_the_client() -> None:
     actions = Bench().stream().on_output(30, Output(3, (), "", FINISH_REASON_ABORT), SECOND)
     assert isinstance(end_error(actions), RequestAbortedError)
