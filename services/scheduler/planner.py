@@ -32,7 +32,6 @@ def plan_step(lane: Lane) -> StepPlan | None:
     plan = StepPlan(lane.last_step_id)
     if not lane.num_running:
         plan.freed_slots = lane.slots.take_freed()
-        lane.is_steady = False
         return plan
     lane.clock.tick += 1
     _give_pages(lane, plan)

@@ -152,6 +152,8 @@ class System:
                 assert sequence.status is Status.RUNNING
                 assert sequence.lane is lane
                 assert len(sequence.pages) * lane.pool.page_size >= sequence.num_tokens - 1
+            for due in (lane.clock._page_due, lane.clock._limit_due):
+                assert {sequence for sequences in due.values() for sequence in sequences} <= set(lane.decoding)
             if not lane.in_flight:
                 for sequence in lane.decoding:
                     assert lane.clock.num_scheduled(sequence) == lane.clock.num_computed(sequence) == sequence.num_tokens - 1
@@ -173,6 +175,7 @@ class System:
         start = 0
         for stream_id, position, count, finish in zip(batch.stream_ids, batch.first_positions, counts, finishes, strict=True):
             stream = self.streams[stream_id]
+            assert stream.sequence.target is batch.target, "tokens went where they should go no more"
             assert position <= len(stream.tokens), "a gap in the output positions"
             new = array("i", batch.token_ids[start : start + count])
             known = stream.tokens[position : position + count]

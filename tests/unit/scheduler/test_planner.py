@@ -61,9 +61,9 @@ def test_what_the_first_prompt_leaves_goes_to_the_next() -> None:
 def test_a_prompt_for_which_the_next_step_has_no_budget_waits() -> None:
     system, site = start(max_num_batched_tokens=16)
     submit(system, "a", 2)
-    submit(system, "long", 30)
+    submit(system, "long", 29)
     assert step(system, site).row_num_new_tokens == [2, 14]
-    # The decode of `a` and the rest of the long prompt are more than the next step's budget.
+    # The decode of `a` and the rest of the long prompt are all of the next step's budget.
     submit(system, "late", 5)
     late = system.core._requests["late"]
     plan = step(system, site)
@@ -85,6 +85,23 @@ def test_an_admitted_prompt_beyond_the_budget_is_told_when_it_starts() -> None:
     plan = step(system, site)
     assert plan.row_num_new_tokens == [1, 14, 1]
     assert plan.new_sequences == [c]
+
+
+def test_the_budget_holds_whatever_has_been_admitted() -> None:
+    system, site = start(max_num_batched_tokens=16)
+    for name in ("a", "b", "c"):
+        site.lane.admit(builders.sequence(system.core, name, [1] * 16))
+    plan = plan_step(site.lane)
+    assert plan is not None
+    assert (plan.num_rows, plan.num_tokens) == (1, 16)
+
+
+def test_a_prompt_of_one_token_is_a_row_like_a_decode() -> None:
+    system, site = start()
+    submit(system, "a", 1)
+    plan = step(system, site)
+    assert plan.row_slots == [0]
+    assert not plan.row_num_new_tokens
 
 
 def test_a_step_in_which_nothing_changes_says_only_that() -> None:

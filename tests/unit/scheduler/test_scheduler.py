@@ -244,3 +244,51 @@ def test_tokens_of_a_request_aborted_before_they_could_go_are_not_kept() -> None
     core.outbox.hold(batch)
     assert batch.target.rest() is None
     assert core.outbox.num_kept == 0
+
+
+def test_the_last_tokens_alone_are_kept_and_can_be_redirected() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a", max_tokens=2))
+    system.plan_all()
+    system.deliver_result(site)
+    system.deaf.add("detokenizer-0")
+    system.run()
+    assert system.core.outbox.num_kept == 1
+    system.core.redirect("a", system.core.outbox.target("detokenizer-1", 7), from_position=1, now_ns=system.now_ns)
+    system.collect()
+    stream = next(iter(system.streams.values()))
+    assert (len(stream.tokens), stream.finish) == (2, FinishReason.LENGTH)
+
+
+def test_a_steady_stream_goes_to_its_new_detokenizer_from_the_next_step_on() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity(page_size=16))
+    for name in ("a", "b"):
+        system.submit(builders.sequence(system.core, name, max_tokens=12))
+    for _ in range(4):
+        system.plan_all()
+        system.deliver_result(site)
+    system.core.redirect("a", system.core.outbox.target("detokenizer-1", 7), from_position=4, now_ns=system.now_ns)
+    assert not system.core.take_outcome().behind, "there is nothing to send again"
+    # The system asserts that each batch goes where its streams belong.
+    system.run()
+    assert [len(stream.tokens) for stream in system.streams.values()] == [12, 12]
+
+
+def test_what_is_behind_goes_from_the_first_token_that_did_not() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity())
+    system.submit(builders.sequence(system.core, "a"))
+    for num_steps in range(4):
+        if num_steps == 1:
+            system.deaf.add("detokenizer-0")
+        system.plan_all()
+        system.deliver_result(site)
+    (target,) = system.core.outbox
+    rest = target.rest()
+    assert rest is not None
+    assert (rest.first_positions, rest.num_tokens) == ([1], [3])
+    system.deaf.clear()
+    system.run()
+    assert len(next(iter(system.streams.values())).tokens) == 8
