@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
 from headrace.errors import ConfigError
 from headrace.service import ServiceContext
 from headrace.telemetry.traces import memory_tracer
-from headrace.v1 import common_pb2, control_pb2, router_pb2, tokenizer_pb2
+from headrace.v1 import common_pb2, control_pb2, inference_pb2, inference_pb2_grpc, router_pb2, tokenizer_pb2
 from headrace.wire import topology
 from headrace.wire.envelope import int32_array
 from headrace.wire.fake import FakeNetwork, FakeWire
@@ -114,7 +116,7 @@ class System:
         wire = self.network.wire("router", "router-0")
         self.context = ServiceContext.for_test("router", wire, run_directory=tmp_path, wire__router_bind=ADDRESS)
         self.context.tracer, self.spans = memory_tracer("router")
-        self.service = RouterService(self.context, Settings(http_port=0, grpc_port=None, **settings))
+        self.service = RouterService(self.context, Settings(**{"http_port": 0, "grpc_port": None, **settings}))
         self.stages: dict[str, Stage] = {}
 
     def start(self, role: str, instance: str, *, models: bool = True) -> Stage:
@@ -431,6 +433,33 @@ async def test_a_client_that_never_reads_is_cut_off_and_counted(tmp_path: Path) 
         assert "headrace_router_slow_clients_total 1.0" in generate_latest(router.context.registry).decode()
         writer.close()
         del reader
+
+
+async def test_grpc_shares_the_engine_follows_readiness_and_frees_on_cancel(tmp_path: Path) -> None:
+    async with system(tmp_path, grpc_port=0) as router:
+        server = router.service.grpc
+        assert server is not None
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+
+            async def is_serving() -> bool:
+                answer = await health.Check(health_pb2.HealthCheckRequest(service="headrace.v1.Inference"))
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            async with asyncio.timeout(10):
+                while not await is_serving():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            request = inference_pb2.ChatRequest(prompt={"messages": [{"role": "user", "content": "hi"}]})
+            call = inference_pb2_grpc.InferenceStub(channel).Chat(request, timeout=30)
+            await router.until(lambda: "submit" in router.stages["scheduler-0"].arms())
+            stream_id = router.stages["scheduler-0"].last("submit")[0].stream_id
+            router.stages["detokenizer-0"].deltas(stream_id, 0, "Par", num=2)
+            router.network.settle()
+            answer = await call.read()
+            assert (answer.content, list(answer.token_ids)) == ("Par", [100, 101])
+            call.cancel()
+            await router.until(lambda: "abort" in router.stages["scheduler-0"].arms())
+            await router.until(lambda: "close_stream" in router.stages["detokenizer-0"].arms())
 
 
 async def test_garbled_output_is_dropped_and_the_request_goes_on(tmp_path: Path) -> None:
