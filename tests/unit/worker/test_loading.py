@@ -1,0 +1,195 @@
+"""Goal: what cannot be computed is refused at load, in one line that names it; what can is planned to fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from headrace.errors import ConfigError, ModelError
+from services.worker.kv_cache import PageShape, plan_memory
+from services.worker.layers.linear import Linear, can_pack_bfloat16
+from services.worker.layers.rotary import Rotary
+from services.worker.loading import LoadOptions, choose_dtype, load_runner
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+LAYER = "model.layers.0."
+
+
+def tensors() -> dict[str, np.ndarray[Any, Any]]:
+    shapes = {
+        "model.embed_tokens.weight": (32, 8),
+        "model.norm.weight": (8,),
+        LAYER + "input_layernorm.weight": (8,),
+        LAYER + "post_attention_layernorm.weight": (8,),
+        LAYER + "self_attn.q_proj.weight": (8, 8),
+        LAYER + "self_attn.k_proj.weight": (4, 8),
+        LAYER + "self_attn.v_proj.weight": (4, 8),
+        LAYER + "self_attn.o_proj.weight": (8, 8),
+        LAYER + "mlp.gate_proj.weight": (12, 8),
+        LAYER + "mlp.up_proj.weight": (12, 8),
+        LAYER + "mlp.down_proj.weight": (8, 12),
+    }
+    generator = np.random.default_rng(1)
+    return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write(directory: Path, weights: dict[str, np.ndarray[Any, Any]], **changes: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps(CONFIG | changes))
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+def load(directory: Path, **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "directory": directory,
+        "dtype": "float32",
+        "max_model_len": None,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 16,
+        "page_size": 8,
+        "kv_cache_bytes": 1 << 20,
+        "kv_cache_tokens": None,
+    }
+    return load_runner(LoadOptions(**(values | changes)), cpu_flags=frozenset(), available_bytes=lambda: 1 << 30)
+
+
+def test_whole_directory_loads(tmp_path: Path) -> None:
+    runner, report = load(write(tmp_path, tensors()))
+    assert runner.limits.max_model_len == 64
+    assert report.memory.weight_bytes == sum(values.nbytes for values in tensors().values())
+    runner.warm_up()
+
+
+def test_second_copy_of_a_tied_matrix_and_old_rope_tables_are_left(tmp_path: Path) -> None:
+    weights = tensors()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    weights[LAYER + "self_attn.rotary_emb.inv_freq"] = np.zeros(2, dtype=np.float32)
+    assert load(write(tmp_path, weights))[0].limits.vocab_size == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(LAYER + "mlp.up_proj.weight"), r"mlp\.up_proj\.weight \[12, 8\] is missing"),
+        (lambda w: w.update({"model.extra.weight": np.zeros((3, 4), np.float32)}), r"model\.extra\.weight \[3, 4\]"),
+        (
+            lambda w: w.update({"model.norm.weight": np.zeros(9, np.float32)}),
+            r"model\.norm\.weight has shape \[9\], but config\.json asks for \[8\]",
+        ),
+        (lambda w: w.update({"model.norm.weight": np.zeros(8, np.int32)}), r"model\.norm\.weight holds int32"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    weights = tensors()
+    change(weights)
+    with pytest.raises(ModelError, match=message):
+        load(write(tmp_path, weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; supported are LlamaForCausalLM"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported are default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
+        ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
+        ({"tie_word_embeddings": False}, r"lm_head\.weight \[32, 8\] is missing"),
+        ({"attention_bias": True}, r"q_proj\.bias \[8\] is missing"),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(write(tmp_path, tensors(), **changes))
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, tensors()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="pull the model again"):
+        load(tmp_path)
+
+
+def test_longer_sequences_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_model_len is 65; the model has 64"):
+        load(write(tmp_path, tensors()), max_model_len=65)
+
+
+SHAPE = PageShape(num_layers=2, num_kv_heads=3, head_dim=4, page_size=16, dtype=torch.bfloat16)
+
+
+def plan(**changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "weight_bytes": 1,
+        "available_bytes": 1 << 30,
+        "kv_cache_bytes": 1 << 20,
+        "kv_cache_tokens": None,
+        "max_model_len": 100,
+    }
+    return plan_memory(SHAPE, **(values | changes))
+
+
+def test_memory_plan_counts_pages_and_margin() -> None:
+    assert SHAPE.num_bytes == 2 * 16 * 2 * 3 * 4 * 2
+    assert plan().num_pages == (1 << 20) // SHAPE.num_bytes
+    by_tokens = plan(kv_cache_tokens=161)
+    assert (by_tokens.num_pages, by_tokens.kv_bytes) == (11, 11 * SHAPE.num_bytes)
+    assert by_tokens.margin_bytes == (1 << 30) - by_tokens.kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_cache_tokens": 96}, "worker.kv_cache_tokens: 6 pages of 16 tokens do not hold one sequence"),
+        ({"kv_cache_bytes": 1}, "worker.kv_cache_bytes: 0 pages"),
+        ({"available_bytes": 1 << 28}, "do not fit into the 268435456 bytes"),
+    ],
+)
+def test_memory_that_cannot_be_had_is_a_config_error(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(**changes)
+
+
+def test_auto_dtype_follows_the_cpu() -> None:
+    assert choose_dtype("auto", frozenset())[0] == "float32"
+    assert choose_dtype("bfloat16", frozenset()) == ("bfloat16", "set")
+    expected = "bfloat16" if can_pack_bfloat16() else "float32"
+    assert choose_dtype("auto", frozenset({"avx512_bf16"}))[0] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_linear_is_a_product_with_the_transposed_weight(dtype: torch.dtype, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(24, 16, generator=generator).to(dtype), torch.randn(24, generator=generator).to(dtype)
+    x = torch.randn(num_rows, 16, generator=generator).to(dtype)
+    expected = x.double() @ weight.double().T + bias.double()
+    with torch.inference_mode():
+        ours = Linear(weight, bias)(x)
+    assert ours.dtype is dtype
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def test_rotary_keeps_lengths_and_leaves_position_zero() -> None:
+    rotary = Rotary(8, max_position=32, theta=10000.0, scaling=None, dtype=torch.float32)
+    heads = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(3))
+    turned = heads.clone()
+    rotary.apply_(turned, rotary.rows(torch.tensor([0, 7, 31])))
+    torch.testing.assert_close(turned[0], heads[0])
+    torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
+    assert not torch.allclose(turned[1], heads[1])

@@ -1,0 +1,82 @@
+"""Goal: the runner between plan and result. Method: a stand-in model whose logits are chosen by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from headrace.v1.scheduler_pb2 import RowError
+from headrace.v1.worker_pb2 import StepPlan
+from services.worker.attention.backend import StepTensors
+from services.worker.attention.torch_cpu import padded_pages
+from services.worker.batch_inputs import Limits
+from services.worker.kv_cache import KvCache, PageShape
+from services.worker.model_runner import ModelRunner
+
+NAN_TOKEN = 13
+
+
+class StandIn:
+    """The next token is the last one plus 1; a sequence that ends in `NAN_TOKEN` leaves NaN in its pages and logits."""
+
+    def forward(self, step: StepTensors, kv_layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        is_spoiled = step.token_ids == NAN_TOKEN
+        for layer_pages in kv_layers:
+            flat = layer_pages.view(-1, *layer_pages.shape[2:])
+            flat[step.slot_mapping] = torch.where(is_spoiled, torch.nan, 1.0)[:, None, None, None]
+        last = step.token_ids[step.sampled_tokens]
+        logits = torch.nn.functional.one_hot((last + 1) % 100, 100).float()
+        logits[last == NAN_TOKEN] = torch.nan
+        return logits
+
+
+def make_runner(limits: Limits) -> tuple[ModelRunner, KvCache]:
+    shape = PageShape(num_layers=2, num_kv_heads=1, head_dim=2, page_size=limits.page_size, dtype=torch.float32)
+    kv_cache = KvCache(shape, num_pages=limits.num_pages)
+    return ModelRunner(StandIn(), kv_cache, limits), kv_cache
+
+
+def test_result_holds_one_token_a_sampled_row_in_plan_order(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    runner, _ = make_runner(limits)
+    first = plan(new={4: 2, 1: 3, 2: 3}, pages={4: [0], 1: [1], 2: [2]}, rows={4: 2, 1: 2, 2: 3})
+    result = runner.step(first, np.array([20, 21, 30, 31, 32, 40, 41, 42], dtype=np.int32))
+    assert (list(result.slots), list(result.token_ids)) == ([4, 2], [22, 43])
+    result = runner.step(plan(rows={2: 1, 1: 1, 4: 1}), None)
+    assert (list(result.slots), list(result.token_ids)) == ([2, 1, 4], [44, 33, 23])
+
+
+def test_non_finite_row_fails_alone_and_its_pages_are_wiped(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    runner, kv_cache = make_runner(limits)
+    first = plan(new={0: 2, 1: 2}, pages={0: [5], 1: [6]}, rows={0: 2, 1: 2})
+    result = runner.step(first, np.array([3, NAN_TOKEN, 50, 51], dtype=np.int32))
+    assert (list(result.slots), list(result.token_ids)) == ([1], [52])
+    assert list(result.failed_slots) == [0]
+    assert list(result.failed_reasons) == [RowError.ROW_ERROR_NON_FINITE_LOGITS]
+    assert all(bool(torch.isfinite(layer).all()) for layer in kv_cache.layers)
+    result = runner.step(StepPlan(same_rows=True), None)
+    assert (list(result.slots), list(result.token_ids)) == ([1], [53])
+    assert list(result.failed_reasons) == [RowError.ROW_ERROR_UNKNOWN_SLOT]
+
+
+def test_plan_that_only_frees_is_answered(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    runner, _ = make_runner(limits)
+    runner.step(plan(new={0: 2}, pages={0: [0]}, rows={0: 2}), np.array([1, 2], dtype=np.int32))
+    result = runner.step(StepPlan(step_id=9, freed_slots=[0]), None)
+    assert (result.step_id, len(result.slots), runner.num_sequences) == (9, 0, 0)
+
+
+def test_warm_up_leaves_nothing_behind(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    runner, _ = make_runner(limits)
+    runner.warm_up()
+    assert runner.num_sequences == 0
+    result = runner.step(plan(new={0: 1}, pages={0: [0]}, rows={0: 1}), np.array([7], dtype=np.int32))
+    assert list(result.token_ids) == [8]
+
+
+def test_padded_pages_cover_the_row_and_waste_less_than_half() -> None:
+    widths = [padded_pages(num_pages) for num_pages in range(1, 2000)]
+    assert widths == sorted(widths)
+    assert all(num_pages <= width <= max(4, num_pages * 3 // 2) for num_pages, width in enumerate(widths, start=1))
+    assert len(set(widths)) < 25
