@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 LIMITS_S = {
-    "unit": 240,
-    "contract": 240,
+    "unit": 480,
+    "contract": 300,
     "integration": 420,
-    "supervision": 300,
+    "supervision": 420,
     "parity": 300,
     "kernels": 300,
     "e2e": 600,
