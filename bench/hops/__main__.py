@@ -111,7 +111,7 @@ async def measure_zmq_asyncio(address: str, count: int) -> tuple[float, float]:
     with zmq.asyncio.Context() as context:
         router, dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
         router.bind(address)
-        dealer.connect(router.getsockopt(zmq.LAST_ENDPOINT))
+        dealer.connect(router.getsockopt_string(zmq.LAST_ENDPOINT))
         body, stop = batch(), Stop(stream_ids=[1])
         start = time.process_time()
         for _ in range(count):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(30)
 
 async def until(condition: Callable[[], object], timeout_s: float = 10) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the condition is told by sockets
             await asyncio.sleep(0.01)
 
 
