@@ -33,7 +33,9 @@ class TieJudge:
         prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False)
         # An answer that ends earlier ended with its end-of-sequence token.
-        answers = [[*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id] for text in (first, second)]
+        answers = [
+            [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id] for text in (first, second)
+        ]
         parted = next((index for index, pair in enumerate(zip(*answers, strict=False)) if pair[0] != pair[1]), None)
         if parted is None:
             return 0.0
