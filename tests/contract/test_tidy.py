@@ -19,7 +19,18 @@ KERNEL_LINES_MAX = 120
 CLASS_METHODS_MAX = 15
 CLASS_ATTRIBUTES_MAX = 20
 
-RATCHET: dict[str, int] = {}
+RATCHET: dict[str, int] = {
+    "headrace/supervision/supervisor.py::Supervisor": 17,
+    "services/detokenizer/service.py::DetokenizerService": 28,
+    "services/detokenizer/streams.py::StreamTable": 17,
+    "services/router/open_request.py::OpenRequest": 16,
+    "services/scheduler/lane.py::Lane.self": 21,
+    "services/scheduler/scheduler.py::Scheduler": 19,
+    "services/scheduler/service.py::SchedulerService": 16,
+    "services/tokenizer/service.py::TokenizerService": 23,
+    "services/worker/batch_inputs.py::BatchInputs": 20,
+    "services/worker/service.py::WorkerService": 22,
+}
 """What is over a limit today, as "path" or "path::name" -> its size. An entry may only shrink, and goes when it fits."""
 
 FORBIDDEN_FILE_NAMES = {"utils.py", "common.py", "helpers.py", "manager.py", "base.py", "misc.py"}
