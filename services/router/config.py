@@ -21,6 +21,7 @@ class Settings(BaseModel):
     default_timeout_s: float = Field(600.0, gt=0, description="Deadline of requests that name none.")
     max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline a request may name.")
     unavailable_wait_s: float = Field(10.0, ge=0, description="Longest wait for a missing stage before 503.")
+    recovery_wait_s: float = Field(120.0, ge=0, description="The same for requests under way, whose stage was lost.")
     stall_nudge_s: float = Field(15.0, gt=0, description="Silence of a request after which its stages are asked again.")
     move_delay_s: float = Field(0.2, ge=0, description="Pause before a request goes back to an instance that refused it.")
     max_moves: int = Field(16, ge=1, description="Times a request may be moved between instances before it fails.")

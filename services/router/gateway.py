@@ -195,6 +195,7 @@ class Gateway:
         self._streams: set[ClientStream] = set()
         self._patience = Patience(
             unavailable_wait_ns=_ns(settings.unavailable_wait_s),
+            recovery_wait_ns=_ns(settings.recovery_wait_s),
             stall_nudge_ns=_ns(settings.stall_nudge_s),
             move_delay_ns=_ns(settings.move_delay_s),
             max_moves=settings.max_moves,

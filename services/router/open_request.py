@@ -75,9 +75,14 @@ class Patience:
     """How long to wait for what."""
 
     unavailable_wait_ns: int
+    recovery_wait_ns: int
     stall_nudge_ns: int
     move_delay_ns: int
     max_moves: int
+
+    def wait_ns(self, num_moves: int) -> int:
+        """How long a missing stage is waited for: a request that was under way may wait for a restart and a model's load."""
+        return self.recovery_wait_ns if num_moves else self.unavailable_wait_ns
 
 
 @dataclass(slots=True)
@@ -130,9 +135,10 @@ class OpenRequest:
 
     def due_ns(self) -> int:
         """When `on_time` must be called next, at the latest."""
-        due = min(self.deadline_ns, self._heard_ns + self._patience.stall_nudge_ns)
-        if self.places.waiting_for is not None:
-            due = min(due, self.places.waiting_since_ns + self._patience.unavailable_wait_ns)
+        if self.places.waiting_for is None:
+            due = min(self.deadline_ns, self._heard_ns + self._patience.stall_nudge_ns)
+        else:
+            due = min(self.deadline_ns, self.places.waiting_since_ns + self._patience.wait_ns(self.num_moves))
         return due if self.places.retry_at_ns is None else min(due, self.places.retry_at_ns)
 
     # What the request needs, against what it has.
@@ -284,11 +290,12 @@ class OpenRequest:
         if now_ns >= self.deadline_ns:
             return self.end(DeadlineExceededError(f"the request's deadline passed while it was {self.stage.value}"))
         actions = self.advance(now_ns)
-        missing = self.places.waiting_for
-        if missing is not None and now_ns - self.places.waiting_since_ns >= self._patience.unavailable_wait_ns:
-            wait_s, model = self._patience.unavailable_wait_ns / 1e9, self.generation.model
-            error = UnavailableError(f"no {STAGE_NAMES[missing]} can serve model {model!r} now; waited {wait_s:g} s")
-            return [*actions, *self.end(error)]
+        missing, wait_ns = self.places.waiting_for, self._patience.wait_ns(self.num_moves)
+        if missing is not None:
+            if now_ns - self.places.waiting_since_ns < wait_ns:
+                return actions
+            stage, model = STAGE_NAMES[missing], self.generation.model
+            return [*actions, *self.end(UnavailableError(f"no {stage} can serve model {model!r} now; waited {wait_ns / 1e9:g} s"))]
         if now_ns - self._heard_ns >= self._patience.stall_nudge_ns and not actions:
             self._heard_ns = now_ns
             actions = self._nudge(now_ns)

@@ -94,9 +94,11 @@ class Streams:
 
     def on_time(self, now_ns: int) -> list[Action]:
         """Run the timers that are due."""
-        actions: list[Action] = []
+        due = []
         while self._timers and self._timers[0][0] <= now_ns:
-            due_ns, request_id = heapq.heappop(self._timers)
+            due.append(heapq.heappop(self._timers))
+        actions: list[Action] = []
+        for due_ns, request_id in due:
             request = self._by_id.get(request_id)
             if request is None or self._timer_at.get(request_id) != due_ns:
                 continue

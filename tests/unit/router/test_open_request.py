@@ -53,7 +53,7 @@ class Bench:
             stream_id=7,
             deadline_ns=100 * SECOND,
             placement=self.directory,
-            patience=Patience(10 * SECOND, 15 * SECOND, SECOND // 5, max_moves),
+            patience=Patience(10 * SECOND, 30 * SECOND, 15 * SECOND, SECOND // 5, max_moves),
         )
 
     def add(self, incarnation: int) -> None:
@@ -235,10 +235,20 @@ def test_a_missing_stage_is_waited_for_and_then_named() -> None:
     assert kinds(bench.request.on_tokenized(10, PROMPT, SECOND)) == [SendOpenStream]
     bench.add(20)
     assert bench.request.advance(2 * SECOND) == [SendSubmit(bench.request, 20)]
-    assert bench.lose(20) == []
-    error = end_error(bench.request.on_time(12 * SECOND))
+    assert bench.lose(20, 3 * SECOND) == []
+    # Under way already, it waits longer: for a restart and a model's load.
+    assert bench.request.on_time(20 * SECOND) == []
+    error = end_error(bench.request.on_time(33 * SECOND))
     assert isinstance(error, UnavailableError)
     assert "scheduler" in error.message
+
+
+def test_a_new_request_waits_less_for_a_missing_stage() -> None:
+    bench = Bench(20, 30)
+    assert bench.request.advance(SECOND) == []
+    error = end_error(bench.request.on_time(11 * SECOND))
+    assert isinstance(error, UnavailableError)
+    assert "tokenizer" in error.message
 
 
 def test_the_deadline_ends_the_request_and_frees_both_stages() -> None:

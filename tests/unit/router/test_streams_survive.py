@@ -128,7 +128,7 @@ class World:
             stream_id=stream_id,
             deadline_ns=10**6 * SECOND,
             placement=self.directory,
-            patience=Patience(10**6 * SECOND, 5 * SECOND, SECOND // 5, 10**6),
+            patience=Patience(10**6 * SECOND, 10**6 * SECOND, 5 * SECOND, SECOND // 5, 10**6),
         )
         self.texts[request.request_id] = ""
         self.ends[request.request_id] = []
