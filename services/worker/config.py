@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,8 +19,9 @@ class Settings(Section):
         "auto", description="Type of weights, activations and KV; auto is bfloat16 where the CPU has it natively."
     )
     num_ranks: int = Field(1, ge=1, description="Processes of the group; more than 1 is not supported yet.")
-    num_threads: int | Literal["auto"] = Field(
-        "auto", description="Threads that compute; auto is the number of physical cores that the process may use."
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        "auto",
+        description="Threads that compute; auto is one a physical core the process may use; on a busy machine fewer do better.",
     )
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Most sequences held at once.")
     max_num_batched_tokens: int = Field(512, ge=1, le=65536, description="Most tokens a step computes; long prompts are chunked.")

@@ -6,9 +6,11 @@ storing is one copy and gathering is one. Which page belongs to whom is the sche
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 
 from headrace.errors import ConfigError
@@ -86,11 +88,17 @@ def plan_memory(
 class KvCache:
     """The tensors: one a layer, `[num_pages, page_size, 2, num_kv_heads, head_dim]`.
 
-    The operating system gives the memory when a page is first written, so a cache that is never filled costs little.
+    The operating system gives the memory when a page is first written, so a cache that is never filled costs little: numpy asks
+    for zeroed memory, where `torch.zeros` would write the zeros.
     """
 
     def __init__(self, shape: PageShape, *, num_pages: int) -> None:
         self.num_pages = num_pages
         self.page_size = shape.page_size
         sizes = (num_pages, shape.page_size, 2, shape.num_kv_heads, shape.head_dim)
-        self.layers: tuple[torch.Tensor, ...] = tuple(torch.zeros(sizes, dtype=shape.dtype) for _ in range(shape.num_layers))
+        self.layers: tuple[torch.Tensor, ...] = tuple(_lazy_zeros(sizes, shape.dtype) for _ in range(shape.num_layers))
+
+
+def _lazy_zeros(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(sizes)
