@@ -10,7 +10,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import structlog
@@ -21,6 +20,7 @@ from headrace.errors import ConfigError, OverloadedError, ReplicaDeadError
 from headrace.telemetry.metrics import WireMetrics
 from headrace.v1.common_pb2 import ModelInfo
 from headrace.v1.control_pb2 import Load, Progress, Register
+from headrace.wire.ipc_lock import IpcLock
 from headrace.wire.keys import Doorkeeper, Keys
 from headrace.wire.resolve import check_address, is_wildcard, resolve, split_tcp
 from headrace.wire.session import BackSession, FrontSession, Handler, Identity, Leases, Parts, Peer
@@ -92,10 +92,15 @@ class Front:
     """A bound address and the peers registered at it."""
 
     def __init__(
-        self, socket: zmq.Socket[bytes], address: str, make_session: Callable[[Callable[[bytes, Parts], None]], FrontSession]
+        self,
+        socket: zmq.Socket[bytes],
+        address: str,
+        lock: IpcLock | None,
+        make_session: Callable[[Callable[[bytes, Parts], None]], FrontSession],
     ) -> None:
         self.address = address
         self.session = make_session(self._send)
+        self._lock = lock
         self._socket = _Socket(socket, self._on_parts)
 
     @property
@@ -111,8 +116,8 @@ class Front:
         """Say goodbye, unbind, and remove the socket's file."""
         self.session.goodbye(reason)
         self._socket.close(GOODBYE_LINGER_MS)
-        if self.address.startswith("ipc://"):
-            Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.release()
 
     def _on_parts(self, parts: list[bytes]) -> None:
         if len(parts) < 2:
@@ -301,6 +306,7 @@ class Wire:
                 f"{address} would be open on every interface without CURVE: set wire.keys_directory (`headrace keys create`), "
                 "or wire.insecure: true if the network itself is trusted"
             )
+        lock = IpcLock(address) if address.startswith("ipc://") else None
         socket = self._make_socket(zmq.ROUTER, max(edge.queue_messages for edge in backplane.edges))
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if self._keys is not None and address.startswith("tcp://"):
@@ -310,6 +316,8 @@ class Wire:
             socket.bind(_with_port(address, backplane.default_port))
         except zmq.ZMQError as error:
             socket.close(0)
+            if lock is not None:
+                lock.release()
             raise ConfigError(f"{address} cannot be bound ({error.strerror}): stop what uses it, or set another address") from error
         bound = socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
@@ -319,7 +327,7 @@ class Wire:
                 self.identity, backplane, handler, send=send, metrics=self._metrics, leases=self._leases, unix_ns=time.time_ns
             )
 
-        front = Front(socket, bound.decode().rstrip("\0"), make_session)
+        front = Front(socket, bound.decode().rstrip("\0"), lock, make_session)
         self._add(front)
         return front
 

@@ -50,3 +50,14 @@ def test_names_are_written_in_the_register_only() -> None:
                 continue
             found = re.findall(r'(?:tracer\.(?:start|record)|span\.set)\(\s*f?"', path.read_text())
             assert not found, f"{path}: {found}"
+
+
+def test_every_name_of_the_register_is_used() -> None:
+    code = "\n".join(
+        path.read_text()
+        for folder in ("headrace", "services")
+        for path in (PROJECT / folder).rglob("*.py")
+        if path.name != "names.py"
+    )
+    unused = [name for name in vars(names) if name.startswith(("SPAN_", "ATTR_")) and f"names.{name}" not in code]
+    assert unused == []

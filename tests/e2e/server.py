@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.process_tree import processes_marked, wait_until
 
 READY_TIMEOUT_S = 120
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on now. For servers that must come back at the same port after a kill."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 class Server:
@@ -61,7 +72,8 @@ class Server:
                 start_new_session=True,
                 cwd=self.directory,
             )
-        threading.Thread(target=self._read_stdout, daemon=True).start()
+        self._reader = threading.Thread(target=self._read_stdout, daemon=True)
+        self._reader.start()
         wait_until(
             lambda: self.http or self.process.poll() is not None, READY_TIMEOUT_S, f"ready line; stderr:\n{self.stderr_tail()}"
         )
@@ -97,14 +109,18 @@ class Server:
                 continue
         if self._process is not None:
             self._process.wait(10)
+            self._reader.join(10)
+            assert self._process.stdout is not None
+            self._process.stdout.close()
 
     def tree(self) -> dict[int, str]:
         """Live processes of the tree by pid, as /proc shows them."""
         return processes_marked(self.mark)
 
-    def pid_of(self, what: str) -> int:
-        """The one process whose command line holds `what`."""
-        found = [pid for pid, command in self.tree().items() if what in command]
+    def pid_of(self, module: str) -> int:
+        """The one process that runs a module."""
+        what = f"-m {module}"
+        found = [pid for pid, command in self.tree().items() if command.endswith(what)]
         assert len(found) == 1, (what, self.tree())
         return found[0]
 

@@ -116,7 +116,7 @@ def test_reflection_lists_services_and_streams_tokens(server: Server) -> None:
 
 
 def test_one_trace_covers_the_request_through_five_processes(server: Server) -> None:
-    """Goal: one trace whose spans come from five processes and cover at least 95 % of the wall time, the request's own span left out."""
+    """Goal: one trace whose spans come from five processes and cover 95 % of the wall time without the request's own span."""
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     answer = client(server).chat.completions.create(
         model=MODEL,

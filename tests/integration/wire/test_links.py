@@ -149,3 +149,18 @@ async def test_worker_joins_the_scheduler_with_the_fewest_lanes(wires: Wires, tm
     await asyncio.sleep(0.3)
     assert [peer.instance for peer in worker.peers] == ["scheduler-1"]
     assert not busy.peers
+
+
+async def test_second_process_cannot_take_an_ipc_address_over(wires: Wires, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/r"
+    first, second, tokenizer = Recorder(), Recorder(), Recorder()
+    wire = wires("router", "router-0")
+    wire.bind(topology.ROUTER_BACKPLANE, address, first)
+    with pytest.raises(ConfigError, match="in use"):
+        wires("router", "router-1").bind(topology.ROUTER_BACKPLANE, address, second)
+    wires("tokenizer", "tokenizer-0").dial(topology.ROUTER_BACKPLANE, [address], tokenizer, register=_register("tokenizer-0"))
+    await until(lambda: first.peers)
+    await wire.close()
+    assert list(tmp_path.iterdir()) == []
+    wires("router", "router-2").bind(topology.ROUTER_BACKPLANE, address, second)
+    await until(lambda: second.peers)
