@@ -1,8 +1,9 @@
 """Reader of the GGUF container: metadata, tensor table, and one tensor's blocks at a time.
 
 The file is mapped, never read whole. Every count, length and offset is checked against the size of the file before anything is
-allocated for it, so a file that lies about its sizes costs nothing but an error. What the tensors mean (names, row order) is not
-known here: see `gguf_llama.py`.
+allocated for it, so a file that lies about its sizes costs nothing but an error. Lists of strings (a vocabulary has a hundred
+thousand) are stepped over and decoded when they are asked for: who loads weights never does. What the tensors mean (names, row
+order) is not known here: see `gguf_llama.py`.
 
 Source: the format's description in ggml, docs/gguf.md (versions 2 and 3).
 """
@@ -12,15 +13,15 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from headrace.errors import ModelError
 
@@ -57,7 +58,8 @@ _SCALARS: Final[Mapping[int, str]] = {
 _STRING: Final = 8
 _ARRAY: Final = 9
 
-_TYPE_BY_NAME: Final = {name: GGMLQuantizationType[name] for name in SUPPORTED_TYPES}
+_LENGTH: Final = struct.Struct("<Q")
+_CHUNK_BLOCKS: Final = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,48 @@ class GgufFile:
         elif tensor.type_name == "BF16":
             values = np.array(rows).view("<u2")
         else:
-            values = dequantize(rows, _TYPE_BY_NAME[tensor.type_name])
+            values = _dequantize(rows, tensor.type_name)
         return values.reshape(tensor.shape)
+
+
+def _dequantize(rows: npt.NDArray[np.uint8], type_name: str) -> npt.NDArray[np.float32]:
+    """Unpack blocks in large chunks; the library's own function takes 16 rows at a time and holds all results twice."""
+    block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    unpack = getattr(quants, type_name).dequantize_blocks
+    blocks = rows.reshape(-1, block_bytes)
+    values = np.empty((blocks.shape[0], block_size), dtype=np.float32)
+    for first in range(0, blocks.shape[0], _CHUNK_BLOCKS):
+        chunk = slice(first, first + _CHUNK_BLOCKS)
+        values[chunk] = unpack(blocks[chunk])
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Strings:
+    """A list of strings that was stepped over; `first` is where its first length stands in the file."""
+
+    first: int
+    count: int
+
+
+class _Metadata(Mapping[str, GgufValue]):
+    """Metadata by key; lists of strings are decoded when they are asked for."""
+
+    def __init__(self, values: dict[str, GgufValue | _Strings], reader: _HeaderReader) -> None:
+        self._values = values
+        self._reader = reader
+
+    def __getitem__(self, key: str) -> GgufValue:
+        value = self._values[key]
+        if isinstance(value, _Strings):
+            value = self._values[key] = self._reader.strings(value)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class _HeaderReader:
@@ -155,7 +197,7 @@ class _HeaderReader:
         self._size = len(data)
         self._at = 0
 
-    def read(self) -> tuple[dict[str, GgufValue], dict[str, GgufTensor]]:
+    def read(self) -> tuple[_Metadata, dict[str, GgufTensor]]:
         if self._take(4) != _MAGIC:
             raise self._bad("does not start with the GGUF magic")
         version = self._number("<I")
@@ -165,14 +207,21 @@ class _HeaderReader:
         num_entries = self._number("<Q")
         self._check_count("tensors", num_tensors, _MIN_TENSOR_ENTRY_BYTES)
         self._check_count("metadata entries", num_entries, _MIN_METADATA_ENTRY_BYTES)
-        metadata: dict[str, GgufValue] = {}
+        values: dict[str, GgufValue | _Strings] = {}
         for _ in range(num_entries):
             key = self._string(_NAME_BYTES_MAX)
-            if key in metadata:
+            if key in values:
                 raise self._bad(f"has the metadata key {key!r} twice")
-            metadata[key] = self._value(self._number("<I"), nesting=0)
+            kind = self._number("<I")
+            values[key] = self._skip_strings() if self._is_list_of_strings(kind) else self._value(kind, nesting=0)
+        metadata = _Metadata(values, self)
         entries = [self._tensor_entry() for _ in range(num_tensors)]
         return metadata, self._place(entries, self._alignment(metadata))
+
+    def strings(self, place: _Strings) -> list[Any]:
+        """Decode a list that was stepped over."""
+        self._at = place.first
+        return [self._string() for _ in range(place.count)]
 
     def _bad(self, what: str) -> ModelError:
         return ModelError(f"{self._path}: corrupt or not a GGUF file: it {what}; pull the model again")
@@ -201,6 +250,26 @@ class _HeaderReader:
             return self._take(num_bytes).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self._bad(f"has a string that is not UTF-8 before byte {self._at}") from error
+
+    def _is_list_of_strings(self, kind: int) -> bool:
+        return kind == _ARRAY and self._data[self._at : self._at + 4] == _STRING.to_bytes(4, "little")
+
+    def _skip_strings(self) -> _Strings:
+        """Step over a list of strings, checking only that each of them lies in the file."""
+        self._take(4)
+        count = self._number("<Q")
+        self._check_count("array items", count, _LENGTH.size)
+        first = at = self._at
+        data, last_start = self._data, self._size - _LENGTH.size
+        for _ in range(count):
+            if at > last_start:
+                break
+            at += _LENGTH.size + _LENGTH.unpack_from(data, at)[0]
+        else:
+            if at <= self._size:
+                self._at = at
+                return _Strings(first, count)
+        raise self._bad(f"ends at byte {self._size}, inside a list of {count} strings that starts at {first}")
 
     def _value(self, kind: int, *, nesting: int) -> GgufValue:
         if kind == _STRING:

@@ -1,8 +1,8 @@
 """Weights of a model directory as torch tensors, each checked against the shape that the model expects.
 
 A model asks for each tensor once, by its Hugging Face name and shape; what it never asks for is an error as well, since a tensor
-left over means a model that computes something else than its file says. Tensors are read one at a time, so that the peak is the
-loaded model plus one tensor.
+left over means a model that computes something else than its file says. Each tensor is read straight into its place, its rows in a
+stacked matrix included, so that the peak is the loaded model plus one tensor as it lies in the file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from headrace.errors import ModelError
 from headrace.models.weights import Weights, open_weights
+from services.worker.dequantize import BLOCK_TYPES, dequantize_into
 
 # Tables that old checkpoints stored; they follow from config.json.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -49,23 +50,25 @@ class WeightLoader:
         Raises:
             ModelError: It is missing, was taken before, or has another shape; names it and both shapes.
         """
-        if name not in self._left:
-            raise ModelError(f"{self._directory}: tensor {name} {_text(shape)} is missing; pull the model again", param=name)
-        found = tuple(self._weights.info(name).shape)
-        if found != shape:
-            raise ModelError(
-                f"{self._directory}: tensor {name} has shape {_text(found)}, but config.json asks for {_text(shape)}; "
-                "config.json and the weights are not of one model: pull it again",
-                param=name,
-            )
-        self._left.remove(name)
-        tensor = self._read(name)
-        self.num_bytes += tensor.nbytes
-        return tensor
+        return self.take_stacked([(name, shape)])
 
     def take_stacked(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
-        """Read several tensors and stack them along their first dimension."""
-        return torch.cat([self.take(name, shape) for name, shape in parts])
+        """Read several tensors into one, stacked along their first dimension.
+
+        Raises:
+            ModelError: As for `take`.
+        """
+        for name, shape in parts:
+            self._check(name, shape)
+        num_rows = sum(shape[0] for _, shape in parts)
+        stacked = torch.empty((num_rows, *parts[0][1][1:]), dtype=self.dtype)
+        first_row = 0
+        for name, shape in parts:
+            self._left.remove(name)
+            self._read_into(name, stacked[first_row : first_row + shape[0]])
+            first_row += shape[0]
+        self.num_bytes += stacked.nbytes
+        return stacked
 
     def skip(self, name: str) -> None:
         """Leave a tensor that the model does not need, if it is there."""
@@ -88,13 +91,29 @@ class WeightLoader:
             param=names[0],
         )
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._left:
+            raise ModelError(f"{self._directory}: tensor {name} {_text(shape)} is missing; pull the model again", param=name)
+        found = tuple(self._weights.info(name).shape)
+        if found != shape:
+            raise ModelError(
+                f"{self._directory}: tensor {name} has shape {_text(found)}, but config.json asks for {_text(shape)}; "
+                "config.json and the weights are not of one model: pull it again",
+                param=name,
+            )
+
+    def _read_into(self, name: str, place: torch.Tensor) -> None:
+        dtype_name = self._weights.info(name).dtype_name
+        if dtype_name in BLOCK_TYPES:
+            dequantize_into(self._weights.load_packed(name), dtype_name, place)
+            return
         values = self._weights.load(name)
-        if self._weights.info(name).dtype_name == "bf16":
-            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(self.dtype)
-        if values.dtype.kind != "f":
+        if dtype_name == "bf16":
+            place.copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
+        elif values.dtype.kind == "f":
+            place.copy_(torch.from_numpy(values))
+        else:
             raise ModelError(f"{self._directory}: tensor {name} holds {values.dtype}, not floating-point numbers", param=name)
-        return torch.from_numpy(values).to(self.dtype)
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -167,6 +167,19 @@ def test_metadata_of_every_kind_is_read(gguf_builder, tmp_path, raw_value):
     }
 
 
+def test_broken_text_in_a_list_is_refused_when_it_is_asked_for(gguf_builder, tmp_path, raw_value):
+    """Lists of strings are stepped over at first: who loads weights does not pay for a vocabulary."""
+    gguf_builder.metadata = {
+        "words": raw_value(struct.pack("<IIQ", 9, 8, 2) + struct.pack("<Q", 1) + b"a" + struct.pack("<Q", 1) + b"\xff"),
+        "after": 7,
+    }
+    file = GgufFile(gguf_builder.write(tmp_path / "a.gguf"))
+
+    assert file.metadata["after"] == 7
+    with pytest.raises(ModelError, match="UTF-8"):
+        file.metadata["words"]
+
+
 def test_alignment_of_the_file_is_used(gguf_builder, tmp_path):
     gguf_builder.metadata = {"general.alignment": 64}
     gguf_builder.alignment = 64
@@ -233,6 +246,10 @@ LIES = {
     "overlap": (add_overlapping, "inside another"),
     "long array": (add_metadata(struct.pack("<IIQ", 9, 4, HUGE)), "claims .* array items"),
     "long array of strings": (add_metadata(struct.pack("<IIQ", 9, 8, 1 << 40)), "claims .* array items"),
+    "list of strings beyond the file": (
+        add_metadata(struct.pack("<IIQ", 9, 8, 2) + struct.pack("<QQ", 0, 1 << 62)),
+        "inside a list of 2 strings",
+    ),
     "long string": (add_metadata(struct.pack("<IQ", 8, HUGE)), "ends at byte"),
     "deep array": (add_metadata(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 50 + bytes(99)), "deep"),
     "unknown value type": (add_metadata(struct.pack("<I", 77)), "unknown type 77"),
