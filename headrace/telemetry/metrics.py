@@ -138,6 +138,9 @@ class WorkerMetrics:
         )
         self.sequences = Gauge("headrace_worker_sequences", "Sequences held.", registry=registry)
         self.row_errors = Counter("headrace_worker_row_errors", "Rows that failed, by reason.", ["reason"], registry=registry)
+        self.dropped_results = Counter(
+            "headrace_worker_dropped_results", "Results of steps whose scheduler was lost meanwhile.", registry=registry
+        )
 
 
 class DetokenizerMetrics:

@@ -2,6 +2,7 @@
 
 It computes nothing and opens no link: rank 0 dials the scheduler itself. Ranks are never restarted one by one: their collectives
 and KV pages belong together, so the end of one is the end of the group, and whoever supervises the launcher starts a new one.
+Nothing is served until the ranks run, so this imports no more than it needs to start them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, cast
 
+from headrace.config.load import FILE_ENV, load_settings
 from headrace.config.load import Settings as SettingsTree
 from headrace.errors import ConfigError
 from headrace.lifecycle import State
-from headrace.service import settings_from_process
 from headrace.supervision.child import Notifier, attach
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
 from headrace.supervision.supervisor import Supervisor
@@ -37,7 +39,8 @@ def launch() -> int:
     """
     attachment = attach()
     try:
-        tree = settings_from_process()
+        file = os.environ.get(FILE_ENV)
+        tree = load_settings(file=Path(file) if file else None, environment=os.environ)
         settings = cast(Settings, tree.sections["worker"])
         check_num_ranks(settings.num_ranks)
     except ConfigError as error:

@@ -60,6 +60,9 @@ class MockRunner:
         self._inputs.commit(step, sampled, is_finite)
         return step_result(plan, step, sampled, is_finite)
 
+    def warm_up(self) -> None:
+        """There are no kernels to try."""
+
     def reset(self) -> None:
         """Forget every sequence."""
         self._inputs.reset()

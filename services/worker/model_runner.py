@@ -77,7 +77,10 @@ class ModelRunner:
         self._inputs.reset()
 
     def warm_up(self) -> None:
-        """Run a prefill and a decode over scratch pages, so that no request pays for the first call of each kernel."""
+        """Run a prefill and a decode over scratch pages, so that no request pays for the first call of each kernel.
+
+        Nothing may be held yet.
+        """
         limits = self.limits
         num_tokens = min(limits.max_num_batched_tokens, limits.max_model_len - 1, 2 * limits.page_size + 1)
         num_pages = num_tokens // limits.page_size + 1

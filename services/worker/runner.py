@@ -36,6 +36,10 @@ class Runner(Protocol):
         """
         ...
 
+    def warm_up(self) -> None:
+        """Make the first plan as fast as later ones; called once, before it."""
+        ...
+
     def reset(self) -> None:
         """Forget every sequence."""
         ...

@@ -3,11 +3,13 @@
 Plans queue towards the compute thread and are computed strictly in order; results come back through the event loop. torch lets go
 of the interpreter while it computes, so the link is served meanwhile. When the scheduler is lost, every sequence is forgotten
 before the next scheduler's first plan, and results still under way are dropped: they belong to a lane that no longer exists.
+A result that cannot be sent says nothing of why: it waits until the queue has room again, or until the scheduler is found lost.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import threading
 import time
@@ -38,6 +40,7 @@ from services.worker.launcher import num_compute_threads
 from services.worker.mock_runner import MockRunner
 from services.worker.runner import POOL_NAME, Runner
 from services.worker.sequence_spans import SequenceSpans
+from services.worker.torch_import import import_torch
 
 if TYPE_CHECKING:
     from headrace.wire.fake import FakeBack
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 log = logs.get_logger()
 
 STOP_WAIT_S: Final = 5.0
+RESEND_INTERVAL_S: Final = 0.02
 _MOCK_MODEL_LEN: Final = 8192
 
 
@@ -97,6 +101,11 @@ class ComputeThread:
         """Compute a plan after all before it."""
         self._jobs.put(job)
 
+    def warm_up(self) -> None:
+        """Have the runner try its kernels, before all later plans. It takes no longer than joining a scheduler."""
+        assert self.runner is not None
+        self._jobs.put(self.runner.warm_up)
+
     def reset(self) -> None:
         """Forget every sequence, after all plans before."""
         if self.runner is not None:
@@ -146,6 +155,9 @@ class WorkerService:
         self._scheduler: Peer | None = None
         self._life = 0
         self._pending: deque[_Job] = deque()
+        # Results that found the queue full, in order. The scheduler plans only a few steps ahead, so they are few.
+        self._unsent: deque[StepResult] = deque()
+        self._resend: asyncio.TimerHandle | None = None
         self._num_steps = 0
         self._last_step_unix_ns = 0
         self._model = ModelInfo()
@@ -153,7 +165,7 @@ class WorkerService:
         self._moved = asyncio.Event()
 
     async def start(self) -> None:
-        """Load and warm the model, then join a scheduler.
+        """Load the model, then join a scheduler while the model is tried out.
 
         Raises:
             ModelError: The model directory cannot be used.
@@ -162,7 +174,12 @@ class WorkerService:
         make_runner = self._make_mock if self._settings.runner == "mock" else self._make_model
         self._compute = ComputeThread(make_runner, on_result=self._on_result, on_error=self._on_compute_error)
         runner = await self._compute.start()
+        if not gc.isenabled():
+            # The process had it off while it loaded (see `rank.py`). What is here now stays: it is never searched again.
+            gc.freeze()
+            gc.enable()
         self._describe(runner.limits)
+        self._compute.warm_up()
         self._schedulers = self._context.wire.dial(
             SCHEDULER_BACKPLANE,
             self._context.dial_targets(SCHEDULER_BACKPLANE),
@@ -235,6 +252,8 @@ class WorkerService:
     async def stop(self) -> None:
         """End the compute thread; what is still held is given up."""
         self._spans.end_all(now_unix_ns=time.time_ns())
+        if self._resend is not None:
+            self._resend.cancel()
         if self._compute is not None:
             await self._compute.stop()
 
@@ -249,6 +268,7 @@ class WorkerService:
         self._scheduler = scheduler
         self._life += 1
         self._pending.clear()
+        self._drop_unsent()
         self._moved.set()
         self._spans.end_all(now_unix_ns=time.time_ns())
         if self._compute is not None:
@@ -266,21 +286,43 @@ class WorkerService:
 
     def _on_result(self, job: _Job, result: StepResult) -> None:
         if job.life != self._life or self._scheduler is None:
+            self._metrics.dropped_results.inc()
             return
         self._pending.popleft()
         self._moved.set()
         self._num_steps += 1
         self._last_step_unix_ns = result.finished_unix_ns
-        try:
-            self._scheduler.send("step_result", result)
-        except ReplicaDeadError as error:
-            log.warning("result.dropped", reason=error.message)
-        except OverloadedError as error:
-            # Results build the scheduler's view; one that cannot be sent must not be skipped.
-            self._context.fail(error)
+        self._unsent.append(result)
+        if self._resend is None:
+            self._send_results()
         self._spans.on_plan(job.plan, now_unix_ns=result.started_unix_ns)
         self._spans.on_result(result)
         self._count(job.plan, result)
+
+    def _send_results(self) -> None:
+        """Send in order. A full queue is a scheduler that is busy or dead: results build its view, so none is skipped while it may
+        live, and its link will tell when it does not."""
+        self._resend = None
+        scheduler = self._scheduler
+        while self._unsent and scheduler is not None:
+            try:
+                scheduler.send("step_result", self._unsent[0])
+            except OverloadedError:
+                self._resend = asyncio.get_running_loop().call_later(RESEND_INTERVAL_S, self._send_results)
+                return
+            except ReplicaDeadError:
+                self._drop_unsent()
+                return
+            self._unsent.popleft()
+
+    def _drop_unsent(self) -> None:
+        if self._resend is not None:
+            self._resend.cancel()
+            self._resend = None
+        if self._unsent:
+            log.warning("results.dropped", num_results=len(self._unsent))
+            self._metrics.dropped_results.inc(len(self._unsent))
+            self._unsent.clear()
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:
         self._metrics.steps.inc()
@@ -332,15 +374,15 @@ class WorkerService:
         return MockRunner(limits, step_s=settings.mock_step_s, token_s=settings.mock_token_s, sleep=time.sleep)
 
     def _make_model(self) -> Runner:
+        begun_ns = time.monotonic_ns()
         # torch takes a second to import and is not wanted by the mock.
-        import torch
-
+        torch = import_torch()
+        imported_ns = time.monotonic_ns()
         from services.worker.loading import LoadOptions, load_runner
 
         settings = self._settings
         num_threads = num_compute_threads(settings)
         torch.set_num_threads(num_threads)
-        begun_ns = time.monotonic_ns()
         options = LoadOptions(
             directory=self._context.model_directory,
             dtype=settings.dtype,
@@ -365,8 +407,7 @@ class WorkerService:
             num_pages=report.memory.num_pages,
             page_size=settings.page_size,
             max_model_len=runner.limits.max_model_len,
-            load_s=round((loaded_ns - begun_ns) / 1e9, 3),
+            import_s=round((imported_ns - begun_ns) / 1e9, 3),
+            load_s=round((loaded_ns - imported_ns) / 1e9, 3),
         )
-        runner.warm_up()
-        log.info("model.warmed", warm_up_s=round((time.monotonic_ns() - loaded_ns) / 1e9, 3))
         return runner

@@ -173,11 +173,44 @@ async def test_plan_that_contradicts_the_state_ends_the_process(stage: Stage, pl
     assert "page 99999 does not exist" in str(stage.errors[0])
 
 
-async def test_result_that_cannot_be_sent_ends_the_process(stage: Stage, plan: Plan) -> None:
+def dropped_results(stage: Stage) -> float:
+    count = stage.context.registry.get_sample_value("headrace_worker_dropped_results_total")
+    assert count is not None
+    return count
+
+
+async def test_results_wait_for_a_busy_scheduler_and_arrive_in_order(stage: Stage, plan: Plan) -> None:
     await stage.start()
     stage.send(plan(new={0: 2}, pages={0: [0]}, rows={0: 2}), 5, 6)
+    stage.send(StepPlan(step_id=2, same_rows=True))
     stage.network.full_towards.add("scheduler-0")
-    await stage.until(lambda: stage.errors)
+    await stage.until(lambda: stage.service.progress().num_steps == 2)
+    assert stage.scheduler.results == []
+    stage.network.full_towards.clear()
+    await stage.until(lambda: len(stage.scheduler.results) == 2)
+    assert [result.step_id for result in stage.scheduler.results] == [1, 2]
+    assert (stage.errors, dropped_results(stage)) == ([], 0)
+
+
+async def test_results_for_a_scheduler_that_vanished_are_dropped_and_the_worker_joins_its_successor(
+    stage: Stage, plan: Plan
+) -> None:
+    """Goal: the weights outlive the scheduler. Method: it dies with two plans under way; the link refuses what is sent there."""
+    await stage.start()
+    enter = plan(new={0: 2}, pages={0: [0]}, rows={0: 2})
+    stage.send(enter, 5, 6)
+    stage.send(StepPlan(step_id=2, same_rows=True))
+    stage.scheduler.wire.kill()
+    await stage.until(lambda: stage.service.progress().num_steps == 2)
+    assert stage.errors == []
+    successor = stage.scheduler = Scheduler(stage.network, "scheduler-0")
+    stage.network.advance(6.0)
+    assert len(successor.lanes) == 1
+    assert dropped_results(stage) == 2
+    stage.send(enter, 5, 6)
+    await stage.until(lambda: successor.results)
+    assert [list(result.slots) for result in successor.results] == [[0]]
+    assert stage.errors == []
 
 
 async def test_drain_waits_for_the_last_sequence(stage: Stage, plan: Plan) -> None:
