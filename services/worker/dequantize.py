@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 BLOCK_SIZE: Final = 32
-_CHUNK_BLOCKS: Final = 32768
-"""Blocks unpacked at a time: 4 MiB of float32, so that temporaries stay in the cache and out of the peak."""
+_CHUNK_BLOCKS: Final = 4096
+"""Blocks unpacked at a time: half a MiB of float32, so that temporaries stay in the cache and their memory is used again."""
 
 
 def dequantize_into(rows: npt.NDArray[np.uint8], dtype_name: str, out: torch.Tensor) -> None:

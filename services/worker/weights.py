@@ -7,6 +7,7 @@ stacked matrix included, so that the peak is the loaded model plus one tensor as
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ _NAMES_SHOWN_MAX = 5
 
 
 class WeightLoader:
-    """Gives tensors by name, in one floating-point type.
+    """Gives tensors by name, in one floating-point type. `take` and `take_stacked` may be called from several threads.
 
     Args:
         directory: A model directory in Hugging Face layout.
@@ -37,6 +38,7 @@ class WeightLoader:
         self.dtype = dtype
         self.num_bytes = 0
         self._directory = directory
+        self._lock = threading.Lock()
         self._weights: Weights = open_weights(directory)
         self._left = {name for name in self._weights.names() if not name.endswith(_DERIVED_SUFFIXES)}
 
@@ -58,16 +60,18 @@ class WeightLoader:
         Raises:
             ModelError: As for `take`.
         """
-        for name, shape in parts:
-            self._check(name, shape)
+        with self._lock:
+            for name, shape in parts:
+                self._check(name, shape)
+                self._left.remove(name)
         num_rows = sum(shape[0] for _, shape in parts)
         stacked = torch.empty((num_rows, *parts[0][1][1:]), dtype=self.dtype)
         first_row = 0
         for name, shape in parts:
-            self._left.remove(name)
             self._read_into(name, stacked[first_row : first_row + shape[0]])
             first_row += shape[0]
-        self.num_bytes += stacked.nbytes
+        with self._lock:
+            self.num_bytes += stacked.nbytes
         return stacked
 
     def skip(self, name: str) -> None:
