@@ -20,15 +20,28 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from headrace.errors import ModelError
 
 GgufValue = bool | int | float | str | list[Any]
 """One metadata value; arrays become lists."""
 
-SUPPORTED_TYPES: Final = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES: Final[Mapping[int, tuple[str, int, int]]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    30: ("BF16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+}
+"""Tensor types that can be loaded, by their number in the file: GGUF name, values a block, bytes a block."""
+
+SUPPORTED_TYPES: Final = tuple(name for name, _, _ in TYPES.values())
 """Tensor types that can be loaded, by their GGUF names."""
 
 _MAGIC: Final = b"GGUF"
@@ -148,9 +161,23 @@ class GgufFile:
         return values.reshape(tensor.shape)
 
 
+def _unsupported_type(kind: int) -> tuple[str, int, int] | None:
+    """Name and sizes of a type that exists but cannot be loaded; None for a number that the gguf library does not know either."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        known = GGMLQuantizationType(kind)
+    except ValueError:
+        return None
+    return known.name, *GGML_QUANT_SIZES[known]
+
+
 def _dequantize(rows: npt.NDArray[np.uint8], type_name: str) -> npt.NDArray[np.float32]:
     """Unpack blocks in large chunks; the library's own function takes 16 rows at a time and holds all results twice."""
-    block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    # The library is large, and whoever loads common types only does without it.
+    from gguf import quants
+
+    block_size, block_bytes = next(sizes for name, *sizes in TYPES.values() if name == type_name)
     unpack = getattr(quants, type_name).dequantize_blocks
     blocks = rows.reshape(-1, block_bytes)
     values = np.empty((blocks.shape[0], block_size), dtype=np.float32)
@@ -337,15 +364,14 @@ class _HeaderReader:
         return tensors
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, *, offset: int) -> GgufTensor:
-        try:
-            known = GGMLQuantizationType(kind)
-        except ValueError:
+        known = TYPES.get(kind) or _unsupported_type(kind)
+        if known is None:
             # The tensor may never be asked for; loading it says what is wrong.
             return GgufTensor(name=name, shape=shape, type_name=f"type {kind}", offset=offset, num_bytes=0)
-        block_size, block_bytes = GGML_QUANT_SIZES[known]
+        type_name, block_size, block_bytes = known
         if shape[-1] % block_size:
-            raise self._bad(f"has tensor {name} with rows of {shape[-1]} values; {known.name} packs {block_size} at a time")
+            raise self._bad(f"has tensor {name} with rows of {shape[-1]} values; {type_name} packs {block_size} at a time")
         num_bytes = math.prod(shape) // block_size * block_bytes
         if num_bytes > self._size - offset:
             raise self._bad(f"ends at byte {self._size}, but tensor {name} needs {num_bytes} bytes from {offset} on")
-        return GgufTensor(name=name, shape=shape, type_name=known.name, offset=offset, num_bytes=num_bytes)
+        return GgufTensor(name=name, shape=shape, type_name=type_name, offset=offset, num_bytes=num_bytes)

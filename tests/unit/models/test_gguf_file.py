@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import ModelError
-from headrace.models.gguf_file import SUPPORTED_TYPES, GgufFile
+from headrace.models.gguf_file import SUPPORTED_TYPES, TYPES, GgufFile
 
 
 def half(data: bytes) -> float:
@@ -127,6 +128,12 @@ def test_quantised_type_equals_the_scalar_reference(kind, gguf_builder, tmp_path
 
 def test_every_supported_type_is_covered_here():
     assert {*BLOCKS, "F32", "F16", "BF16"} == set(SUPPORTED_TYPES)
+
+
+@pytest.mark.parametrize("number", TYPES)
+def test_type_is_the_one_that_the_gguf_library_knows(number):
+    known = GGMLQuantizationType(number)
+    assert TYPES[number] == (known.name, *GGML_QUANT_SIZES[known])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2")])
