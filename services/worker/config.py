@@ -21,7 +21,7 @@ class Settings(Section):
     num_ranks: int = Field(1, ge=1, description="Processes of the group; more than 1 is not supported yet.")
     num_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         "auto",
-        description="Threads that compute; auto is one a physical core the process may use (docs/decisions/0005-worker-threads.md).",
+        description="Threads that compute; auto is one a physical core it may use (docs/decisions/0005-worker-threads.md).",
     )
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Most sequences held at once.")
     max_num_batched_tokens: int = Field(512, ge=1, le=65536, description="Most tokens a step computes; long prompts are chunked.")

@@ -142,6 +142,49 @@ class ComputeThread:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
 
+class ResultQueue:
+    """Results on their way to the scheduler.
+
+    A full queue is a scheduler that is busy or dead. Results build its view, so none is skipped while it may live; its link will
+    tell when it does not. It plans only a few steps ahead, so few are ever kept.
+    """
+
+    def __init__(self, metrics: WorkerMetrics) -> None:
+        self._metrics = metrics
+        self._unsent: deque[tuple[Peer, StepResult]] = deque()
+        self._retry: asyncio.TimerHandle | None = None
+
+    def send(self, scheduler: Peer, result: StepResult) -> None:
+        """Send after all before it, now or as soon as there is room."""
+        self._unsent.append((scheduler, result))
+        if self._retry is None:
+            self._send_all()
+
+    def drop(self) -> None:
+        """Give up what is unsent: its scheduler is lost."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        if self._unsent:
+            log.warning("results.dropped", num_results=len(self._unsent))
+            self._metrics.dropped_results.inc(len(self._unsent))
+            self._unsent.clear()
+
+    def _send_all(self) -> None:
+        self._retry = None
+        while self._unsent:
+            scheduler, result = self._unsent[0]
+            try:
+                scheduler.send("step_result", result)
+            except OverloadedError:
+                self._retry = asyncio.get_running_loop().call_later(RESEND_INTERVAL_S, self._send_all)
+                return
+            except ReplicaDeadError:
+                self.drop()
+                return
+            self._unsent.popleft()
+
+
 class WorkerService:
     """Rank 0 of a worker group: one lane of the scheduler it has joined."""
 
@@ -155,9 +198,7 @@ class WorkerService:
         self._scheduler: Peer | None = None
         self._life = 0
         self._pending: deque[_Job] = deque()
-        # Results that found the queue full, in order. The scheduler plans only a few steps ahead, so they are few.
-        self._unsent: deque[StepResult] = deque()
-        self._resend: asyncio.TimerHandle | None = None
+        self._results = ResultQueue(self._metrics)
         self._num_steps = 0
         self._last_step_unix_ns = 0
         self._model = ModelInfo()
@@ -252,8 +293,7 @@ class WorkerService:
     async def stop(self) -> None:
         """End the compute thread; what is still held is given up."""
         self._spans.end_all(now_unix_ns=time.time_ns())
-        if self._resend is not None:
-            self._resend.cancel()
+        self._results.drop()
         if self._compute is not None:
             await self._compute.stop()
 
@@ -268,7 +308,7 @@ class WorkerService:
         self._scheduler = scheduler
         self._life += 1
         self._pending.clear()
-        self._drop_unsent()
+        self._results.drop()
         self._moved.set()
         self._spans.end_all(now_unix_ns=time.time_ns())
         if self._compute is not None:
@@ -292,37 +332,10 @@ class WorkerService:
         self._moved.set()
         self._num_steps += 1
         self._last_step_unix_ns = result.finished_unix_ns
-        self._unsent.append(result)
-        if self._resend is None:
-            self._send_results()
+        self._results.send(self._scheduler, result)
         self._spans.on_plan(job.plan, now_unix_ns=result.started_unix_ns)
         self._spans.on_result(result)
         self._count(job.plan, result)
-
-    def _send_results(self) -> None:
-        """Send in order. A full queue is a scheduler that is busy or dead: results build its view, so none is skipped while it may
-        live, and its link will tell when it does not."""
-        self._resend = None
-        scheduler = self._scheduler
-        while self._unsent and scheduler is not None:
-            try:
-                scheduler.send("step_result", self._unsent[0])
-            except OverloadedError:
-                self._resend = asyncio.get_running_loop().call_later(RESEND_INTERVAL_S, self._send_results)
-                return
-            except ReplicaDeadError:
-                self._drop_unsent()
-                return
-            self._unsent.popleft()
-
-    def _drop_unsent(self) -> None:
-        if self._resend is not None:
-            self._resend.cancel()
-            self._resend = None
-        if self._unsent:
-            log.warning("results.dropped", num_results=len(self._unsent))
-            self._metrics.dropped_results.inc(len(self._unsent))
-            self._unsent.clear()
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:
         self._metrics.steps.inc()
