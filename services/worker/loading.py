@@ -20,7 +20,7 @@ from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, plan_memory
 from services.worker.layers.linear import can_pack_bfloat16
 from services.worker.model_runner import ModelRunner
 from services.worker.models.registry import build_model
-from services.worker.weights import WeightLoader
+from services.worker.weights import MapParts, WeightLoader
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -84,7 +84,7 @@ def choose_max_model_len(setting: int | None, config: ModelConfig) -> int:
 
 
 def load_runner(
-    options: LoadOptions, *, cpu_flags: frozenset[str], available_bytes: Callable[[], int]
+    options: LoadOptions, *, cpu_flags: frozenset[str], available_bytes: Callable[[], int], map_parts: MapParts = map
 ) -> tuple[ModelRunner, LoadReport]:
     """Load a model and make a runner for it, not yet warm.
 
@@ -92,6 +92,7 @@ def load_runner(
         options: Settings.
         cpu_flags: What the CPU can do.
         available_bytes: Asked for the free memory after the weights are in.
+        map_parts: See `WeightLoader`.
 
     Raises:
         ModelError: The directory cannot be used.
@@ -101,7 +102,7 @@ def load_runner(
     max_model_len = choose_max_model_len(options.max_model_len, config)
     dtype_name, dtype_reason = choose_dtype(options.dtype, cpu_flags)
     dtype = _DTYPES[dtype_name]
-    weights = WeightLoader(options.directory, dtype=dtype)
+    weights = WeightLoader(options.directory, dtype=dtype, map_parts=map_parts)
     attention = TorchCpuAttention(page_size=options.page_size, dtype=dtype)
     model = build_model(config, weights, attention, max_model_len=max_model_len)
     shape = PageShape(

@@ -7,9 +7,9 @@ stacked matrix included, so that the peak is the loaded model plus one tensor as
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,29 +18,38 @@ from headrace.errors import ModelError
 from headrace.models.weights import Weights, open_weights
 from services.worker.dequantize import BLOCK_TYPES, dequantize_into
 
+MapParts = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
 # Tables that old checkpoints stored; they follow from config.json.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 _NAMES_SHOWN_MAX = 5
 
 
 class WeightLoader:
-    """Gives tensors by name, in one floating-point type. `take` and `take_stacked` may be called from several threads.
+    """Gives tensors by name, in one floating-point type. `take` and `take_stacked` may be called from several threads at once.
 
     Args:
         directory: A model directory in Hugging Face layout.
         dtype: The type of every tensor given.
+        map_parts: Calls a function for each part of a model, as `map` does; a pool's `map` loads the parts side by side.
 
     Raises:
         ModelError: The directory's weights are missing, damaged or unsupported.
     """
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, *, dtype: torch.dtype, map_parts: MapParts = map) -> None:
         self.dtype = dtype
-        self.num_bytes = 0
+        self.map = map_parts
+        # One entry a tensor given: appending is safe from several threads, adding up is not.
+        self._sizes_bytes: list[int] = []
         self._directory = directory
-        self._lock = threading.Lock()
         self._weights: Weights = open_weights(directory)
         self._left = {name for name in self._weights.names() if not name.endswith(_DERIVED_SUFFIXES)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors given so far."""
+        return sum(self._sizes_bytes)
 
     def has(self, name: str) -> bool:
         """Whether the files hold this tensor."""
@@ -60,18 +69,16 @@ class WeightLoader:
         Raises:
             ModelError: As for `take`.
         """
-        with self._lock:
-            for name, shape in parts:
-                self._check(name, shape)
-                self._left.remove(name)
+        for name, shape in parts:
+            self._check(name, shape)
+            self._left.remove(name)
         num_rows = sum(shape[0] for _, shape in parts)
         stacked = torch.empty((num_rows, *parts[0][1][1:]), dtype=self.dtype)
         first_row = 0
         for name, shape in parts:
             self._read_into(name, stacked[first_row : first_row + shape[0]])
             first_row += shape[0]
-        with self._lock:
-            self.num_bytes += stacked.nbytes
+        self._sizes_bytes.append(stacked.nbytes)
         return stacked
 
     def skip(self, name: str) -> None:

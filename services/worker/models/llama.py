@@ -17,7 +17,6 @@ from services.worker.layers.linear import Linear
 from services.worker.layers.mlp import GatedMlp
 from services.worker.layers.rms_norm import RmsNorm
 from services.worker.layers.rotary import Rotary
-from services.worker.load_threads import load_threads
 from services.worker.weights import WeightLoader
 
 
@@ -44,11 +43,11 @@ class LlamaForCausalLM:
             dtype=weights.dtype,
         )
         table_shape = (config.vocab_size, config.hidden_size)
-        with load_threads() as threads:
-            table = threads.submit(weights.take, "model.embed_tokens.weight", table_shape)
-            prefixes = [f"model.layers.{layer}" for layer in range(config.num_layers)]
-            self._layers = list(threads.map(lambda prefix: _Layer(config, weights, attention, prefix=prefix), prefixes))
-            self._embedding = Embedding(table.result())
+        prefixes = [f"model.layers.{layer}" for layer in range(config.num_layers)]
+        layers = weights.map(lambda prefix: _Layer(config, weights, attention, prefix=prefix), prefixes)
+        # Where the layers are loaded by threads, these are at it by now.
+        self._embedding = Embedding(weights.take("model.embed_tokens.weight", table_shape))
+        self._layers = list(layers)
         self._norm = RmsNorm(weights.take("model.norm.weight", (config.hidden_size,)), eps=config.rms_norm_eps)
         if config.tie_word_embeddings:
             # Some files store the tied matrix a second time.

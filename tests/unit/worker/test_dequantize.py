@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,4 +50,16 @@ def test_stacked_tensors_keep_their_order_and_values(tmp_path: Path) -> None:
     expected = torch.cat([torch.from_numpy(tensors[name]).to(torch.bfloat16) for name in ("b", "a")])
     assert torch.equal(stacked, expected)
     assert weights.num_bytes == expected.nbytes
+    weights.check_all_taken()
+
+
+def test_parts_may_be_loaded_side_by_side(tmp_path: Path) -> None:
+    generator = np.random.default_rng(5)
+    tensors = {f"t{index}": generator.normal(size=(40, 30)).astype(np.float32) for index in range(60)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with ThreadPoolExecutor(4) as pool:
+        weights = WeightLoader(tmp_path, dtype=torch.float32, map_parts=pool.map)
+        loaded = list(weights.map(lambda name: weights.take(name, (40, 30)), tensors))
+    assert all(torch.equal(ours, torch.from_numpy(values)) for ours, values in zip(loaded, tensors.values(), strict=True))
+    assert weights.num_bytes == sum(values.nbytes for values in tensors.values())
     weights.check_all_taken()
