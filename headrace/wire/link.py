@@ -33,7 +33,7 @@ log = structlog.get_logger()
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 RECEIVE_SLICE = 64
 """Messages handled in one turn of the event loop, so that one busy socket does not starve the others."""
-TICK_S = 0.05
+TICK_S = 0.02
 RESOLVE_INTERVAL_S = 3.0
 INQUIRY_SETTLE_S = 0.3
 GOODBYE_LINGER_MS = 200
@@ -245,6 +245,7 @@ class Back:
         if len(answered) == len(sessions) or now_ns - self._inquiry_since_ns > INQUIRY_SETTLE_S * 1e9:
             best = min(answered, key=lambda session: (session.inquired_lanes or 0, session.inquired_instance))
             best.is_active = True
+            best.register_now(now_ns)
             self._inquiry_since_ns = None
             log.info("scheduler.chosen", instance=best.inquired_instance, address=best.address, num_lanes=best.inquired_lanes)
 

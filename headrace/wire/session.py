@@ -398,15 +398,21 @@ class BackSession(Session):
         """Register or inquire until answered, heartbeat afterwards, and notice when the front falls silent."""
         if self.peer is None:
             if now_ns >= self._next_register_ns:
-                self._next_register_ns = now_ns + self.leases.register_ns * (10 if self._refused else 1)
                 body = self._register()
                 body.inquiry = not self.is_active
-                self._send_quietly("register", body, 0)
+                # What could not be sent, because nobody is connected yet, is tried again at the next tick.
+                if self._send_quietly("register", body, 0):
+                    self._next_register_ns = now_ns + self.leases.register_ns * (10 if self._refused else 1)
             return
         if now_ns - self.peer.last_seen_ns > self.leases.lease_ns:
             self.lose(f"not heard of for {self.leases.lease_ns / 1e9:g} s")
         elif now_ns >= self._next_heartbeat_ns:
             self.beat(now_ns)
+
+    def register_now(self, now_ns: int) -> None:
+        """Register at once, without waiting for the interval since the inquiry."""
+        self._next_register_ns = now_ns
+        self.tick(now_ns)
 
     def beat(self, now_ns: int) -> None:
         """Send a heartbeat now: at its time, or because something changed that the front should know."""
@@ -486,12 +492,14 @@ class BackSession(Session):
             self.metrics.overloads.labels(self.edge.name).inc()
             raise
 
-    def _send_quietly(self, arm: str, body: Message, recipient: int) -> None:
+    def _send_quietly(self, arm: str, body: Message, recipient: int) -> bool:
         try:
             self._send([self.seal(self.edge, self.edge.front, arm, body, recipient)])
         except (OverloadedError, ReplicaDeadError):
-            # Not connected yet, or not read: it is said again at the next tick.
+            # Not connected yet, or not read: it is said again at a later tick.
             self.metrics.overloads.labels(self.edge.name).inc()
+            return False
+        return True
 
 
 def _take_heartbeat(peer: Peer, heartbeat: Heartbeat) -> None:

@@ -23,10 +23,14 @@ LIMIT_S = 3.0
 
 @pytest.fixture(scope="module")
 def victim(default_model_directory: Path, model_store: Path) -> Iterator[Server]:
-    # Every test kills something: the crash-loop limit is for crashes without a reason.
+    # Every test kills something: limit and growing pause are for crash loops.
     http, grpc = free_ports(2)
     with Server(
-        model_store, supervision_crash_loop_restarts="100", router_http_port=str(http), router_grpc_port=str(grpc)
+        model_store,
+        supervision_crash_loop_restarts="100",
+        supervision_healthy_after_s="0.2",
+        router_http_port=str(http),
+        router_grpc_port=str(grpc),
     ) as server:
         yield server
 
