@@ -21,8 +21,9 @@ class SignalRecorder:
     def installed(self) -> Iterator[None]:
         """Record signals within this block, which must run in the main thread's event loop."""
         loop = asyncio.get_running_loop()
-        # A signal that was set to be ignored (nohup) stays ignored.
-        taken = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        # SIGHUP that was set to be ignored (nohup) stays ignored. SIGINT does not: shells ignore it for every job in the background,
+        # and a server there is stopped by it all the same.
+        taken = [signum for signum in STOP_SIGNALS if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN]
         for signum in taken:
             loop.add_signal_handler(signum, self._record, signum)
         try:

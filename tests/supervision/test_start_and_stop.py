@@ -40,6 +40,20 @@ def test_it_also_runs_on_uvloop(tree):
     assert tree.stderr().count("hello") == 2
 
 
+def test_background_job_whose_shell_ignores_sigint_is_stopped_by_it_all_the_same(tree):
+    """A program inherits ignored signals; what the test process ignores while it starts the tree is what a shell's `&` does."""
+    tree.add("router")
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        tree.start()
+    finally:
+        signal.signal(signal.SIGINT, former)
+    tree.wait_ready()
+    tree.signal(signal.SIGINT)
+    assert tree.wait() == 0
+    assert tree.pids() == {}
+
+
 def test_processes_start_in_order_by_message_and_stop_in_reverse(tree, tmp_path):
     log = tmp_path / "stops"
     for name, after in (("first", []), ("second", ["first"]), ("third", ["second"])):
