@@ -21,7 +21,7 @@ class SignalRecorder:
     def installed(self) -> Iterator[None]:
         """Record signals within this block, which must run in the main thread's event loop."""
         loop = asyncio.get_running_loop()
-        # SIGHUP that was set to be ignored (nohup) stays ignored. SIGINT does not: shells ignore it for every job in the background,
+        # SIGHUP that was set to be ignored (nohup) stays ignored. SIGINT does not: shells ignore it for every background job,
         # and a server there is stopped by it all the same.
         taken = [signum for signum in STOP_SIGNALS if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN]
         for signum in taken:
