@@ -8,13 +8,11 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from headrace.config.load import FILE_ENV, SERVICES, Settings, env_name, flag_name, load_settings, parse_text, section_classes
 from headrace.errors import HeadraceError
@@ -111,10 +109,7 @@ def config() -> None:
 def config_show(config_file: Path | None, **options: Any) -> None:
     """Print each setting, its value, and where the value came from."""
     settings, _ = _load(config_file, options)
-    table = Table("setting", "value", "from", box=None)
-    for key, value, source in settings.values():
-        table.add_row(key, json.dumps(value), source)
-    Console(soft_wrap=True).print(table, markup=False)
+    _print_columns([("setting", "value", "from"), *((key, json.dumps(value), source) for key, value, source in settings.values())])
 
 
 @config.command("check")
@@ -143,6 +138,13 @@ def models() -> None:
     """Models on this machine."""
 
 
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, never cut: what is printed may be read by a program."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def _store(store: str | None) -> Path:
     text = store or load_settings(environment=os.environ).model.store
     return Path(text).expanduser()
@@ -167,12 +169,9 @@ def models_pull(source: str, name: str | None, store: str | None) -> None:
 @_store_option
 def models_list(store: str | None) -> None:
     """List the models that are here."""
-    from headrace.models.inspect import list_rows
+    from headrace.models.inspect import LIST_HEADER, list_rows
 
-    table = Table("name", "architecture", "parameters", "context", "weights", "size", box=None)
-    for row in list_rows(_store(store)):
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table, markup=False)
+    _print_columns([LIST_HEADER, *list_rows(_store(store))])
 
 
 @models.command("show")
@@ -184,10 +183,7 @@ def models_show(name: str, store: str | None) -> None:
     from headrace.models.inspect import show_rows
     from headrace.models.store import resolve
 
-    table = Table(box=None, show_header=False)
-    for row in show_rows(describe(resolve(name, _store(store)))):
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table, markup=False)
+    _print_columns(show_rows(describe(resolve(name, _store(store)))))
 
 
 @main.command()
