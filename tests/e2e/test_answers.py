@@ -13,6 +13,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from headrace.v1.inference_pb2 import DetokenizeRequest, GenerateRequest, ListModelsRequest, TokenIds, TokenizeRequest
+from headrace.v1.inference_pb2_grpc import InferenceStub
 from tests.e2e.process_tree import wait_until
 from tests.e2e.server import Server
 
@@ -113,6 +115,28 @@ def test_reflection_lists_services_and_streams_tokens(server: Server) -> None:
         assert pieces[-1].usage.num_output_tokens == sum(len(piece.token_ids) for piece in pieces)
         status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10).status
         assert status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_tokens_and_text_convert_both_ways_over_grpc(server: Server) -> None:
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = InferenceStub(channel)
+        tokens = stub.Tokenize(TokenizeRequest(text="Hello world"), timeout=30)
+        assert list(tokens.token_ids) == [19556, 905]
+        assert tokens.max_model_len == 8192
+        assert stub.Detokenize(DetokenizeRequest(token_ids=tokens.token_ids), timeout=30).text == "Hello world"
+        assert [model.name for model in stub.ListModels(ListModelsRequest(), timeout=30).models] == [MODEL]
+        request = GenerateRequest(token_ids=TokenIds(ids=tokens.token_ids))
+        request.sampling.temperature, request.stopping.max_tokens = 0, 5
+        pieces = list(stub.Generate(request, timeout=60))
+        assert sum(len(piece.token_ids) for piece in pieces) == pieces[-1].usage.num_output_tokens == 5
+
+
+def test_grpc_error_names_what_is_wrong(server: Server) -> None:
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(InferenceStub(channel).Generate(GenerateRequest(text="x", model="gpt-17"), timeout=30))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert "gpt-17" in caught.value.details()
+    assert dict(caught.value.trailing_metadata())["headrace-error-param"] == "model"
 
 
 def test_one_trace_covers_the_request_through_five_processes(server: Server) -> None:
