@@ -46,8 +46,8 @@ _ENTRIES: Final = (
         wheel_bytes=92_871_040,
         file_bytes=98_362_432,
         licence="Apache-2.0",
-        # Those of the model card's example. At temperature 1 so small a model rambles.
-        sampling={"temperature": 0.2, "top_p": 0.9},
+        # At 4 bits its most likely answer leads by little: even at the model card's temperature of 0.2 it rambles half of the time.
+        sampling={"do_sample": False},
     ),
 )
 
