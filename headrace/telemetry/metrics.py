@@ -103,8 +103,12 @@ class SchedulerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.sequences = Gauge("headrace_scheduler_sequences", "Sequences by state.", ["state"], registry=registry)
-        self.pages = Gauge("headrace_kv_pages", "KV pages by state, over all lanes.", ["state"], registry=registry)
-        self.kv_usage = Gauge("headrace_kv_cache_usage_ratio", "Pages not free, 0 to 1, over all lanes.", registry=registry)
+        self.pages = Gauge(
+            "headrace_kv_pages", "KV pages by state (free, cached, running), over all lanes.", ["state"], registry=registry
+        )
+        self.kv_usage = Gauge(
+            "headrace_kv_cache_usage_ratio", "Pages that running sequences use, 0 to 1, over all lanes.", registry=registry
+        )
         self.lanes = Gauge("headrace_scheduler_lanes", "Registered lanes.", registry=registry)
         self.steps = Counter("headrace_scheduler_steps", "Steps planned.", registry=registry)
         self.step_tokens = Counter("headrace_scheduler_step_tokens", "Tokens planned.", registry=registry)

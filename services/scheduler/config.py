@@ -15,6 +15,11 @@ class Settings(Section):
     policy: Literal["fcfs"] = Field(
         "fcfs", description="Order in which waiting requests are admitted: fcfs, first come first served."
     )
+    prefix_cache: Literal["lru", "lfu", "fifo", "off"] = Field(
+        "lru",
+        description="What of the prefix cache goes first when its pages are needed: lru, least recently used; lfu, least often "
+        "used; fifo, oldest; off: keep no prefixes.",
+    )
     max_waiting_requests: int = Field(
         1024, ge=1, description="Most requests that wait for a lane; further ones are refused as overloaded."
     )

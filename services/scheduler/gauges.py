@@ -23,17 +23,19 @@ class Gauges:
             num_running=sum(lane.num_running for lane in core.lanes),
             num_waiting=len(core.queue),
             num_waiting_tokens=core.queue.num_tokens,
-            num_free_pages=sum(lane.pool.num_free for lane in core.lanes),
-            num_total_pages=sum(lane.pool.num_pages for lane in core.lanes),
+            num_free_pages=sum(lane.kv.num_usable for lane in core.lanes),
+            num_total_pages=sum(lane.kv.pool.num_pages for lane in core.lanes),
             num_lanes=len(core.lanes),
         )
-        num_used_pages = load.num_total_pages - load.num_free_pages
+        num_running_pages = load.num_total_pages - load.num_free_pages
+        num_cached_pages = sum(lane.kv.tree.num_evictable for lane in core.lanes)
         metrics.sequences.labels("running").set(load.num_running)
         metrics.sequences.labels("waiting").set(load.num_waiting)
         metrics.sequences.labels("unsent").set(core.outbox.num_kept)
-        metrics.pages.labels("free").set(load.num_free_pages)
-        metrics.pages.labels("running").set(num_used_pages)
-        metrics.kv_usage.set(num_used_pages / load.num_total_pages if load.num_total_pages else 0.0)
+        metrics.pages.labels("free").set(load.num_free_pages - num_cached_pages)
+        metrics.pages.labels("cached").set(num_cached_pages)
+        metrics.pages.labels("running").set(num_running_pages)
+        metrics.kv_usage.set(num_running_pages / load.num_total_pages if load.num_total_pages else 0.0)
         metrics.lanes.set(load.num_lanes)
         metrics.preemptions.inc(counts.num_preemptions - self._seen.num_preemptions)
         metrics.requeues.inc(counts.num_requeued - self._seen.num_requeued)

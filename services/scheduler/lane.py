@@ -1,6 +1,6 @@
 """One lane: what the scheduler knows of one worker group.
 
-A lane owns its page pool, its slots and its running sequences: those still extending their prompt and those that decode. A
+A lane owns its KV pages, its slots and its running sequences: those still extending their prompt and those that decode. A
 sequence is admitted with pages for all its known tokens, so a prefill that has begun never waits for pages and only growing
 outputs can run out of them. What a step computes is decided by the planner; what came of it is applied by the results.
 """
@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.scheduler.decode_clock import DecodeClock
+from services.scheduler.kv_pages import KvPages
 from services.scheduler.page_pool import PagePool
-from services.scheduler.prefix_index import NoPrefixes, PrefixIndex
+from services.scheduler.radix_tree import NO_MATCH, Eviction, Match
 from services.scheduler.sequence import Sequence, Status
 from services.scheduler.slot_table import SlotTable
 from services.scheduler.step_plan import StepInFlight
@@ -76,11 +77,10 @@ class Lane:
         stop_token_ids: Stop tokens of its running sequences, counted.
     """
 
-    def __init__(self, lane_id: int, capacity: LaneCapacity, index: PrefixIndex | None = None) -> None:
+    def __init__(self, lane_id: int, capacity: LaneCapacity, eviction: Eviction | None = "lru") -> None:
         self.lane_id = lane_id
         self.capacity = capacity
-        self.index: PrefixIndex = index or NoPrefixes()
-        self.pool = PagePool(capacity.num_pages, capacity.page_size, name=capacity.pool_name)
+        self.kv = KvPages(PagePool(capacity.num_pages, capacity.page_size, name=capacity.pool_name), eviction)
         # A decoding sequence gets a token in every step, so there may be no more of them than the token budget has tokens.
         self.slots = SlotTable(min(capacity.max_num_seqs, capacity.max_num_batched_tokens))
         self.clock = DecodeClock()
@@ -124,8 +124,8 @@ class Lane:
         """Whether a sequence of that many tokens could run here, were the lane empty."""
         return num_tokens <= self.capacity.max_prompt_tokens
 
-    def can_admit(self, sequence: Sequence) -> bool:
-        """Whether the sequence can enter now.
+    def can_admit(self, sequence: Sequence, match: Match) -> bool:
+        """Whether the sequence, with the prefix found here for it, can enter now.
 
         There must be a slot and pages for its tokens, and then still a page for each running sequence, or it would soon be
         preempted again. No more prompt tokens are taken than the next step has budget for: what cannot start yet may start sooner
@@ -135,20 +135,17 @@ class Lane:
             return False
         if self.num_backlog_tokens + len(self.decoding) >= self.capacity.max_num_batched_tokens and self.num_running:
             return False
-        return self.pool.num_free - self.pool.pages_for(sequence.num_tokens) >= self.num_running
+        return self.kv.num_left(sequence, match) >= self.num_running
 
-    def admit(self, sequence: Sequence) -> None:
-        """Give the sequence a slot and pages for all its tokens; `can_admit` must hold."""
-        match = self.index.match(sequence.tokens)
-        pages = self.pool.allocate(self.pool.pages_for(sequence.num_tokens) - len(match.pages))
-        assert pages is not None, "admitted without room"
+    def admit(self, sequence: Sequence, match: Match = NO_MATCH) -> None:
+        """Give the sequence a slot, the prefix found for it and pages for all other tokens; `can_admit` must hold."""
+        self.kv.enter(sequence, match)
         self._num_admissions += 1
         sequence.status = Status.RUNNING
         sequence.lane = self
         sequence.slot = self.slots.allocate()
-        sequence.pages = match.pages + pages
         sequence.admission = self._num_admissions
-        sequence.num_cached_tokens = sequence.num_scheduled = sequence.num_computed = match.num_cached_tokens
+        sequence.num_scheduled = sequence.num_computed = sequence.num_reused_tokens
         self.prefilling[sequence] = None
         self.num_tokens += sequence.num_tokens
         self.num_backlog_tokens += sequence.num_tokens - sequence.num_scheduled
@@ -161,11 +158,12 @@ class Lane:
         self.rows_changed = True
         # A sequence that fills the whole pool is alone and could never grow: it ends there instead of being preempted for ever.
         limit = min(sequence.token_limit(self.capacity.max_model_len), self.capacity.num_page_tokens + 1)
-        page_tokens = len(sequence.pages) * self.pool.page_size
+        page_tokens = len(sequence.pages) * self.kv.pool.page_size
         self.clock.enter(sequence, page_tokens=page_tokens, token_limit=limit)
 
     def release(self, sequence: Sequence) -> None:
-        """Take the sequence's slot and pages back, whatever it is doing."""
+        """Take the sequence's slot and pages back, whatever it is doing; the tree keeps what is known to be sound of them."""
+        self.kv.leave(sequence, self.clock.num_computed(sequence))
         if sequence in self.decoding:
             del self.decoding[sequence]
             self.clock.leave(sequence)
@@ -176,7 +174,6 @@ class Lane:
         self.num_tokens -= sequence.num_tokens
         self.stop_token_ids.subtract(sequence.stopping.stop_token_ids)
         self.stop_token_ids = +self.stop_token_ids
-        self.pool.free(sequence.pages)
         self.slots.free(sequence.slot, is_announced=sequence.is_announced)
         self.version += 1
         sequence.leave_lane()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from services.scheduler.lane import Lane
+from services.scheduler.radix_tree import Match
 from services.scheduler.sequence import Sequence
 
 
@@ -32,10 +33,13 @@ class Lanes:
         """A lane is lost."""
         return self._lanes.pop(lane_id, None)
 
-    def choose(self, sequence: Sequence) -> Lane | None:
-        """The lane with the least load among those that can admit the sequence now, or None."""
-        able = [lane for lane in self if lane.can_admit(sequence)]
-        return min(able, key=lambda lane: lane.num_tokens, default=None)
+    def choose(self, sequence: Sequence) -> tuple[Lane, Match] | None:
+        """The lane for a sequence, with the prefix it has there, among the lanes that can admit it now; None when none can.
+
+        The least load wins, where each token of the sequence that is cached on a lane outweighs one of its load.
+        """
+        able = [(lane, match) for lane in self if lane.can_admit(sequence, match := lane.kv.match(sequence))]
+        return min(able, key=lambda found: found[0].num_tokens - found[1].num_pages * found[0].kv.pool.page_size, default=None)
 
     def largest_prompt(self) -> int:
         """Most tokens with which a sequence can enter any lane."""

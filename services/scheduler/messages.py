@@ -120,7 +120,7 @@ def step_plan(plan: StepPlan, works: Items[common.WorkHeader]) -> tuple[worker.S
         return body, []
     for new, work in zip(plan.new_sequences, works, strict=True):
         assert isinstance(new.sampling, common.SamplingParams)
-        entry = body.new_sequences.add(slot=new.slot, work=work, num_tokens=new.num_tokens, num_cached_tokens=new.num_cached_tokens)
+        entry = body.new_sequences.add(slot=new.slot, work=work, num_tokens=new.num_tokens, num_cached_tokens=new.num_reused_tokens)
         entry.sampling.CopyFrom(new.sampling)
     return body, [b"".join(new.tokens.tobytes() for new in plan.new_sequences)]
 

@@ -52,17 +52,17 @@ def _give_pages(lane: Lane, plan: StepPlan) -> None:
         # Preempted for the sake of an older one.
         if sequence.lane is not lane:
             continue
-        pages = lane.pool.allocate(1)
+        pages = lane.kv.allocate(1)
         while pages is None:
             victim = lane.latest_admitted()
             _preempt(lane, victim, plan)
             if victim is sequence:
                 break
-            pages = lane.pool.allocate(1)
+            pages = lane.kv.allocate(1)
         else:
             sequence.pages += pages
             plan.add_pages(sequence.slot, pages)
-            lane.clock.grow(sequence, lane.pool.page_size)
+            lane.clock.grow(sequence, lane.kv.pool.page_size)
 
 
 def _preempt(lane: Lane, victim: Sequence, plan: StepPlan) -> None:
@@ -78,6 +78,7 @@ def _add_rows(lane: Lane, plan: StepPlan) -> None:
     plan.num_rows = plan.num_tokens = len(decode_rows)
     sampled, sampled_slots = decode_rows, lane.decode_slots
     extended: list[tuple[Sequence, int, int]] = []
+    completed: list[Sequence] = []
     if lane.prefilling:
         extended, completed = _extend(lane, plan)
         if completed:
@@ -90,7 +91,7 @@ def _add_rows(lane: Lane, plan: StepPlan) -> None:
     else:
         plan.row_slots = lane.decode_slots
         lane.is_steady = True
-    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, sampled, sampled_slots, extended)
+    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, sampled, sampled_slots, extended, completed)
 
 
 def _extend(lane: Lane, plan: StepPlan) -> tuple[list[tuple[Sequence, int, int]], list[Sequence]]:

@@ -24,6 +24,7 @@ from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
 from services.scheduler.planner import plan_step
+from services.scheduler.radix_tree import Eviction
 from services.scheduler.sequence import FinishReason, Sequence, Status
 from services.scheduler.step_plan import StepPlan, StepResult
 from services.scheduler.step_results import apply_result
@@ -84,7 +85,7 @@ class Scheduler:
         vocab_size: The model's; token ids are below it.
     """
 
-    def __init__(self, queue: WaitingQueue, outbox: Outbox) -> None:
+    def __init__(self, queue: WaitingQueue, outbox: Outbox, eviction: Eviction | None = "lru") -> None:
         self.queue = queue
         self.outbox = outbox
         self.lanes = Lanes()
@@ -92,6 +93,7 @@ class Scheduler:
         self.model = ""
         self.vocab_size = 0
         self._max_prompt_tokens = 0
+        self._eviction: Eviction | None = eviction
         self._num_lanes_joined = 0
         self._requests: dict[str, Sequence] = {}
         self._streams: dict[int, Sequence] = {}
@@ -206,7 +208,7 @@ class Scheduler:
                 param="capacity.model",
             )
         self.lane_lost(lane_id, now_ns)
-        lane = Lane(lane_id, capacity)
+        lane = Lane(lane_id, capacity, self._eviction)
         # A worker that comes back in the same life must see no step id twice.
         self._num_lanes_joined += 1
         lane.last_step_id = self._num_lanes_joined << 32
@@ -293,11 +295,12 @@ class Scheduler:
                 )
                 self._end(sequence, FinishReason.ERROR, now_ns, too_long)
             else:
-                lane = self.lanes.choose(sequence)
-                if lane is None:
+                choice = self.lanes.choose(sequence)
+                if choice is None:
                     return
                 self.queue.remove(sequence, now_ns)
-                lane.admit(sequence)
+                lane, match = choice
+                lane.admit(sequence, match)
 
     def _requeue(self, sequences: list[Sequence]) -> None:
         """Running sequences, oldest first, have lost their place and wait in front of all others."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from services.scheduler.lane import Lane
     from services.scheduler.outbox import Target
+    from services.scheduler.radix_tree import Node
 
 
 class Status(Enum):
@@ -88,7 +89,9 @@ class Sequence:
     finished_ns: int = 0
     # It ended with a finish that its detokenizer has to be told; an abort, an error or a stop string is known elsewhere.
     has_final_output: bool = False
+    # Prompt tokens whose KV was there when it was first admitted: what its client is told.
     num_cached_tokens: int = 0
+    num_admissions: int = 0
     num_preemptions: int = 0
     num_times_lost: int = 0
     was_scheduled: bool = False
@@ -97,6 +100,13 @@ class Sequence:
     lane: Lane | None = None
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    # Of its pages, so many at the start are the tree's; `prefix` is the node it has locked for them.
+    num_shared_pages: int = 0
+    prefix: Node | None = None
+    # Tokens whose KV was there when it entered.
+    num_reused_tokens: int = 0
+    # Its prompt's result is back and good: what is computed may be shared.
+    is_sound: bool = False
     admission: int = 0
     # The worker knows the slot: its first plan has been made.
     is_announced: bool = False
@@ -138,6 +148,9 @@ class Sequence:
         self.lane = None
         self.slot = -1
         self.pages = []
+        self.num_shared_pages = 0
+        self.prefix = None
+        self.is_sound = False
         self.is_announced = False
         self.num_scheduled = 0
         self.num_computed = 0

@@ -389,7 +389,8 @@ class SchedulerService:
         queue = WaitingQueue(
             POLICIES[settings.policy](), max_requests=settings.max_waiting_requests, max_tokens=settings.max_waiting_tokens
         )
-        self.core = Scheduler(queue, Outbox(linger_s=settings.unsent_linger_s))
+        eviction = None if settings.prefix_cache == "off" else settings.prefix_cache
+        self.core = Scheduler(queue, Outbox(linger_s=settings.unsent_linger_s), eviction)
         self._gauges = Gauges(self.metrics)
         self._workers = WorkerLink(self)
         self._detokenizers = DetokenizerLink(self, settings)

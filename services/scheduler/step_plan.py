@@ -59,6 +59,7 @@ class StepInFlight:
         sampled: Sequences that sample a token, in row order.
         sampled_slots: Their slots.
         extended: Sequences that compute a part of their prompt and sample nothing, with their slots and counts after it.
+        completed: Of those that sample, the ones whose prompt this step completes.
     """
 
     tick: int
@@ -66,6 +67,7 @@ class StepInFlight:
     sampled: list[Sequence]
     sampled_slots: list[int]
     extended: list[tuple[Sequence, int, int]]
+    completed: list[Sequence]
 
 
 @dataclass(frozen=True, slots=True)

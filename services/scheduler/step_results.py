@@ -65,6 +65,11 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
     for sequence, _slot, num_scheduled in step.extended:
         if sequence.lane is lane:
             sequence.num_computed = num_scheduled
+    if step.completed:
+        got_token = set(rows)
+        for sequence in step.completed:
+            if sequence in got_token:
+                lane.kv.publish(sequence)
     if rows:
         for sequence, token_id in zip(rows, token_ids, strict=True):
             sequence.tokens.append(token_id)
@@ -113,6 +118,7 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
             continue
         if slot in unknown:
             unknown.remove(slot)
+            sequence.is_sound = False
             sequence.num_times_lost += 1
             if sequence.num_times_lost <= LOST_MAX:
                 outcome.lost.append(sequence)
@@ -121,6 +127,7 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
         if reason is None and samples:
             reason = problem or _why_not_one_token(tokens, lane.capacity.vocab_size)
         if reason is not None:
+            sequence.is_sound = False
             error = RequestFailedError(f"worker: the step failed for this request: {reason}")
             outcome.failed.append((sequence, error))
         elif samples and tokens is not None:

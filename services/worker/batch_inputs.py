@@ -110,7 +110,7 @@ class BatchInputs:
         self._num_tokens = np.zeros(num_slots, dtype=np.int64)
         self._num_computed = np.zeros(num_slots, dtype=np.int64)
         self._num_pages = np.zeros(num_slots, dtype=np.int64)
-        self._num_cached_pages = np.zeros(num_slots, dtype=np.int64)
+        self._num_settled_pages = np.zeros(num_slots, dtype=np.int64)
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.zeros(num_slots, dtype=np.int32)
         self._top_p = np.ones(num_slots, dtype=np.float32)
@@ -151,6 +151,8 @@ class BatchInputs:
         slots = step.sampled.slots
         self._tokens[slots, step.sampled.positions] = token_ids
         self._num_tokens[slots] = step.sampled.positions + 1
+        settled = slots[is_finite]
+        self._num_settled_pages[settled] = self._num_computed[settled] // self.limits.page_size
         if not is_finite.all():
             self._states[slots[~is_finite]] = _FAILED
 
@@ -164,9 +166,9 @@ class BatchInputs:
         """The pages that hold a slot's first `num_tokens` tokens."""
         return self._page_table[slot, : -(-num_tokens // self.limits.page_size)]
 
-    def own_pages(self, slot: int) -> Int64Array:
-        """A slot's pages without those that held cached tokens when it entered."""
-        return self._page_table[slot, self._num_cached_pages[slot] : self._num_pages[slot]]
+    def unsettled_pages(self, slot: int) -> Int64Array:
+        """A slot's pages without those that were full at its last good token or its entry: these may be shared by now."""
+        return self._page_table[slot, self._num_settled_pages[slot] : self._num_pages[slot]]
 
     def last_tokens(self, slots: Int64Array) -> Int64Array:
         """The last known token of some slots."""
@@ -204,7 +206,7 @@ class BatchInputs:
         self._tokens[slot, : len(tokens)] = tokens
         self._num_tokens[slot] = len(tokens)
         self._num_computed[slot] = sequence.num_cached_tokens
-        self._num_cached_pages[slot] = sequence.num_cached_tokens // limits.page_size
+        self._num_settled_pages[slot] = sequence.num_cached_tokens // limits.page_size
         self._num_pages[slot] = 0
 
     def _set_sampling(self, slot: int, sampling: SamplingParams, request_id: str) -> bool:

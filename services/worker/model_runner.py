@@ -124,6 +124,6 @@ class ModelRunner:
     def _clear_pages(self, slots: list[int]) -> None:
         """Wipe the pages of failed rows: a NaN left behind would spoil the page's next owner, even where a mask hides it."""
         for slot in slots:
-            pages = torch.from_numpy(self._inputs.own_pages(slot))
+            pages = torch.from_numpy(self._inputs.unsettled_pages(slot))
             for layer_pages in self._kv_cache.layers:
                 layer_pages[pages] = 0

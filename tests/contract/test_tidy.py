@@ -23,7 +23,6 @@ RATCHET: dict[str, int] = {
     "headrace/supervision/supervisor.py::Supervisor": 17,
     "services/detokenizer/service.py::DetokenizerService": 28,
     "services/detokenizer/streams.py::StreamTable": 17,
-    "services/scheduler/lane.py::Lane.self": 21,
     "services/scheduler/scheduler.py::Scheduler": 19,
     "services/scheduler/service.py::SchedulerService": 16,
     "services/tokenizer/service.py::TokenizerService": 23,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from services.scheduler.lane import LaneCapacity
 from services.scheduler.outbox import Outbox
 from services.scheduler.policies.fcfs import FirstComeFirstServed
+from services.scheduler.radix_tree import Eviction
 from services.scheduler.scheduler import Scheduler
 from services.scheduler.sequence import Sequence, StoppingRules
 from services.scheduler.waiting_queue import WaitingQueue
@@ -37,10 +38,12 @@ def capacity(
     )
 
 
-def scheduler(*, max_requests: int = 1000, max_tokens: int = 1_000_000, linger_s: float = 30.0) -> Scheduler:
+def scheduler(
+    *, max_requests: int = 1000, max_tokens: int = 1_000_000, linger_s: float = 30.0, eviction: Eviction | None = "lru"
+) -> Scheduler:
     """A scheduler without lanes."""
     queue = WaitingQueue(FirstComeFirstServed(), max_requests=max_requests, max_tokens=max_tokens)
-    return Scheduler(queue, Outbox(linger_s=linger_s))
+    return Scheduler(queue, Outbox(linger_s=linger_s), eviction)
 
 
 def sequence(

@@ -1,8 +1,9 @@
 """A worker on paper: applies step plans as the real one would and asserts that each keeps the rules of the diff.
 
-It keeps the KV as the tokens that were written to each place of each page, and before it samples for a sequence it reads all of the
-sequence's KV back. A page in two places, a page too few or a row too many is found there if not before. The token it samples
-depends on all tokens before it, so the output of a request is the same on whatever lane, after whatever preemption.
+It keeps the KV as the tokens that were written to each place of each page, and before it samples for a sequence it reads all of
+the sequence's KV back, cached prefixes included. A page in two places, a page too few or a row too many is found there if not
+before. The token it samples depends on all tokens before it, so the output of a request is the same on whatever lane, after
+whatever preemption.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class HeldSequence:
 
     def __init__(self, tokens: array[int], num_cached_tokens: int) -> None:
         self.tokens = tokens
-        self.num_computed = num_cached_tokens
+        self.num_cached_tokens = self.num_computed = num_cached_tokens
         self.pages: list[int] = []
 
 
@@ -78,16 +79,17 @@ class FakeWorker:
         for sequence in plan.new_sequences:
             assert sequence.slot not in self.held, f"slot {sequence.slot} entered twice"
             assert 0 <= sequence.slot < self.capacity.max_num_seqs
-            self.held[sequence.slot] = HeldSequence(sequence.tokens[:], sequence.num_cached_tokens)
+            self.held[sequence.slot] = HeldSequence(sequence.tokens[:], sequence.num_reused_tokens)
         assert len(plan.page_slots) == len(plan.num_new_pages)
         assert sum(plan.num_new_pages) == len(plan.new_pages)
         pages = iter(plan.new_pages)
         for slot, num_new_pages in zip(plan.page_slots, plan.num_new_pages, strict=True):
             assert slot in self.held, f"pages for slot {slot}, which is not held"
             self.held[slot].pages += [next(pages) for _ in range(num_new_pages)]
-        in_use = [page for held in self.held.values() for page in held.pages]
-        assert len(in_use) == len(set(in_use)), "a page is in two places"
-        assert all(0 <= page < self.capacity.num_pages for page in in_use)
+        # What it found cached it reads only; the pages that it writes are its own.
+        own = [page for held in self.held.values() for page in held.pages[held.num_cached_tokens // self.capacity.page_size :]]
+        assert len(own) == len(set(own)), "a page is in two places"
+        assert all(0 <= page < self.capacity.num_pages for held in self.held.values() for page in held.pages)
 
     def _rows(self, plan: StepPlan) -> tuple[list[int], list[int]]:
         if plan.same_rows:

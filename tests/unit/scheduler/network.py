@@ -37,7 +37,7 @@ class Entry:
 
     slot: int
     tokens: array[int]
-    num_cached_tokens: int
+    num_reused_tokens: int
 
 
 class Recorder:

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 
 from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.outbox import Target
+from services.scheduler.radix_tree import Node, RadixTree
 from services.scheduler.scheduler import Scheduler
 from services.scheduler.sequence import FinishReason, Sequence, Status
 from services.scheduler.step_plan import StepPlan, StepResult
 from services.scheduler.token_fanout import StreamBatch
 from tests.unit.scheduler.fake_worker import FakeWorker
+
+
+def pages_above(node: Node | None) -> list[int]:
+    """Pages from the root down to a node."""
+    pages: list[int] = []
+    while node is not None:
+        pages = node.pages + pages
+        node = node.parent
+    return pages
+
+
+def check_tree(tree: RadixTree, locked: list[Node]) -> list[int]:
+    """Assert that a tree's own accounts are right, given the nodes that are locked. Returns its pages."""
+    locks: Counter[Node] = Counter()
+    for node in locked:
+        above: Node | None = node
+        while above is not None:
+            locks[above] += 1
+            above = above.parent
+    pages = []
+    num_evictable = 0
+    for node in tree.nodes():
+        pages += node.pages
+        assert node.num_locks == locks[node]
+        assert node.pages and len(node.tokens) == len(node.pages) * tree.page_size * 4
+        assert node.parent is not None
+        assert node.parent.children[node.tokens[: tree.page_size * 4]] is node
+        num_evictable += 0 if node.num_locks else len(node.pages)
+    assert tree.num_pages == len(pages)
+    assert tree.num_evictable == num_evictable
+    return pages
 
 
 @dataclass
@@ -141,9 +174,13 @@ class System:
             lane = site.lane
             running = list(lane.running())
             num_running += len(running)
-            pages = [page for sequence in running for page in sequence.pages]
-            assert len(pages) == len(set(pages)) == lane.pool.num_used
-            assert lane.pool.num_free + lane.pool.num_used == lane.pool.num_pages
+            own = [page for sequence in running for page in sequence.pages[sequence.num_shared_pages :]]
+            cached = check_tree(lane.kv.tree, [sequence.prefix for sequence in running if sequence.prefix is not None])
+            pages = own + cached
+            assert len(pages) == len(set(pages)) == lane.kv.pool.num_used
+            assert lane.kv.pool.num_free + lane.kv.pool.num_used == lane.kv.pool.num_pages
+            for sequence in running:
+                assert pages_above(sequence.prefix)[: sequence.num_shared_pages] == sequence.pages[: sequence.num_shared_pages]
             slots = [sequence.slot for sequence in running]
             assert len(slots) == len(set(slots)) == lane.slots.num_slots - lane.slots.num_free
             assert lane.num_tokens == sum(sequence.num_tokens for sequence in running)
@@ -151,7 +188,7 @@ class System:
             for sequence in running:
                 assert sequence.status is Status.RUNNING
                 assert sequence.lane is lane
-                assert len(sequence.pages) * lane.pool.page_size >= sequence.num_tokens - 1
+                assert len(sequence.pages) * lane.kv.pool.page_size >= sequence.num_tokens - 1
             for due in (lane.clock._page_due, lane.clock._limit_due):
                 assert {sequence for sequences in due.values() for sequence in sequences} <= set(lane.decoding)
             if not lane.in_flight:

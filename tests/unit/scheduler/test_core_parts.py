@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from headrace.errors import OverloadedError
@@ -13,6 +15,7 @@ from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.lanes import Lanes
 from services.scheduler.page_pool import PagePool
 from services.scheduler.policies.fcfs import FirstComeFirstServed
+from services.scheduler.radix_tree import NO_MATCH
 from services.scheduler.sequence import FinishReason
 from services.scheduler.slot_table import SlotTable
 from services.scheduler.waiting_queue import WaitingQueue
@@ -164,17 +167,35 @@ def test_the_lane_with_the_least_load_takes_a_sequence() -> None:
     first, second = lanes
     first.admit(builders.sequence(core, "a", [1] * 9))
     second.admit(builders.sequence(core, "b", [1] * 3))
-    assert lanes.choose(builders.sequence(core, "c")) is second
+    assert lanes.choose(builders.sequence(core, "c")) == (second, NO_MATCH)
     second.is_draining = True
-    assert lanes.choose(builders.sequence(core, "d")) is first
+    assert lanes.choose(builders.sequence(core, "d")) == (first, NO_MATCH)
+
+
+def test_a_cached_prefix_outweighs_as_much_load() -> None:
+    core, lanes = builders.scheduler(), Lanes()
+    for lane_id in (1, 2):
+        lanes.add(Lane(lane_id, builders.capacity(page_size=4)))
+    first, second = lanes
+    first.admit(builders.sequence(core, "a", [1] * 7))
+    first.kv.tree.insert(array("i", range(8)).tobytes(), first.kv.allocate(2) or [])
+    chosen = lanes.choose(builders.sequence(core, "b", range(12)))
+    assert chosen is not None
+    lane, match = chosen
+    assert lane is first
+    assert match.num_pages == 2
+    first.admit(builders.sequence(core, "c", [1] * 2))
+    chosen = lanes.choose(builders.sequence(core, "d", range(12)))
+    assert chosen is not None
+    assert chosen[0] is second
 
 
 def test_a_lane_keeps_a_page_for_each_running_sequence() -> None:
     core = builders.scheduler()
     lane = Lane(1, builders.capacity(num_pages=4, page_size=4))
     lane.admit(builders.sequence(core, "a", [1] * 8))
-    assert not lane.can_admit(builders.sequence(core, "b", [1] * 5)), "2 pages are free, 2 needed, and 1 must be left"
-    assert lane.can_admit(builders.sequence(core, "c", [1] * 4))
+    assert not lane.can_admit(builders.sequence(core, "b", [1] * 5), NO_MATCH), "2 pages are free, 2 needed, and 1 must be left"
+    assert lane.can_admit(builders.sequence(core, "c", [1] * 4), NO_MATCH)
 
 
 def test_no_more_sequences_run_than_the_budget_has_tokens() -> None:

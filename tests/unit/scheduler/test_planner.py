@@ -19,8 +19,9 @@ def start(**capacity: int) -> tuple[System, Site]:
 
 
 def submit(system: System, request_id: str, num_tokens: int, *, max_tokens: int | None = 8) -> None:
-    """A request with a prompt of that many tokens."""
-    system.submit(builders.sequence(system.core, request_id, [1] * num_tokens, max_tokens=max_tokens))
+    """A request with a prompt of that many tokens, which no other begins with."""
+    prompt = [len(system.streams)] * num_tokens
+    system.submit(builders.sequence(system.core, request_id, prompt, max_tokens=max_tokens))
 
 
 def step(system: System, site: Site) -> StepPlan:

@@ -78,10 +78,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         detokenizer=st.sampled_from(DETOKENIZERS),
         timeout_ms=st.one_of(st.none(), st.integers(1, 60)),
         owner=st.integers(1, 3),
+        family=st.integers(0, 2),
+        num_shared=st.integers(0, MAX_MODEL_LEN),
     )
-    def submit(self, *, num_tokens: int, num_former: int, timeout_ms: int | None, **how: object) -> None:
+    def submit(
+        self, *, num_tokens: int, num_former: int, family: int, num_shared: int, timeout_ms: int | None, **how: object
+    ) -> None:
         self.num_submitted += 1
-        tokens = array("i", [self.num_submitted % VOCAB_SIZE] * max(1, num_tokens - num_former))
+        # Few first tokens, so that prefixes meet, and a tail of its own, so that they part.
+        num_prompt = max(1, num_tokens - num_former)
+        num_shared = min(num_shared, num_prompt)
+        tokens = array("i", [family] * num_shared + [self.num_submitted % VOCAB_SIZE] * (num_prompt - num_shared))
         num_former = num_tokens - len(tokens)
         for _ in range(num_former):
             tokens.append(next_token(tokens, VOCAB_SIZE))
@@ -203,7 +210,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         system.check_accounting()
         assert system.core.num_requests == 0
         assert system.core.outbox.num_kept == 0
-        assert [site.lane.pool.num_used for site in system.sites.values()] == [0]
+        assert [site.lane.kv.pool.num_used - site.lane.kv.tree.num_evictable for site in system.sites.values()] == [0]
         assert all(not site.worker.held for site in system.sites.values())
         for stream_id, stream in system.streams.items():
             assert stream.num_ends == 1

@@ -350,7 +350,10 @@ async def test_metrics_follow_the_core(tmp_path: Path) -> None:
     world.service.load()
     sample = world.context.registry.get_sample_value
     assert sample("headrace_scheduler_sequences", {"state": "running"}) == 0
-    assert sample("headrace_kv_pages", {"state": "free"}) == 12
+    assert sample("headrace_kv_pages", {"state": "running"}) == 0
+    assert sample("headrace_kv_pages", {"state": "free"}) + sample("headrace_kv_pages", {"state": "cached"}) == 12
+    assert sample("headrace_kv_pages", {"state": "cached"}) > 0
+    assert sample("headrace_kv_cache_usage_ratio") == 0
     assert sample("headrace_scheduler_steps_total") == world.service.core.counts.num_steps
     assert sample("headrace_scheduler_queue_wait_seconds_count") == 2
     assert sample("headrace_step_duration_seconds_count") == world.service.core.counts.num_steps

@@ -79,7 +79,7 @@ def test_decode_rows_come_first_and_samples_keep_the_plans_order(inputs: BatchIn
 def test_cached_tokens_are_not_computed(inputs: BatchInputs, plan: Plan) -> None:
     step = inputs.apply(plan(new={0: 6}, pages={0: [8, 9]}, rows={0: 2}, cached=4), int32(1, 2, 3, 4, 5, 6))
     assert (step.token_ids.tolist(), step.positions.tolist(), step.slot_mapping.tolist()) == ([5, 6], [4, 5], [36, 37])
-    assert inputs.own_pages(0).tolist() == [9]
+    assert inputs.unsettled_pages(0).tolist() == [9]
 
 
 def test_page_tables_are_padded_with_the_rows_own_pages(inputs: BatchInputs, plan: Plan) -> None:

@@ -60,6 +60,20 @@ def test_non_finite_row_fails_alone_and_its_pages_are_wiped(limits: Limits, plan
     assert list(result.failed_reasons) == [RowError.ROW_ERROR_UNKNOWN_SLOT]
 
 
+def test_wiping_leaves_full_pages_that_were_good_before(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    """They may belong to others by now: the scheduler shares them once a good token has come."""
+    runner, kv_cache = make_runner(limits)
+    size = limits.page_size
+    tokens = np.arange(NAN_TOKEN - size, NAN_TOKEN, dtype=np.int32)
+    result = runner.step(plan(new={0: size}, pages={0: [5, 6]}, rows={0: size}), tokens)
+    assert list(result.token_ids) == [NAN_TOKEN]
+    result = runner.step(StepPlan(row_slots=[0]), None)
+    assert list(result.failed_slots) == [0]
+    for layer in kv_cache.layers:
+        assert bool((layer[5] == 1).all())
+        assert bool((layer[6] == 0).all())
+
+
 def test_plan_that_only_frees_is_answered(limits: Limits, plan: Callable[..., StepPlan]) -> None:
     runner, _ = make_runner(limits)
     runner.step(plan(new={0: 2}, pages={0: [0]}, rows={0: 2}), np.array([1, 2], dtype=np.int32))

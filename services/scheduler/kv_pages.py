@@ -1,0 +1,101 @@
+"""The KV pages of one lane: the pool they come from, and the tree that keeps them for others.
+
+A page is free, or owned by the tree, or owned by one sequence. A sequence's first `num_shared_pages` pages are the tree's, locked
+by it, and the rest are its own. Pages go to the tree when the prompt's result is back and when the sequence leaves, never before
+the worker has said that their content is sound.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from services.scheduler.page_pool import PagePool
+from services.scheduler.radix_tree import TOKEN_BYTES, Eviction, Match, RadixTree
+from services.scheduler.sequence import Sequence
+
+
+class KvPages:
+    """Pool and tree as one.
+
+    Attributes:
+        pool: Which pages are free.
+        tree: Which prefixes are cached; always empty without an eviction policy.
+    """
+
+    def __init__(self, pool: PagePool, eviction: Eviction | None) -> None:
+        self.pool = pool
+        self.tree = RadixTree(pool.page_size, eviction or "lru")
+        self._keeps_prefixes = eviction is not None
+
+    @property
+    def num_usable(self) -> int:
+        """Pages that can be had: free ones, and cached ones that no sequence uses."""
+        return self.pool.num_free + self.tree.num_evictable
+
+    def match(self, sequence: Sequence) -> Match:
+        """The longest prefix of the sequence that is cached; its last token is never part of it, for that must be computed."""
+        num_pages = (sequence.num_tokens - 1) // self.pool.page_size
+        return self.tree.match(_bytes(sequence.tokens, num_pages * self.pool.page_size), num_pages)
+
+    def num_left(self, sequence: Sequence, match: Match) -> int:
+        """Pages that could still be had if the sequence entered now; negative when it could not."""
+        num_new = self.pool.pages_for(sequence.num_tokens) - match.num_pages
+        return self.num_usable - match.num_evictable_pages - num_new
+
+    def enter(self, sequence: Sequence, match: Match) -> None:
+        """Give a sequence the prefix found for it and pages for its other tokens; `num_left` must not be negative."""
+        if match.node is not None:
+            sequence.prefix, sequence.pages = self.tree.lock(match)
+        pages = self.allocate(self.pool.pages_for(sequence.num_tokens) - match.num_pages)
+        assert pages is not None, "admitted without room"
+        sequence.pages += pages
+        sequence.num_shared_pages = match.num_pages
+        sequence.num_reused_tokens = match.num_pages * self.pool.page_size
+        # What a sequence finds of its own when it comes back is no saving to its client.
+        if not sequence.num_admissions:
+            sequence.num_cached_tokens = min(sequence.num_reused_tokens, sequence.num_prompt_tokens)
+        sequence.num_admissions += 1
+
+    def allocate(self, num_pages: int) -> list[int] | None:
+        """Take pages, evicting cached ones where too few are free; None when there are not as many."""
+        num_missing = num_pages - self.pool.num_free
+        if num_missing > 0:
+            if num_missing > self.tree.num_evictable:
+                return None
+            self.pool.free(self.tree.evict(num_missing))
+        return self.pool.allocate(num_pages)
+
+    def publish(self, sequence: Sequence) -> None:
+        """The sequence's known tokens are all computed and sound: others may use its full pages from now on."""
+        sequence.is_sound = True
+        num_pages = sequence.num_tokens // self.pool.page_size
+        if not self._keeps_prefixes or num_pages == sequence.num_shared_pages:
+            return
+        tokens = _bytes(sequence.tokens, num_pages * self.pool.page_size)
+        # A sibling may have been first. Then this one goes on with its own pages, and gives them up when it leaves.
+        if self.tree.match(tokens, num_pages).num_pages > sequence.num_shared_pages:
+            return
+        node, _ = self.tree.insert(tokens, sequence.pages[:num_pages])
+        assert node is not None
+        self.tree.lock_node(node)
+        if sequence.prefix is not None:
+            self.tree.unlock(sequence.prefix)
+        sequence.prefix = node
+        sequence.num_shared_pages = num_pages
+
+    def leave(self, sequence: Sequence, num_computed: int) -> None:
+        """Take a sequence's pages back; the tree keeps those of its `num_computed` first tokens if they are sound."""
+        pages, num_kept = sequence.pages, sequence.num_shared_pages
+        if sequence.is_sound and self._keeps_prefixes:
+            num_full = num_computed // self.pool.page_size
+            _, num_present = self.tree.insert(_bytes(sequence.tokens, num_full * self.pool.page_size), pages[:num_full])
+            self.pool.free(pages[num_kept:num_present])
+            num_kept = num_full
+        self.pool.free(pages[num_kept:])
+        if sequence.prefix is not None:
+            self.tree.unlock(sequence.prefix)
+
+
+def _bytes(tokens: array[int], num_tokens: int) -> bytes:
+    """The first tokens as the tree takes them."""
+    return tokens.tobytes()[: num_tokens * TOKEN_BYTES]
