@@ -22,9 +22,9 @@ from bench.serve.records import RequestSpec
 from bench.serve.run import Outcome, Plan, ProbeError, execute
 from bench.serve.summary import Slo
 
-_TABLE_COLUMNS_MIN = 150
-
 Number = TypeVar("Number", int, float)
+
+_TABLE_COLUMNS_MAX = 400
 
 
 class _NumberList(click.ParamType[tuple[Number, ...]]):
@@ -135,9 +135,8 @@ def _dataset(name: str, endpoint: Endpoint, *, num_output_tokens: int) -> tuple[
 
 
 def _show(plan: Plan, outcome: Outcome) -> None:
-    # Without a terminal rich assumes 80 columns, which would cut the figures.
-    console = Console()
-    console.width = console.width if console.is_terminal else _TABLE_COLUMNS_MIN
+    # Wide enough for every row: where the terminal is narrow, long lines are better than figures cut short.
+    console = Console(width=_TABLE_COLUMNS_MAX)
     console.print(report.table(outcome))
     for remark in report.remarks(plan, outcome):
         console.print(f"- {remark}", markup=False, highlight=False)
