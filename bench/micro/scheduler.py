@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench.machine import provenance
 from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox
 from services.scheduler.policies.fcfs import FirstComeFirstServed
 from services.scheduler.scheduler import Scheduler
@@ -37,7 +38,8 @@ class Bench:
     """One scheduler with one lane whose worker answers at once."""
 
     def __init__(self, num_running: int, *, num_waiting: int, is_churning: bool) -> None:
-        self.core = Scheduler(WaitingQueue(FirstComeFirstServed(), max_requests=10**6, max_tokens=10**9), Outbox(linger_s=30))
+        queue = WaitingQueue(FirstComeFirstServed(), max_requests=10**6, max_tokens=10**9)
+        self.core = Scheduler(Lanes(), queue, Outbox(linger_s=30))
         capacity = LaneCapacity(
             model="m",
             max_model_len=8192,

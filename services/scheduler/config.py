@@ -12,8 +12,10 @@ from headrace.config.settings import Section
 class Settings(Section):
     """Bounds and order of one scheduler's waiting queue."""
 
-    policy: Literal["fcfs"] = Field(
-        "fcfs", description="Order in which waiting requests are admitted: fcfs, first come first served."
+    policy: Literal["fcfs", "lpm", "dfs-weight", "lof", "random"] = Field(
+        "fcfs",
+        description="Order in which waiting requests are admitted: fcfs, first come first served; lpm, longest cached prefix "
+        "first; dfs-weight, the cached prefix for which most wait first; lof, longest possible output first; random.",
     )
     prefix_cache: Literal["lru", "lfu", "fifo", "off"] = Field(
         "lru",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from services.scheduler.lane import Lane
-from services.scheduler.radix_tree import Match
+from services.scheduler.radix_tree import Match, Node
 from services.scheduler.sequence import Sequence
 
 
@@ -14,6 +14,7 @@ class Lanes:
 
     def __init__(self) -> None:
         self._lanes: dict[int, Lane] = {}
+        self._num_changes = 0
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -27,11 +28,16 @@ class Lanes:
 
     def add(self, lane: Lane) -> None:
         """A lane joins."""
+        self._num_changes += 1
         self._lanes[lane.lane_id] = lane
 
     def remove(self, lane_id: int) -> Lane | None:
         """A lane is lost."""
-        return self._lanes.pop(lane_id, None)
+        lane = self._lanes.pop(lane_id, None)
+        if lane is not None:
+            # Its part of `cache_version` stays counted, so that no number comes twice.
+            self._num_changes += 1 + lane.kv.tree.num_inserted
+        return lane
 
     def choose(self, sequence: Sequence) -> tuple[Lane, Match] | None:
         """The lane for a sequence, with the prefix it has there, among the lanes that can admit it now; None when none can.
@@ -40,6 +46,20 @@ class Lanes:
         """
         able = [(lane, match) for lane in self if lane.can_admit(sequence, match := lane.kv.match(sequence))]
         return min(able, key=lambda found: found[0].num_tokens - found[1].num_pages * found[0].kv.pool.page_size, default=None)
+
+    def longest_prefix(self, sequence: Sequence) -> tuple[Node | None, int]:
+        """The most of the sequence that any lane has cached: the node where it ends, and its tokens."""
+        found: tuple[Node | None, int] = (None, 0)
+        for lane in self:
+            match = lane.kv.match(sequence)
+            num_tokens = match.num_pages * lane.kv.pool.page_size
+            if num_tokens > found[1]:
+                found = (match.node, num_tokens)
+        return found
+
+    def cache_version(self) -> int:
+        """Changes when a prefix is added to a lane's cache. Eviction does not count: it makes an order worse, not wrong."""
+        return self._num_changes + sum(lane.kv.tree.num_inserted for lane in self)
 
     def largest_prompt(self) -> int:
         """Most tokens with which a sequence can enter any lane."""

@@ -92,12 +92,14 @@ class RadixTree:
         page_size: Tokens a page.
         num_pages: Pages that the tree owns.
         num_evictable: Of these, pages that nothing locks: all of them can be had by `evict`.
+        num_inserted: Prefixes, or ends of prefixes, that were new; counted from the start.
     """
 
     def __init__(self, page_size: int, eviction: Eviction = "lru") -> None:
         self.page_size = page_size
         self.num_pages = 0
         self.num_evictable = 0
+        self.num_inserted = 0
         self._page_bytes = page_size * TOKEN_BYTES
         self._order = _ORDER[eviction]
         self._roots: dict[str, _Root] = {}
@@ -197,6 +199,7 @@ class RadixTree:
         if at < length:
             leaf = Node(tokens[at:], pages[num_present:], node, self._now)
             node.children[tokens[at : at + self._page_bytes]] = leaf
+            self.num_inserted += 1
             self.num_pages += len(leaf.pages)
             self.num_evictable += len(leaf.pages)
             self._offer(leaf)

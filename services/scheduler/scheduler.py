@@ -85,10 +85,10 @@ class Scheduler:
         vocab_size: The model's; token ids are below it.
     """
 
-    def __init__(self, queue: WaitingQueue, outbox: Outbox, eviction: Eviction | None = "lru") -> None:
+    def __init__(self, lanes: Lanes, queue: WaitingQueue, outbox: Outbox, eviction: Eviction | None = "lru") -> None:
+        self.lanes = lanes
         self.queue = queue
         self.outbox = outbox
-        self.lanes = Lanes()
         self.counts = Counts()
         self.model = ""
         self.vocab_size = 0

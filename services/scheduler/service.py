@@ -30,9 +30,9 @@ from services.scheduler import messages
 from services.scheduler.config import Settings
 from services.scheduler.gauges import Gauges
 from services.scheduler.lane import Lane
+from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
-from services.scheduler.policies.fcfs import FirstComeFirstServed
-from services.scheduler.policies.policy import Policy
+from services.scheduler.policies.registry import POLICIES
 from services.scheduler.scheduler import Ending, Scheduler
 from services.scheduler.sequence import Sequence
 from services.scheduler.sequence_trace import SequenceTrace
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from headrace.wire.fake import FakeBack, FakeFront
 
 log = logs.get_logger()
-
-POLICIES: dict[str, type[Policy]] = {"fcfs": FirstComeFirstServed}
 
 
 class _Hub(Protocol):
@@ -386,11 +384,11 @@ class SchedulerService:
         self.context = context
         self.metrics = SchedulerMetrics(context.registry)
         self.is_draining = False
-        queue = WaitingQueue(
-            POLICIES[settings.policy](), max_requests=settings.max_waiting_requests, max_tokens=settings.max_waiting_tokens
-        )
+        lanes = Lanes()
+        policy = POLICIES[settings.policy](lanes)
+        queue = WaitingQueue(policy, max_requests=settings.max_waiting_requests, max_tokens=settings.max_waiting_tokens)
         eviction = None if settings.prefix_cache == "off" else settings.prefix_cache
-        self.core = Scheduler(queue, Outbox(linger_s=settings.unsent_linger_s), eviction)
+        self.core = Scheduler(lanes, queue, Outbox(linger_s=settings.unsent_linger_s), eviction)
         self._gauges = Gauges(self.metrics)
         self._workers = WorkerLink(self)
         self._detokenizers = DetokenizerLink(self, settings)

@@ -6,8 +6,9 @@ from array import array
 from collections.abc import Iterable
 
 from services.scheduler.lane import LaneCapacity
+from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox
-from services.scheduler.policies.fcfs import FirstComeFirstServed
+from services.scheduler.policies.registry import POLICIES
 from services.scheduler.radix_tree import Eviction
 from services.scheduler.scheduler import Scheduler
 from services.scheduler.sequence import Sequence, StoppingRules
@@ -39,11 +40,17 @@ def capacity(
 
 
 def scheduler(
-    *, max_requests: int = 1000, max_tokens: int = 1_000_000, linger_s: float = 30.0, eviction: Eviction | None = "lru"
+    *,
+    max_requests: int = 1000,
+    max_tokens: int = 1_000_000,
+    linger_s: float = 30.0,
+    eviction: Eviction | None = "lru",
+    policy: str = "fcfs",
 ) -> Scheduler:
     """A scheduler without lanes."""
-    queue = WaitingQueue(FirstComeFirstServed(), max_requests=max_requests, max_tokens=max_tokens)
-    return Scheduler(queue, Outbox(linger_s=linger_s), eviction)
+    lanes = Lanes()
+    queue = WaitingQueue(POLICIES[policy](lanes), max_requests=max_requests, max_tokens=max_tokens)
+    return Scheduler(lanes, queue, Outbox(linger_s=linger_s), eviction)
 
 
 def sequence(

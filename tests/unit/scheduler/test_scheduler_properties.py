@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from headrace.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, ReplicaDeadError, UnavailableError
+from services.scheduler.policies.registry import POLICIES
+from services.scheduler.radix_tree import Eviction
 from services.scheduler.sequence import FinishReason
 from tests.unit.scheduler import builders
 from tests.unit.scheduler.fake_worker import next_token
@@ -30,14 +32,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.system = System(builders.scheduler(max_requests=12, max_tokens=200))
         self.num_submitted = 0
         self.aborted: set[int] = set()
         self.stopped: set[int] = set()
         self.finals: list[Stream] = []
 
-    @initialize()
-    def first_lane(self) -> None:
+    @initialize(policy=st.sampled_from(sorted(POLICIES)), eviction=st.sampled_from(["lru", "lfu", "fifo", None]))
+    def begin(self, policy: str, eviction: Eviction | None) -> None:
+        self.system = System(builders.scheduler(max_requests=12, max_tokens=200, policy=policy, eviction=eviction))
         self.system.join(builders.capacity(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, num_pages=8))
 
     @precondition(lambda self: len(self.system.sites) < 3)
@@ -253,7 +255,7 @@ TestSchedulerHistories = SchedulerMachine.TestCase
 @pytest.mark.timeout(600)
 def test_many_more_histories() -> None:
     """The same machine for longer."""
-    run_state_machine_as_test(SchedulerMachine, settings=settings(_SETTINGS, max_examples=2_000))
+    run_state_machine_as_test(SchedulerMachine, settings=settings(_SETTINGS, max_examples=10_000))
 
 
 def test_a_scheduler_that_never_had_a_lane_refuses() -> None:
