@@ -61,6 +61,11 @@ class LaneCapacity:
         return min(self.max_model_len - 1, self.num_page_tokens)
 
 
+def preemption_order(sequence: Sequence) -> tuple[int, int]:
+    """The smallest is preempted first: who has the fewest output tokens to compute again, among equals the latest admitted."""
+    return sequence.num_output_tokens, -sequence.admission
+
+
 class Lane:
     """A worker group's share of the work.
 
@@ -116,9 +121,9 @@ class Lane:
         yield from self.decoding
         yield from self.prefilling
 
-    def latest_admitted(self) -> Sequence:
+    def next_victim(self) -> Sequence:
         """The running sequence to preempt first; there must be one."""
-        return next(reversed(self.prefilling or self.decoding))
+        return min(self.running(), key=preemption_order)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence of that many tokens could run here, were the lane empty."""

@@ -2,7 +2,8 @@
 
 Every decoding sequence gets one token. What is left of the token budget extends the prompts that are being prefilled, oldest first:
 a long prompt is spread over steps (chunked prefill) and shares them with decodes (mixed steps). A decoding sequence that crosses a
-page border gets a page; where none is free, the latest admitted sequences lose theirs (preemption) and wait again at the front.
+page border gets a page; where none can be had, the sequences with the fewest output tokens lose theirs (preemption) and wait again
+at the front. The one with the most always goes on, so some sequence always comes to its end.
 
 The planner reads counts, never token values, so it can plan a step before the result of the last one is back.
 
@@ -11,7 +12,7 @@ Source: iteration-level scheduling, Orca (OSDI 2022); chunked prefill, Sarathi-S
 
 from __future__ import annotations
 
-from services.scheduler.lane import Lane
+from services.scheduler.lane import Lane, preemption_order
 from services.scheduler.sequence import Sequence, Status
 from services.scheduler.step_plan import StepInFlight, StepPlan
 
@@ -46,15 +47,15 @@ def plan_step(lane: Lane) -> StepPlan | None:
 def _give_pages(lane: Lane, plan: StepPlan) -> None:
     """Give a page to each decoding sequence that needs one at this tick, preempting where the pool is empty."""
     due = lane.clock.take_page_due()
-    # Oldest first: then whoever is preempted, the latest admitted, has been given nothing in this plan.
-    due.sort(key=lambda sequence: sequence.admission)
+    # Who is preempted last comes first: then whoever is preempted has been given nothing in this plan.
+    due.sort(key=preemption_order, reverse=True)
     for sequence in due:
-        # Preempted for the sake of an older one.
+        # Preempted for the sake of another.
         if sequence.lane is not lane:
             continue
         pages = lane.kv.allocate(1)
         while pages is None:
-            victim = lane.latest_admitted()
+            victim = lane.next_victim()
             _preempt(lane, victim, plan)
             if victim is sequence:
                 break

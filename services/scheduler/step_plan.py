@@ -26,7 +26,7 @@ class StepPlan:
         same_rows: The rows are those of the last plan, one token each.
         num_rows: Rows, also with `same_rows`.
         num_tokens: Tokens computed, at most the token budget.
-        preempted: Sequences that lost their pages to this plan, the latest admitted first.
+        preempted: Sequences that lost their pages to this plan, in that order.
     """
 
     step_id: int

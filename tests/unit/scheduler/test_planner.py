@@ -165,7 +165,7 @@ def test_a_page_is_given_when_a_page_border_is_crossed() -> None:
     assert given == [[1], [], [1], [], [], [], [1]]
 
 
-def test_the_latest_admitted_loses_its_pages_and_finishes_later() -> None:
+def test_among_equals_the_latest_admitted_loses_its_pages_and_finishes_later() -> None:
     system, site = start(num_pages=6, page_size=4)
     submit(system, "old", 8, max_tokens=12)
     submit(system, "new", 4, max_tokens=12)
@@ -176,6 +176,20 @@ def test_the_latest_admitted_loses_its_pages_and_finishes_later() -> None:
     system.run()
     assert all(stream.finish is FinishReason.LENGTH and len(stream.tokens) == 12 for stream in system.streams.values())
     assert system.core.counts.num_preemptions >= 1
+
+
+def test_who_has_the_fewest_outputs_loses_its_pages_first() -> None:
+    system, site = start(num_pages=6, page_size=4)
+    submit(system, "old", 8, max_tokens=12)
+    # Moved here from another life with five output tokens.
+    system.submit(builders.sequence(system.core, "new", [9] * 9, num_output_tokens=5, max_tokens=17))
+    plan = step(system, site)
+    while not plan.preempted:
+        plan = step(system, site)
+    assert [sequence.request_id for sequence in plan.preempted] == ["old"]
+    system.run()
+    assert all(stream.finish is FinishReason.LENGTH for stream in system.streams.values())
+    system.check_accounting()
 
 
 def test_a_preempted_sequence_goes_before_those_that_wait() -> None:
