@@ -233,7 +233,7 @@ class Gateway:
 
     def open_stream(self, request: GenerationRequest, call: Call) -> ClientStream:
         """Start a generation."""
-        request = replace(request, model=self._backplane.directory.resolve_model(request.model))
+        request = replace(request, model=self._backplane.directory.resolve_model(request.model), tenant=call.tenant)
         opened = self._admit(Kind.GENERATE, request, call)
         observation = Observation(call, request, tracer=self.tracer, metrics=self._metrics)
         buffer = OutputBuffer(self._settings.client_buffer_bytes)

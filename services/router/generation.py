@@ -85,6 +85,7 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     stopping: Stopping = field(default_factory=Stopping)
     skip_special_tokens: bool = True
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class ModelOffer:
 
 @dataclass(slots=True)
 class Call:
-    """One client call on its way: identity, trace, deadline. Ended exactly once by the layer that began it."""
+    """One client call on its way: identity, whose it is, trace, deadline. Ended exactly once by the layer that began it."""
 
     request_id: str
     endpoint: str
@@ -126,6 +127,7 @@ class Call:
     span: Span = field(default_factory=lambda: Span(None, NO_CONTEXT))
     timeout_s: float | None = None
     is_streaming: bool = False
+    tenant: str = ""
     cut: Callable[[], object] | None = None
     """Breaks the client's connection; set by a layer whose sends may block for ever."""
 

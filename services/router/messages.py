@@ -115,6 +115,7 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         stopping=_stopping(request, with_stop_strings=False),
         eos_token_ids=encoded.eos_token_ids,
         detokenizer=target,
+        tenant=request.generation.tenant,
     )
     return "submit", body, [tokens]
 

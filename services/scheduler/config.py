@@ -12,10 +12,11 @@ from headrace.config.settings import Section
 class Settings(Section):
     """Bounds and order of one scheduler's waiting queue."""
 
-    policy: Literal["fcfs", "lpm", "dfs-weight", "lof", "random"] = Field(
+    policy: Literal["fcfs", "lpm", "dfs-weight", "lof", "random", "fair"] = Field(
         "fcfs",
         description="Order in which waiting requests are admitted: fcfs, first come first served; lpm, longest cached prefix "
-        "first; dfs-weight, the cached prefix for which most wait first; lof, longest possible output first; random.",
+        "first; dfs-weight, the cached prefix for which most wait first; lof, longest possible output first; random; "
+        "fair, by what each tenant (a request's `user`, else its API key) has been served.",
     )
     prefix_cache: Literal["lru", "lfu", "fifo", "off"] = Field(
         "lru",

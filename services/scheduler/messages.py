@@ -99,6 +99,7 @@ def sequence(
         ),
         target=target,
         sampling=submit.sampling,
+        tenant=submit.tenant,
         # Zero would mean none.
         deadline_ns=max(1, now_ns + deadline_unix_ns - now_unix_ns) if deadline_unix_ns else 0,
     )

@@ -66,6 +66,7 @@ class Sequence:
         target: Detokenizer its tokens go to.
         sampling: Sampling parameters, handed through to the worker unread.
         trace: Trace state of the shell, never looked at here.
+        tenant: Whose it is; only compared. Empty for all who did not say.
         deadline_ns: Monotonic time at which it is ended; zero means none.
         queued_ns: Monotonic time at which it was submitted.
     """
@@ -80,6 +81,7 @@ class Sequence:
     target: Target
     sampling: object = None
     trace: object = None
+    tenant: str = ""
     deadline_ns: int = 0
     queued_ns: int = 0
 

@@ -21,6 +21,7 @@ from services.router.generation import Call, Engine, GenerationRequest, OutputPi
 from services.router.grpc import conversions
 from services.router.limits import check_token_ids
 from services.router.messages import model_info
+from services.router.tenants import tenant_of
 
 log = logs.get_logger()
 
@@ -94,6 +95,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.is_streaming = method in {"Generate", "Chat"}
         call.timeout_s = _timeout_s(context)
         call.cut = _canceller()
+        call.tenant = tenant_of(None, metadata.get("authorization", ""))
         status, failure = "OK", None
         try:
             await context.send_initial_metadata(((conversions.REQUEST_ID_KEY, call.request_id),))

@@ -30,6 +30,7 @@ from headrace.telemetry import logs
 from services.router.generation import Call, Engine, OutputStream
 from services.router.http import native, openai, openai_answers, sse
 from services.router.http.openai_answers import ChatAnswer, CompletionAnswer
+from services.router.tenants import tenant_of
 
 log = logs.get_logger()
 
@@ -223,6 +224,7 @@ class HttpApp:
         call = exchange.call
         assert call is not None
         call.is_streaming = parsed.is_streaming
+        call.tenant = tenant_of(parsed.user, exchange.headers.get("authorization", ""))
         stream = self._engine.open_stream(parsed.generation, call)
         answer = answer_class(
             call.request_id, model=stream.model, created_unix_s=int(time.time()), include_usage=parsed.include_usage

@@ -28,9 +28,7 @@ from services.router.generation import (
 )
 from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, check_token_ids, refuse, shown
 
-IGNORED_FIELDS = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"}
-)
+IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"})
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
 
 _NOT_YET: dict[str, tuple[object, ...]] = {
@@ -112,6 +110,7 @@ class _Shared(_Body):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    user: str | None = None
 
 
 class _Chat(_Shared):
@@ -146,6 +145,7 @@ class ParsedRequest:
     """A request and how its answer is to be sent."""
 
     generation: GenerationRequest
+    user: str | None
     is_streaming: bool
     include_usage: bool
 
@@ -365,4 +365,4 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
         if options.continuous_usage_stats:
             _require_unused("stream_options.continuous_usage_stats", True, (False,))
     generation = GenerationRequest(body.model or "", prompt, sampling, stopping, body.skip_special_tokens is not False)
-    return ParsedRequest(generation, body.stream is True, options is not None and options.include_usage)
+    return ParsedRequest(generation, body.user, body.stream is True, options is not None and options.include_usage)

@@ -7,6 +7,7 @@ from typing import Final
 
 from services.scheduler.lanes import Lanes
 from services.scheduler.policies.dfs_weight import DepthFirstByWeight
+from services.scheduler.policies.fair import FairOverTenants
 from services.scheduler.policies.fcfs import FirstComeFirstServed
 from services.scheduler.policies.lof import LongestOutputFirst
 from services.scheduler.policies.lpm import LongestPrefixMatch
@@ -19,4 +20,5 @@ POLICIES: Final[Mapping[str, Callable[[Lanes], Policy]]] = {
     "dfs-weight": DepthFirstByWeight,
     "lof": lambda _lanes: LongestOutputFirst(),
     "random": lambda _lanes: RandomOrder(),
+    "fair": lambda _lanes: FairOverTenants(),
 }

@@ -57,6 +57,17 @@ async def test_generate_and_chat_stream_and_end_with_reason_and_usage() -> None:
         assert engine.ended == [("OK", None), ("OK", None)]
 
 
+async def test_a_call_is_counted_to_the_key_in_its_metadata() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as (_, channel):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        for metadata in ((("authorization", "Bearer secret"),), ()):
+            async for _ in stub.Generate(inference_pb2.GenerateRequest(model="m", text="hi"), metadata=metadata):
+                pass
+    assert engine.calls[0].tenant.startswith("key:")
+    assert engine.calls[1].tenant == ""
+
+
 async def test_tokenize_detokenize_and_models() -> None:
     async with serving(FakeEngine()) as (_, channel):
         stub = inference_pb2_grpc.InferenceStub(channel)

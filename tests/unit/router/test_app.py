@@ -109,6 +109,16 @@ async def test_a_chat_is_answered_whole_with_usage_and_request_id() -> None:
     assert engine.streams[0].num_closes >= 1
 
 
+async def test_a_request_is_counted_to_its_user_else_to_its_key() -> None:
+    engine = FakeEngine()
+    await Client(engine).request("POST", "/v1/chat/completions", BODY, authorization="Bearer secret")
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "user": "me"}).encode()
+    await Client(engine).request("POST", "/v1/chat/completions", body, authorization="Bearer secret")
+    await Client(engine).request("POST", "/v1/chat/completions", BODY)
+    assert engine.calls[0].tenant.startswith("key:")
+    assert [call.tenant for call in engine.calls[1:]] == ["user:me", ""]
+
+
 async def test_a_streamed_chat_has_role_text_reason_usage_and_done_in_order() -> None:
     client = await Client(FakeEngine()).request("POST", "/v1/chat/completions", STREAM_BODY)
     assert client.headers["content-type"].startswith("text/event-stream")
