@@ -141,7 +141,7 @@ class RadixTree:
         assert node is not None
         if match.num_node_pages < len(node.pages):
             node = self._split(node, match.num_node_pages)
-        self._lock_path(node)
+        self.lock_node(node)
         runs = []
         above: Node | None = node
         while above is not None:
@@ -151,7 +151,14 @@ class RadixTree:
 
     def lock_node(self, node: Node) -> None:
         """Use the prefix that ends with a node given by `insert`."""
-        self._lock_path(node)
+        self._now += 1
+        while node.parent is not None:
+            if not node.num_locks:
+                self.num_evictable -= len(node.pages)
+            node.num_locks += 1
+            node.last_use = self._now
+            node.num_uses += 1
+            node = node.parent
 
     def unlock(self, node: Node) -> None:
         """End one use of a prefix."""
@@ -271,16 +278,6 @@ class RadixTree:
         upper.children[node.tokens[: self._page_bytes]] = node
         parent.children[upper.tokens[: self._page_bytes]] = upper
         return upper
-
-    def _lock_path(self, node: Node) -> None:
-        self._now += 1
-        while node.parent is not None:
-            if not node.num_locks:
-                self.num_evictable -= len(node.pages)
-            node.num_locks += 1
-            node.last_use = self._now
-            node.num_uses += 1
-            node = node.parent
 
     def _offer(self, node: Node) -> None:
         """Make a node a candidate for eviction if it can be one and is none yet."""
