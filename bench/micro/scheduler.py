@@ -1,6 +1,6 @@
 """Time of the scheduler's core a step: plan and result, without messages and worker.
 
-    python -m bench.micro.scheduler [--json FILE]
+    python -m bench.micro.scheduler [--policy NAME] [--json FILE]
 
 Two loads at each number of running sequences: `steady`, where all decode and nothing changes but the pages, and `churn`, where in
 every step one sequence ends and another enters. `waiting` more requests stand in the queue. Median and 99th percentile over the
@@ -21,7 +21,7 @@ from bench.machine import provenance
 from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox
-from services.scheduler.policies.fcfs import FirstComeFirstServed
+from services.scheduler.policies.registry import POLICIES
 from services.scheduler.scheduler import Scheduler
 from services.scheduler.sequence import Sequence, StoppingRules
 from services.scheduler.step_plan import StepPlan, StepResult
@@ -30,6 +30,7 @@ from services.scheduler.waiting_queue import WaitingQueue
 NUM_RUNNING = (64, 256, 1024)
 NUM_WAITING = (0, 1000)
 PROMPT_TOKENS = 128
+NUM_TENANTS = 16
 EOS = 1
 TOKEN = 17
 
@@ -37,9 +38,10 @@ TOKEN = 17
 class Bench:
     """One scheduler with one lane whose worker answers at once."""
 
-    def __init__(self, num_running: int, *, num_waiting: int, is_churning: bool) -> None:
-        queue = WaitingQueue(FirstComeFirstServed(), max_requests=10**6, max_tokens=10**9)
-        self.core = Scheduler(Lanes(), queue, Outbox(linger_s=30))
+    def __init__(self, num_running: int, *, num_waiting: int, is_churning: bool, policy: str) -> None:
+        lanes = Lanes()
+        queue = WaitingQueue(POLICIES[policy](lanes), max_requests=10**6, max_tokens=10**9)
+        self.core = Scheduler(lanes, queue, Outbox(linger_s=30))
         capacity = LaneCapacity(
             model="m",
             max_model_len=8192,
@@ -70,7 +72,9 @@ class Bench:
                 stream_id=self.num_submitted,
                 owner=1,
                 model="m",
-                tokens=array("i", [TOKEN]) * PROMPT_TOKENS,
+                # Half of each prompt is everyone's, half its own.
+                tokens=array("i", [TOKEN] * (PROMPT_TOKENS // 2) + [self.num_submitted] * (PROMPT_TOKENS // 2)),
+                tenant=f"t{self.num_submitted % NUM_TENANTS}",
                 num_prompt_tokens=PROMPT_TOKENS,
                 stopping=stopping,
                 target=self.core.outbox.target("d", 1),
@@ -102,9 +106,9 @@ class Bench:
         return StepResult(plan.step_id, slots, [TOKEN] * len(slots))
 
 
-def measure(num_running: int, *, num_waiting: int, is_churning: bool, num_steps: int) -> dict[str, object]:
+def measure(num_running: int, *, num_waiting: int, is_churning: bool, policy: str, num_steps: int) -> dict[str, object]:
     """Medians and tails, in microseconds."""
-    bench = Bench(num_running, num_waiting=num_waiting, is_churning=is_churning)
+    bench = Bench(num_running, num_waiting=num_waiting, is_churning=is_churning, policy=policy)
     # Enough for every prompt to be prefilled and, with churn, for the lengths to spread.
     for _ in range(num_running * PROMPT_TOKENS // 8192 + (250 if is_churning else 20)):
         bench.step()
@@ -116,6 +120,7 @@ def measure(num_running: int, *, num_waiting: int, is_churning: bool, num_steps:
         results.append(result_ns / 1e3)
         both.append((plan_ns + result_ns) / 1e3)
     return {
+        "policy": policy,
         "load": "churn" if is_churning else "steady",
         "num_running": num_running,
         "num_waiting": num_waiting,
@@ -130,6 +135,7 @@ def main() -> None:
     """Measure all loads, print a table, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--policy", choices=POLICIES, default="fcfs", help="order of the waiting queue")
     parser.add_argument("--steps", type=int, default=400, help="steps measured for each load")
     arguments = parser.parse_args()
     rows = []
@@ -137,7 +143,13 @@ def main() -> None:
     for is_churning in (False, True):
         for num_running in NUM_RUNNING:
             for num_waiting in NUM_WAITING:
-                row = measure(num_running, num_waiting=num_waiting, is_churning=is_churning, num_steps=arguments.steps)
+                row = measure(
+                    num_running,
+                    num_waiting=num_waiting,
+                    is_churning=is_churning,
+                    policy=arguments.policy,
+                    num_steps=arguments.steps,
+                )
                 rows.append(row)
                 print(
                     f"{row['load']:8}{row['num_running']:>8}{row['num_waiting']:>8}{row['plan_us']:>10}"
