@@ -18,6 +18,7 @@ from pathlib import Path
 LIMITS_S = {
     "unit": 480,
     "contract": 300,
+    "properties": 600,
     "integration": 420,
     "supervision": 420,
     "parity": 300,

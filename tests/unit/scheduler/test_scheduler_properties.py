@@ -12,7 +12,7 @@ from array import array
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headrace.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, ReplicaDeadError, UnavailableError
 from services.scheduler.policies.registry import POLICIES
@@ -245,17 +245,10 @@ def _alone(stream: Stream) -> tuple[array[int], FinishReason]:
     return tokens[sequence.num_prompt_tokens :], FinishReason.LENGTH
 
 
-_SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
-SchedulerMachine.TestCase.settings = _SETTINGS
+SchedulerMachine.TestCase.settings = SETTINGS
 TestSchedulerHistories = SchedulerMachine.TestCase
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_many_more_histories() -> None:
-    """The same machine for longer."""
-    run_state_machine_as_test(SchedulerMachine, settings=settings(_SETTINGS, max_examples=10_000))
 
 
 def test_a_scheduler_that_never_had_a_lane_refuses() -> None:
