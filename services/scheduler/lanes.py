@@ -47,6 +47,10 @@ class Lanes:
         able = [(lane, match) for lane in self if lane.can_admit(sequence, match := lane.kv.match(sequence))]
         return min(able, key=lambda found: found[0].num_tokens - found[1].num_pages * found[0].kv.pool.page_size, default=None)
 
+    def has_free_slot(self) -> bool:
+        """Whether any lane has a slot to give."""
+        return any(lane.slots.num_free for lane in self)
+
     def longest_prefix(self, sequence: Sequence) -> tuple[Node | None, int]:
         """The most of the sequence that any lane has cached: the node where it ends, and its tokens."""
         found: tuple[Node | None, int] = (None, 0)

@@ -280,7 +280,8 @@ class Scheduler:
 
     def _admit(self, now_ns: int) -> None:
         """Let waiting sequences enter lanes, in order, as long as the next one can."""
-        while (sequence := self.queue.peek()) is not None and len(self.lanes):
+        # Without a free slot nobody can enter, and some policies take long to say who would.
+        while self.lanes.has_free_slot() and (sequence := self.queue.peek()) is not None:
             if sequence.model != self.model:
                 gone = NotFoundError(f"scheduler: model {sequence.model!r} is gone, {self.model!r} is here now", param="model")
                 self._end(sequence, FinishReason.ERROR, now_ns, gone)
