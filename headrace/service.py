@@ -152,8 +152,12 @@ def settings_from_process() -> Settings:
     return load_settings(file=Path(file) if file else None, environment=os.environ)
 
 
-def run_service(name: str) -> int:
+def run_service(name: str, *, prepare: Callable[[Settings], None] | None = None) -> int:
     """Run a service of this name until it is told to stop.
+
+    Args:
+        name: Of the service.
+        prepare: What a standby does before its turn: slow imports, nothing that the life before it holds.
 
     Returns:
         The exit status.
@@ -163,6 +167,10 @@ def run_service(name: str) -> int:
         settings = settings_from_process()
         instance = settings.instance or f"{name}-{socket.gethostname()}"
         logs.configure(service=name, instance=instance, level=settings.telemetry.log_level, output=settings.telemetry.log_output)
+        if attachment.standby_fd is not None and prepare is not None:
+            prepare(settings)
+            log.info("service.standing_by", process_pid=os.getpid())
+        attachment.wait_turn()
         uvloop.run(_live(name, instance, settings, attachment.notifier))
     except (ConfigError, ModelError) as error:
         attachment.notifier.state(State.FAILED, error.message)

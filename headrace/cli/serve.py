@@ -85,6 +85,7 @@ def _spec(
         start_after=start_after,
         stop_before=stop_before,
         stall_timeout_s=settings.supervision.stall_timeout_s,
+        has_standby=getattr(settings.sections[service], "standby", False),
     )
 
 

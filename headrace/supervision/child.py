@@ -30,10 +30,11 @@ from headrace.supervision.process_table import MARK_VARIABLE
 LIFELINE_VARIABLE = "HEADRACE_LIFELINE_FD"
 NOTIFY_VARIABLE = "HEADRACE_NOTIFY_FD"
 SUPERVISOR_PID_VARIABLE = "HEADRACE_SUPERVISOR_PID"
+STANDBY_VARIABLE = "HEADRACE_STANDBY_FD"
 RUN_DIRECTORY_VARIABLE = "HEADRACE_RUN_DIRECTORY"
 
 SUPERVISION_VARIABLES = frozenset(
-    {LIFELINE_VARIABLE, NOTIFY_VARIABLE, SUPERVISOR_PID_VARIABLE, RUN_DIRECTORY_VARIABLE, MARK_VARIABLE}
+    {LIFELINE_VARIABLE, NOTIFY_VARIABLE, SUPERVISOR_PID_VARIABLE, STANDBY_VARIABLE, RUN_DIRECTORY_VARIABLE, MARK_VARIABLE}
 )
 """Every variable a supervisor sets; the config loader must not call them unknown."""
 
@@ -100,20 +101,31 @@ class Notifier:
 class Attachment:
     """The tie to the supervisor, as the rest of the process sees it."""
 
-    def __init__(self, notifier: Notifier, *, is_supervised: bool) -> None:
+    def __init__(self, notifier: Notifier, *, is_supervised: bool, standby_fd: int | None = None) -> None:
         self.notifier = notifier
         self.is_supervised = is_supervised
+        self.standby_fd = standby_fd
+        """Ends when the turn of this process has come; None in one that is no standby. A group shares it."""
+
+    def wait_turn(self) -> None:
+        """In a standby, block until the life before has ended; else return at once."""
+        if self.standby_fd is not None:
+            while os.read(self.standby_fd, 1):
+                pass
+            os.close(self.standby_fd)
+            self.standby_fd = None
 
 
 def attach() -> Attachment:
     """Tie this process to its supervisor. Call once, first thing in `__main__`, before slow imports.
 
-    The three variables with numbers of this process alone are taken out of `os.environ`, and their descriptors are closed
+    The variables with numbers of this process alone are taken out of `os.environ`, and their descriptors are closed
     on exec, so that programs started from here are not mistaken for supervised ones. The mark and the run directory stay.
     """
     supervisor_pid = os.environ.pop(SUPERVISOR_PID_VARIABLE, None)
     lifeline = os.environ.pop(LIFELINE_VARIABLE, None)
     notify = os.environ.pop(NOTIFY_VARIABLE, None)
+    standby = os.environ.pop(STANDBY_VARIABLE, None)
     if supervisor_pid is None or lifeline is None or notify is None:
         return Attachment(Notifier(None), is_supervised=False)
     set_parent_death_signal(signal.SIGKILL)
@@ -128,7 +140,10 @@ def attach() -> Attachment:
     channel = socket.socket(fileno=int(notify))
     channel.setblocking(False)
     channel.set_inheritable(False)
-    return Attachment(Notifier(channel), is_supervised=True)
+    standby_fd = int(standby) if standby is not None else None
+    if standby_fd is not None:
+        os.set_inheritable(standby_fd, False)
+    return Attachment(Notifier(channel), is_supervised=True, standby_fd=standby_fd)
 
 
 def set_parent_death_signal(signum: int) -> None:

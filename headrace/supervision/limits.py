@@ -68,6 +68,10 @@ class ProcessSpec:
     """`never`: the death of this process ends the whole tree."""
     drain_deadline_s: float | None = None
     """Overrides the limit of the same name."""
+    has_standby: bool = False
+    """Keep the next life ready beside the running one; for programs that call `Attachment.wait_turn`."""
+    pass_fds: tuple[int, ...] = ()
+    """Open descriptors that the process inherits."""
 
 
 def check_specs(specs: Sequence[ProcessSpec]) -> None:

@@ -23,6 +23,7 @@ from headrace.supervision.notification import Notification
 from headrace.supervision.process import Process
 from headrace.supervision.progress_watch import ProgressWatch
 from headrace.supervision.restart_policy import RestartPolicy
+from headrace.supervision.standby import Standby
 
 log = structlog.get_logger(__name__)
 
@@ -44,8 +45,8 @@ class Failure:
 class MemberCallbacks:
     """The supervisor's side, as a member sees it."""
 
-    spawn: Callable[[ProcessSpec, int, Callable[[], None]], Process]
-    """Start a life: spec, its number, what to call on a change."""
+    spawn: Callable[[ProcessSpec, int, Callable[[], None], bool], Process]
+    """Start a life: spec, its number, what to call on a change, whether it stands by first."""
     closed: Callable[[Process], None]
     """A life is over and nothing of it is left."""
     state: Callable[[str, State, str], None]
@@ -74,6 +75,8 @@ class Member:
         self._has_started = False
         self._watch: ProgressWatch | None = None
         self._num_lives = 0
+        self._num_spawned = 0
+        self._standby = Standby(limits, spawn=lambda: self._spawn(is_standby=True), closed=callbacks.closed)
 
     async def run(self) -> None:
         """Start the process, and again after each end, until stopped or failed."""
@@ -81,6 +84,7 @@ class Member:
             while not self._is_last_life and await self._live_once():
                 log.debug("process.life_follows", process=self.spec.name, life=self._num_lives + 1)
         finally:
+            await self._standby.end()
             self.ended.set()
 
     def end_with_this_life(self) -> None:
@@ -113,7 +117,7 @@ class Member:
             now_ns=time.monotonic_ns(),
         )
         try:
-            process = self._callbacks.spawn(self.spec, self._num_lives, self._wake.set)
+            process = await self._standby.take() or self._spawn(is_standby=False)
         except OSError as error:
             return await self._after_end(f"cannot be started: {error}", None)
         self._process = process
@@ -135,6 +139,10 @@ class Member:
         reason = describe_exit(process.returncode)
         return await self._after_end(f"{stuck_reason}; {reason}" if stuck_reason is not None else reason, process)
 
+    def _spawn(self, *, is_standby: bool) -> Process:
+        self._num_spawned += 1
+        return self._callbacks.spawn(self.spec, self._num_spawned, self._wake.set, is_standby)
+
     async def _follow(self, process: Process) -> str | None:
         """Watch a running process until it ends, a stop is asked for (None), or it is stuck (the reason)."""
         assert self._watch is not None
@@ -147,7 +155,12 @@ class Member:
             if (reason := self._watch.verdict(time.monotonic_ns())) is not None:
                 return f"{reason}, process is {process.describe_state()}"
             deadline_ns = self._watch.deadline_ns()
-            await self._sleep(None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / _NS))
+            timeout_s = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / _NS)
+            # A standby must not compete with the start of the one that it is to follow.
+            if self.spec.has_standby and self._state is State.READY and not self._is_last_life:
+                await self._standby.keep()
+                timeout_s = _earlier(timeout_s, self._standby.due_in_s())
+            await self._sleep(timeout_s)
 
     async def _sleep(self, timeout_s: float | None) -> None:
         """Until something changes or the time is over."""
@@ -257,6 +270,10 @@ class Member:
         until = time.monotonic() + delay_s
         while not self._is_last_life and (rest_s := until - time.monotonic()) > 0:
             await self._sleep(rest_s)
+
+
+def _earlier(a_s: float | None, b_s: float | None) -> float | None:
+    return min((value for value in (a_s, b_s) if value is not None), default=None)
 
 
 def _first_given(own_s: float | None, default_s: float) -> float:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import structlog
 
-from headrace.supervision.child import LIFELINE_VARIABLE, NOTIFY_VARIABLE, SUPERVISOR_PID_VARIABLE
+from headrace.supervision.child import LIFELINE_VARIABLE, NOTIFY_VARIABLE, STANDBY_VARIABLE, SUPERVISOR_PID_VARIABLE
 from headrace.supervision.exit_status import describe_exit
 from headrace.supervision.limits import ProcessSpec
 from headrace.supervision.notification import Notification
@@ -76,6 +76,7 @@ class Process:
         channel: NotifyChannel,
         stderr: StderrReader,
         on_change: OnChange,
+        turn_fd: int | None,
     ) -> None:
         self.name = name
         self.pid = popen.pid
@@ -86,13 +87,16 @@ class Process:
         self._channel = channel
         self._stderr = stderr
         self._on_change = on_change
+        self._turn_fd = turn_fd
         self._exited = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._pidfd = os.pidfd_open(popen.pid)
         self._loop.add_reader(self._pidfd, self._on_exit)
 
     @classmethod
-    def spawn(cls, spec: ProcessSpec, context: SpawnContext, *, life: int, on_change: OnChange) -> Process:
+    def spawn(
+        cls, spec: ProcessSpec, context: SpawnContext, *, life: int, on_change: OnChange, is_standby: bool = False
+    ) -> Process:
         """Start `spec` as leader of a new session and process group.
 
         Args:
@@ -100,6 +104,7 @@ class Process:
             context: What the supervisor lends.
             life: Number of this life of the process, from 1.
             on_change: Called in the event loop after an exit or a notification.
+            is_standby: Whether it is to wait until `give_turn`.
 
         Raises:
             OSError: The program cannot be started.
@@ -109,6 +114,8 @@ class Process:
         mark = f"{context.token}:{spec.name}.{life}"
         outer = context.env.get(MARK_VARIABLE)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The end of this pipe is the word that its turn has come: heard by all who hold it, and never lost.
+        waiting_fd, turn_fd = os.pipe2(os.O_CLOEXEC) if is_standby else (None, None)
         try:
             with theirs:
                 own_variables = {
@@ -117,23 +124,32 @@ class Process:
                     SUPERVISOR_PID_VARIABLE: str(os.getpid()),
                     MARK_VARIABLE: f"{outer}/{mark}" if outer else mark,
                 }
+                own_fds = [context.lifeline_fd, theirs.fileno()]
+                if waiting_fd is not None:
+                    own_variables[STANDBY_VARIABLE] = str(waiting_fd)
+                    own_fds.append(waiting_fd)
                 popen = subprocess.Popen(
                     list(spec.argv),
                     stdin=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     bufsize=0,
                     env={**context.env, **spec.env, **own_variables},
-                    pass_fds=(context.lifeline_fd, theirs.fileno()),
+                    pass_fds=(*own_fds, *spec.pass_fds),
                     start_new_session=True,
                 )
         except BaseException:
             ours.close()
+            if turn_fd is not None:
+                os.close(turn_fd)
             raise
+        finally:
+            if waiting_fd is not None:
+                os.close(waiting_fd)
         assert popen.stderr is not None
         stderr = StderrReader(popen.stderr, relay=context.relay, num_lines_max=context.stderr_tail_lines)
         channel = NotifyChannel(ours, name=spec.name, on_change=on_change)
-        process = cls(spec.name, popen, mark=mark, channel=channel, stderr=stderr, on_change=on_change)
-        log.info("process.spawned", process=spec.name, process_pid=popen.pid, life=life)
+        process = cls(spec.name, popen, mark=mark, channel=channel, stderr=stderr, on_change=on_change, turn_fd=turn_fd)
+        log.info("process.spawned", process=spec.name, process_pid=popen.pid, life=life, is_standby=is_standby)
         return process
 
     @property
@@ -150,6 +166,13 @@ class Process:
     def stderr_lines(self) -> list[str]:
         """The last lines of its stderr, oldest first."""
         return self._stderr.lines
+
+    def give_turn(self) -> None:
+        """Let a standby go on."""
+        if self._turn_fd is not None:
+            log.info("process.turn_given", process=self.name, process_pid=self.pid)
+            os.close(self._turn_fd)
+            self._turn_fd = None
 
     def take_notifications(self) -> list[Notification]:
         """What the child has said since the last call, including what still waits in the socket."""
@@ -250,6 +273,9 @@ class Process:
         self._popen.poll()
         self._stderr.close()
         self._channel.close()
+        if self._turn_fd is not None:
+            os.close(self._turn_fd)
+            self._turn_fd = None
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)

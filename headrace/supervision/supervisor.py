@@ -205,9 +205,9 @@ class Supervisor:
     def _callbacks(self) -> MemberCallbacks:
         return MemberCallbacks(spawn=self._spawn, closed=self._on_closed, state=self._on_member_state, failure=self._on_failure)
 
-    def _spawn(self, spec: ProcessSpec, life: int, on_change: Callable[[], None]) -> Process:
+    def _spawn(self, spec: ProcessSpec, life: int, on_change: Callable[[], None], is_standby: bool) -> Process:
         assert self._context is not None and self._guard is not None
-        process = Process.spawn(spec, self._context, life=life, on_change=on_change)
+        process = Process.spawn(spec, self._context, life=life, on_change=on_change, is_standby=is_standby)
         self._processes[process.pid] = process
         self._guard.open_session(process.pid)
         return process

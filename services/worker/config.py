@@ -23,6 +23,9 @@ class Settings(Section):
         "auto",
         description="Threads that compute; auto is one a physical core it may use (docs/decisions/0005-worker-threads.md).",
     )
+    standby: bool = Field(
+        True, description="Keep a second process that has imported torch beside the worker; it takes over when the worker ends."
+    )
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Most sequences held at once.")
     max_num_batched_tokens: int = Field(512, ge=1, le=65536, description="Most tokens a step computes; long prompts are chunked.")
     page_size: int = Field(32, ge=1, le=1024, description="Tokens a KV page; the unit of allocation and of prefix sharing.")

@@ -18,7 +18,7 @@ from headrace.config.load import FILE_ENV, load_settings
 from headrace.config.load import Settings as SettingsTree
 from headrace.errors import ConfigError
 from headrace.lifecycle import State
-from headrace.supervision.child import Notifier, attach
+from headrace.supervision.child import STANDBY_VARIABLE, Notifier, attach
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
 from headrace.supervision.supervisor import Supervisor
 from headrace.telemetry import logs
@@ -29,6 +29,7 @@ RANK_MODULE: Final = "services.worker.rank"
 NUM_RANKS_MAX: Final = 1
 
 _DRAIN_SHARE: Final = 0.95
+_ANY_TIME_S: Final = 1e9
 
 
 def launch() -> int:
@@ -50,7 +51,8 @@ def launch() -> int:
     logs.configure(
         service="worker-launcher", instance=tree.instance, level=tree.telemetry.log_level, output=tree.telemetry.log_output
     )
-    return asyncio.run(_supervise(rank_specs(tree, settings), tree, attachment.notifier))
+    specs = rank_specs(tree, settings, standby_fd=attachment.standby_fd)
+    return asyncio.run(_supervise(specs, tree, attachment.notifier))
 
 
 def check_num_ranks(num_ranks: int) -> None:
@@ -66,14 +68,20 @@ def check_num_ranks(num_ranks: int) -> None:
         )
 
 
-def rank_specs(tree: SettingsTree, settings: Settings) -> list[ProcessSpec]:
-    """The processes of the group, in order of rank."""
+def rank_specs(tree: SettingsTree, settings: Settings, *, standby_fd: int | None) -> list[ProcessSpec]:
+    """The processes of the group, in order of rank. In a group that stands by, it is the ranks that wait for its turn."""
     supervision = tree.supervision
+    environment = thread_environment(num_compute_threads(settings), os.environ)
+    if standby_fd is not None:
+        environment[STANDBY_VARIABLE] = str(standby_fd)
     return [
         ProcessSpec(
             name=f"rank-{rank}",
             argv=(sys.executable, "-m", RANK_MODULE),
-            env=thread_environment(num_compute_threads(settings), os.environ),
+            env=environment,
+            pass_fds=() if standby_fd is None else (standby_fd,),
+            # From the turn on, whoever supervises the launcher counts.
+            start_timeout_s=None if standby_fd is None else _ANY_TIME_S,
             stall_timeout_s=supervision.stall_timeout_s,
             restart="never",
             # The launcher's own supervisor counts the same seconds from the same moment.

@@ -12,23 +12,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_START_TIME = 18
+"""Place of the start time in /proc/<pid>/stat after the state."""
+
 
 def processes_marked(mark: str) -> dict[int, str]:
-    """Live processes whose environment holds the mark, with their command lines. Zombies are not counted: they hold nothing."""
-    found: dict[int, str] = {}
+    """Live processes whose environment holds the mark, with their command lines, the oldest first.
+
+    Zombies are not counted: they hold nothing.
+    """
+    found: list[tuple[int, int, str]] = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             environment = (entry / "environ").read_bytes()
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            state, *fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             # It ended, or is not ours to look at.
             continue
         if mark.encode() in environment and state != "Z":
-            found[int(entry.name)] = command
-    return found
+            found.append((int(fields[_START_TIME]), int(entry.name), command))
+    return {pid: command for _, pid, command in sorted(found)}
 
 
 def listening_ports() -> set[int]:

@@ -114,15 +114,24 @@ class Server:
             self._process.stdout.close()
 
     def tree(self) -> dict[int, str]:
-        """Live processes of the tree by pid, as /proc shows them."""
+        """Live processes of the tree by pid, as /proc shows them, the oldest first."""
         return processes_marked(self.mark)
 
     def pid_of(self, module: str) -> int:
-        """The one process that runs a module."""
+        """The one process that runs a module; for a worker's, the one that works, not the younger that stands by."""
         what = f"-m {module}"
         found = [pid for pid, command in self.tree().items() if command.endswith(what)]
-        assert len(found) == 1, (what, self.tree())
+        assert len(found) == 1 or (found and module.startswith("services.worker")), (what, self.tree())
         return found[0]
+
+    def wait_standby(self) -> None:
+        """Until a worker stands by and has imported what it will want."""
+        wait_until(self._has_standby, 60, "a worker that stands by")
+
+    def _has_standby(self) -> bool:
+        lines = self.stderr_file.read_text(errors="replace").splitlines()
+        events = [json.loads(line) for line in lines if '"service.standing_by"' in line]
+        return bool({event["process_pid"] for event in events} & (self.tree().keys() - {self.pid_of("services.worker.rank")}))
 
     def stderr_tail(self, num_bytes: int = 4000) -> str:
         """The end of what the tree wrote to stderr."""

@@ -20,18 +20,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 MODEL = "smollm2-135m-instruct"
 LIMIT_S = 3.0
-"""Everything is gone, or the service is back, within this time of the kill, on a machine that imports torch in a second."""
+"""Everything is gone, or the service is back, within this time of the kill."""
 
-NUM_TRIES = 2
-"""A pause of the machine is not ours: the better of two kills counts."""
-
-
-@pytest.fixture(scope="module")
-def limit_s() -> float:
-    """LIMIT_S, longer in proportion where the machine is slower or busier than a second for a process that imports torch."""
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True, timeout=120)
-    return LIMIT_S * max(1.0, time.monotonic() - start)
+NUM_TRIES = 3
+"""A pause of the machine is not ours: the best of three kills counts."""
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +46,9 @@ def answer(server: Server, max_tokens: int = 2) -> str:
 
 
 def processes_of(server: Server, what: str) -> set[int]:
-    """The processes that must not outlive the kill: the one, or the worker's launcher and ranks together."""
+    """The processes that must not outlive the kill: the one, or the worker's launcher and rank together."""
     if what.startswith("services.worker"):
-        return {pid for pid, command in server.tree().items() if "services.worker" in command}
+        return {server.pid_of("services.worker"), server.pid_of("services.worker.rank")}
     return {server.pid_of(what)}
 
 
@@ -72,19 +64,20 @@ SERVICES = ["services.tokenizer", "services.scheduler", "services.detokenizer", 
 
 
 @pytest.mark.parametrize("what", [*SERVICES, "services.worker", "services.worker.rank"])
-def test_killed_service_is_back_in_time(victim: Server, limit_s: float, what: str) -> None:
+def test_killed_service_is_back_in_time(victim: Server, what: str) -> None:
     """Goal: a service, or the whole worker group, has a new life that serves within the limit."""
     took_s = []
     for _ in range(NUM_TRIES):
         wait_until(lambda: is_serving(victim), 30, "serving before the kill")
+        victim.wait_standby()
         before = processes_of(victim, what)
         kill(victim.pid_of(what))
         took_s.append(wait_until(lambda: is_serving(victim), 60, f"serving after {what} was killed"))
         assert not before & processes_of(victim, what)
-        if took_s[-1] <= limit_s:
+        if took_s[-1] <= LIMIT_S:
             break
-    print(f"\n{what}: serving again {took_s} s after its SIGKILL, limit {limit_s:.2f} s")
-    assert min(took_s) <= limit_s
+    print(f"\n{what}: serving again {took_s} s after its SIGKILL, limit {LIMIT_S} s")
+    assert min(took_s) <= LIMIT_S
 
 
 @pytest.mark.parametrize("what", ["services.tokenizer", "services.scheduler", "services.worker.rank", "services.detokenizer"])

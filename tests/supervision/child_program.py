@@ -36,6 +36,10 @@ def main() -> int:
     behaviour = json.loads(sys.argv[1])
     attachment = attach() if behaviour.get("attach", True) else None
     stop = threading.Event()
+    if attachment is not None and attachment.standby_fd is not None:
+        if "standby_exit" in behaviour:
+            return behaviour["standby_exit"]
+        attachment.wait_turn()
     if behaviour.get("ignore_sigterm"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:

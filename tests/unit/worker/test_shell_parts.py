@@ -121,7 +121,7 @@ def test_openmp_settings_of_the_user_are_left_alone() -> None:
 
 
 def test_ranks_die_together_and_more_than_one_is_refused() -> None:
-    specs = rank_specs(load_settings(), Settings(num_threads=1))
+    specs = rank_specs(load_settings(), Settings(num_threads=1), standby_fd=None)
     assert [(spec.name, spec.restart, spec.argv[-1]) for spec in specs] == [("rank-0", "never", "services.worker.rank")]
     check_num_ranks(1)
     with pytest.raises(ConfigError, match=r"worker\.num_ranks is 2; at most 1"):
