@@ -48,6 +48,7 @@ def test_every_variable_is_known_to_the_config_loader():
     assert {name.removeprefix("HEADRACE_") for name in SUPERVISION_VARIABLES} == {
         "LIFELINE_FD",
         "NOTIFY_FD",
+        "STANDBY_FD",
         "SUPERVISOR_PID",
         "RUN_DIRECTORY",
         "SUPERVISION_MARK",
