@@ -47,7 +47,7 @@ fmt: setup ## format and sort imports in place
 	$(BIN)/ruff format .
 
 bench: setup ## measure the server at 127.0.0.1:8000: TTFT, ITL, throughput (start it first: make up)
-	@exec $(BIN)/headrace bench serve --model $(MODEL) --concurrency 1,4,16 --num-requests 16 --ignore-eos
+	@exec $(BIN)/headrace bench serve --model $(MODEL) --concurrency 1,4,16 --num-requests 16 --ignore-eos --worker-metrics http://127.0.0.1:9103/metrics
 
 compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs Docker)
 	@tools/docker_engine.sh

@@ -102,7 +102,7 @@ class Bench:
         """What a worker would say: every row that is complete samples."""
         step = self.lane.in_flight[plan.step_id]
         # A list of its own, as one parsed from a message is.
-        slots = list(step.sampled_slots)
+        slots = list(step.sampled.slots)
         return StepResult(plan.step_id, slots, [TOKEN] * len(slots))
 
 

@@ -21,6 +21,7 @@ from bench.serve.openai_stream import Endpoint, Sampling
 from bench.serve.records import RequestSpec
 from bench.serve.run import Outcome, Plan, ProbeError, execute
 from bench.serve.summary import Slo
+from bench.serve.worker_gap import WorkerMetricsError
 
 Number = TypeVar("Number", int, float)
 
@@ -70,6 +71,7 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--seed", type=int, help="Of prompts and arrivals. [default: random, so that a warm prefix cache helps no run]")
 @click.option("--slo-ttft-ms", type=_ABOVE_0, help="Goodput counts requests with at most this TTFT ...")
 @click.option("--slo-itl-ms", type=_ABOVE_0, help="... and at most this TPOT (mean gap).")
+@click.option("--worker-metrics", help="A worker's /metrics page: report its idle time between steps. [default: do not]")
 @click.option("--api-key", help="Sent as a bearer token; kept out of the result.")
 @click.option("--timeout-s", type=_ABOVE_0, default=600.0, help="Limit of one request, its stream included.")
 @click.option("--new-connections", is_flag=True, help="A connection a request, for servers that drop idle ones.")
@@ -81,7 +83,7 @@ def serve(**options: Any) -> None:
     console = Console(stderr=True)
     try:
         outcome = uvloop.run(execute(plan, on_progress=console.print))
-    except ProbeError as error:
+    except (ProbeError, WorkerMetricsError) as error:
         raise click.ClickException(f"nothing measured at {plan.base_url}: {error}") from error
     _show(plan, outcome)
     json_path: Path | None = options["json_path"]
@@ -118,6 +120,7 @@ def _plan(**options: Any) -> Plan:
         timeout_s=options["timeout_s"],
         api_key=options["api_key"],
         new_connections=options["new_connections"],
+        worker_metrics_url=options["worker_metrics"],
     )
 
 

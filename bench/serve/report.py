@@ -41,6 +41,13 @@ def _level_remarks(plan: Plan, level: Level) -> list[str]:
         found.append(f"{num_short} requests ended by themselves before the asked number of output tokens (see --ignore-eos)")
     if summary.num_cached_tokens:
         found.append(f"{summary.num_cached_tokens} prompt tokens came from the server's prefix cache")
+    if level.worker is not None:
+        worker = level.worker
+        gap_ms = 1e3 * worker.idle_s / max(1, worker.num_steps)
+        found.append(
+            f"the worker was idle for {worker.idle_share:.2%} of its time while it held sequences: {gap_ms:.2f} ms before each of "
+            f"{worker.num_steps} steps on average"
+        )
     if summary.is_suspect:
         found.append(
             f"the client used {summary.client_cpu_share:.0%} of a core (over {CLIENT_CPU_SHARE_MAX:.0%}): the figures are suspect"

@@ -6,15 +6,18 @@ Uses the clock and the client; what to send comes from `prompts`, what it means 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import aiohttp
 
 from bench.serve import prompts
 from bench.serve.client import LoadClient, open_session
 from bench.serve.openai_stream import Endpoint, Sampling
 from bench.serve.records import RequestRecord, RequestSpec
 from bench.serve.summary import Slo, Summary, summarize
+from bench.serve.worker_gap import WorkerMetricsError, WorkerTimes, read_worker_times
 
 _PROBES_MAX = 3
 
@@ -47,6 +50,7 @@ class Plan:
     timeout_s: float
     api_key: str | None = None
     new_connections: bool = False
+    worker_metrics_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,19 @@ class PromptFit:
 
 @dataclass(frozen=True)
 class Level:
-    """One measured level: its name, its records and its figures."""
+    """One measured level: its name, its records and its figures, and the worker's times where they were asked for."""
 
     name: str
     records: list[RequestRecord]
     summary: Summary
+    worker: WorkerTimes | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The level for the result file."""
         origin_ns = min(record.started_ns for record in self.records)
         requests = [record.as_json(origin_ns=origin_ns) for record in self.records]
-        return {"name": self.name, "summary": self.summary.as_json(), "requests": requests}
+        worker = asdict(self.worker) if self.worker is not None else None
+        return {"name": self.name, "summary": self.summary.as_json(), "worker": worker, "requests": requests}
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ async def execute(plan: Plan, *, on_progress: Callable[[str], None]) -> Outcome:
 
     Raises:
         ProbeError: The endpoint refused or failed the probe.
+        WorkerMetricsError: The worker's metrics were asked for and cannot be read.
     """
     session_options = {"api_key": plan.api_key, "timeout_s": plan.timeout_s, "new_connections": plan.new_connections}
     async with open_session(**session_options) as session:  # type: ignore[arg-type]
@@ -109,15 +116,37 @@ async def execute(plan: Plan, *, on_progress: Callable[[str], None]) -> Outcome:
                 if not record.is_ok:
                     on_progress(f"a warm-up request failed: {record.error_kind}: {record.error_message}")
         levels = []
+        watch = _WorkerWatch(session, plan.worker_metrics_url)
         for concurrency in plan.concurrencies:
             name = f"concurrency {concurrency}"
             on_progress(f"{name}: {plan.num_requests} requests")
-            levels.append(await _measure_closed(client, plan, name, num_words=num_words, concurrency=concurrency))
+            measuring = _measure_closed(client, plan, name, num_words=num_words, concurrency=concurrency)
+            levels.append(await watch.over(measuring))
         for rate_per_s in plan.rates_per_s:
             name = f"rate {rate_per_s:g}/s"
             on_progress(f"{name}: {plan.num_requests} requests")
-            levels.append(await _measure_open(client, plan, name, num_words=num_words, rate_per_s=rate_per_s))
+            levels.append(await watch.over(_measure_open(client, plan, name, num_words=num_words, rate_per_s=rate_per_s)))
     return Outcome(levels=levels, prompt_fit=fit)
+
+
+class _WorkerWatch:
+    """Looks at a worker's times before and after each level; does nothing without a URL."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str | None) -> None:
+        self._session = session
+        self._url = url
+
+    async def over(self, measuring: Coroutine[Any, Any, Level]) -> Level:
+        """Measure a level and add the worker's times of it."""
+        if self._url is None:
+            return await measuring
+        try:
+            before = await read_worker_times(self._session, self._url)
+        except WorkerMetricsError:
+            measuring.close()
+            raise
+        level = await measuring
+        return replace(level, worker=(await read_worker_times(self._session, self._url)).since(before))
 
 
 async def _measure_closed(client: LoadClient, plan: Plan, name: str, *, num_words: int, concurrency: int) -> Level:

@@ -140,6 +140,11 @@ class WorkerMetrics:
         self.step_duration = Histogram(
             "headrace_worker_step_seconds", "Compute time of a step.", buckets=names.BUCKETS_STEP_S, registry=registry
         )
+        self.idle = Counter(
+            "headrace_worker_idle_seconds",
+            "Time between steps with sequences held and none computed.",
+            registry=registry,
+        )
         self.sequences = Gauge("headrace_worker_sequences", "Sequences held.", registry=registry)
         self.row_errors = Counter("headrace_worker_row_errors", "Rows that failed, by reason.", ["reason"], registry=registry)
         self.dropped_results = Counter(

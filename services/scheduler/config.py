@@ -23,6 +23,10 @@ class Settings(Section):
         description="What of the prefix cache goes first when its pages are needed: lru, least recently used; lfu, least often "
         "used; fifo, oldest; off: keep no prefixes.",
     )
+    run_ahead: bool = Field(
+        True,
+        description="Plan a step while the worker computes the one before it, so that it never waits; false: after its result.",
+    )
     max_waiting_requests: int = Field(
         1024, ge=1, description="Most requests that wait for a lane; further ones are refused as overloaded."
     )

@@ -54,6 +54,18 @@ class DecodeClock:
         """Sequences that need a page at this tick."""
         return list(self._page_due.pop(self.tick, ()))
 
+    def num_page_due(self) -> int:
+        """Sequences that will need a page at the next tick."""
+        return len(self._page_due.get(self.tick + 1, ()))
+
+    def limits_under_way(self) -> list[Sequence]:
+        """Sequences that reach their limit with a result that is not back."""
+        return [sequence for tick in range(self.num_done + 1, self.tick + 1) for sequence in self._limit_due.get(tick, ())]
+
+    def stop_growing(self, sequence: Sequence) -> None:
+        """A sequence gets no further row."""
+        self._take_out(self._page_due, sequence.page_due_tick, sequence)
+
     def take_limit_due(self, tick: int) -> list[Sequence]:
         """Sequences that reach their limit with the result of `tick`."""
         return list(self._limit_due.pop(tick, ()))

@@ -17,7 +17,7 @@ from services.scheduler.page_pool import PagePool
 from services.scheduler.radix_tree import NO_MATCH, Eviction, Match
 from services.scheduler.sequence import Sequence, Status
 from services.scheduler.slot_table import SlotTable
-from services.scheduler.step_plan import StepInFlight
+from services.scheduler.step_plan import Rows, StepInFlight
 from services.scheduler.token_fanout import TokenFanout
 
 
@@ -74,17 +74,20 @@ class Lane:
         capacity: What it offers.
         prefilling: Sequences with known tokens left to schedule, oldest admission first.
         decoding: Sequences that get one token a step, oldest admission first.
-        in_flight: Plans whose results are not back, by step id.
+        last_rows: Sequences whose last token is being computed: they get no further row and end with a result under way.
+        in_flight: Plans whose results are not back, by step id, oldest first.
+        max_in_flight: Most of them: 2 to run ahead of the worker, 1 to wait for each result.
         version: Changes whenever a running sequence leaves or its output is redirected.
-        rows_changed: `decoding` is not what `decode_rows` says.
+        rows: Those of `decoding`; None when it has changed since they were made.
         num_tokens: Tokens of its running sequences: its load.
         num_backlog_tokens: Of these, prompt tokens not yet scheduled.
         stop_token_ids: Stop tokens of its running sequences, counted.
     """
 
-    def __init__(self, lane_id: int, capacity: LaneCapacity, eviction: Eviction | None = "lru") -> None:
+    def __init__(self, lane_id: int, capacity: LaneCapacity, eviction: Eviction | None = "lru", *, max_in_flight: int = 2) -> None:
         self.lane_id = lane_id
         self.capacity = capacity
+        self.max_in_flight = max_in_flight
         self.kv = KvPages(PagePool(capacity.num_pages, capacity.page_size, name=capacity.pool_name), eviction)
         # A decoding sequence gets a token in every step, so there may be no more of them than the token budget has tokens.
         self.slots = SlotTable(min(capacity.max_num_seqs, capacity.max_num_batched_tokens))
@@ -92,14 +95,13 @@ class Lane:
         self.fanout = TokenFanout()
         self.prefilling: dict[Sequence, None] = {}
         self.decoding: dict[Sequence, None] = {}
+        self.last_rows: dict[Sequence, None] = {}
         self.in_flight: dict[int, StepInFlight] = {}
         self.is_draining = False
         self.last_step_id = 0
         self.version = 0
-        self.rows_changed = True
-        self.decode_rows: list[Sequence] = []
-        self.decode_slots: list[int] = []
-        # The last plan's rows were `decode_rows`, one token each.
+        self.rows: Rows | None = None
+        # The last plan's rows were `rows`, one token each.
         self.is_steady = False
         self.num_tokens = 0
         self.num_backlog_tokens = 0
@@ -109,7 +111,7 @@ class Lane:
     @property
     def num_running(self) -> int:
         """Sequences admitted and not ended."""
-        return len(self.prefilling) + len(self.decoding)
+        return len(self.prefilling) + len(self.decoding) + len(self.last_rows)
 
     @property
     def has_work(self) -> bool:
@@ -117,7 +119,8 @@ class Lane:
         return bool(self.decoding or self.prefilling or self.slots.has_freed)
 
     def running(self) -> Iterator[Sequence]:
-        """Running sequences, oldest admission first."""
+        """Running sequences, those that began to decode first at the front."""
+        yield from self.last_rows
         yield from self.decoding
         yield from self.prefilling
 
@@ -160,11 +163,20 @@ class Lane:
         """The step being planned schedules the last of the sequence's known tokens."""
         del self.prefilling[sequence]
         self.decoding[sequence] = None
-        self.rows_changed = True
+        self.rows = None
         # A sequence that fills the whole pool is alone and could never grow: it ends there instead of being preempted for ever.
         limit = min(sequence.token_limit(self.capacity.max_model_len), self.capacity.num_page_tokens + 1)
         page_tokens = len(sequence.pages) * self.kv.pool.page_size
         self.clock.enter(sequence, page_tokens=page_tokens, token_limit=limit)
+
+    def retire(self) -> None:
+        """Give no row in the next step to sequences whose last token is under way."""
+        for sequence in self.clock.limits_under_way():
+            if sequence in self.decoding:
+                del self.decoding[sequence]
+                self.last_rows[sequence] = None
+                self.clock.stop_growing(sequence)
+                self.rows = None
 
     def release(self, sequence: Sequence) -> None:
         """Take the sequence's slot and pages back, whatever it is doing; the tree keeps what is known to be sound of them."""
@@ -172,7 +184,10 @@ class Lane:
         if sequence in self.decoding:
             del self.decoding[sequence]
             self.clock.leave(sequence)
-            self.rows_changed = True
+            self.rows = None
+        elif sequence in self.last_rows:
+            del self.last_rows[sequence]
+            self.clock.leave(sequence)
         else:
             del self.prefilling[sequence]
             self.num_backlog_tokens -= sequence.num_tokens - sequence.num_scheduled
@@ -182,9 +197,3 @@ class Lane:
         self.slots.free(sequence.slot, is_announced=sequence.is_announced)
         self.version += 1
         sequence.leave_lane()
-
-    def refresh_rows(self) -> None:
-        """Make the row lists anew after `decoding` has changed. New lists: plans in flight keep the old ones."""
-        self.decode_rows = list(self.decoding)
-        self.decode_slots = [sequence.slot for sequence in self.decode_rows]
-        self.rows_changed = False

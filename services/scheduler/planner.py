@@ -5,7 +5,9 @@ a long prompt is spread over steps (chunked prefill) and shares them with decode
 page border gets a page; where none can be had, the sequences with the fewest output tokens lose theirs (preemption) and wait again
 at the front. The one with the most always goes on, so some sequence always comes to its end.
 
-The planner reads counts, never token values, so it can plan a step before the result of the last one is back.
+The planner reads counts, never token values, so it may run ahead: a step is planned while the one before it is at the worker, which
+appends the tokens it samples by itself. A sequence whose last token is under way gets no further row; one that turns out to have
+stopped is trimmed when the result comes; and a plan that would have to preempt waits, for the result may free pages.
 
 Source: iteration-level scheduling, Orca (OSDI 2022); chunked prefill, Sarathi-Serve (OSDI 2024).
 """
@@ -14,20 +16,17 @@ from __future__ import annotations
 
 from services.scheduler.lane import Lane, preemption_order
 from services.scheduler.sequence import Sequence, Status
-from services.scheduler.step_plan import StepInFlight, StepPlan
-
-# Plans at the worker whose results are not back. One: the next plan leaves when the result has come.
-MAX_STEPS_IN_FLIGHT = 1
+from services.scheduler.step_plan import Rows, StepInFlight, StepPlan
 
 
 def plan_step(lane: Lane) -> StepPlan | None:
     """Decide the lane's next step.
 
     Returns:
-        A plan, or None when one is at the worker already or there is nothing to say. A plan may have no rows, only freed slots;
-        it is not answered.
+        A plan, or None when enough of them are at the worker or there is nothing to say. A plan may have no rows, only freed
+        slots; it is not answered.
     """
-    if len(lane.in_flight) >= MAX_STEPS_IN_FLIGHT or not lane.has_work:
+    if not lane.has_work or (lane.in_flight and not _can_run_ahead(lane)):
         return None
     lane.last_step_id += 1
     plan = StepPlan(lane.last_step_id)
@@ -37,11 +36,20 @@ def plan_step(lane: Lane) -> StepPlan | None:
     lane.clock.tick += 1
     _give_pages(lane, plan)
     plan.freed_slots = lane.slots.take_freed()
-    if lane.rows_changed:
-        lane.refresh_rows()
+    if lane.rows is None:
+        # New lists: plans in flight keep the old ones.
+        lane.rows = Rows.of(lane.decoding)
         lane.is_steady = False
-    _add_rows(lane, plan)
+    _add_rows(lane, plan, lane.rows)
     return plan
+
+
+def _can_run_ahead(lane: Lane) -> bool:
+    """Whether a step can be planned, and truly, before the results under way are back."""
+    if len(lane.in_flight) >= lane.max_in_flight:
+        return False
+    lane.retire()
+    return bool(lane.decoding or lane.prefilling) and lane.clock.num_page_due() <= lane.kv.num_usable
 
 
 def _give_pages(lane: Lane, plan: StepPlan) -> None:
@@ -73,32 +81,30 @@ def _preempt(lane: Lane, victim: Sequence, plan: StepPlan) -> None:
     plan.preempted.append(victim)
 
 
-def _add_rows(lane: Lane, plan: StepPlan) -> None:
+def _add_rows(lane: Lane, plan: StepPlan, rows: Rows) -> None:
     """Fill in the rows: all that decode, then chunks of prompts as far as the budget goes."""
-    decode_rows = lane.decode_rows
-    plan.num_rows = plan.num_tokens = len(decode_rows)
-    sampled, sampled_slots = decode_rows, lane.decode_slots
-    extended: list[tuple[Sequence, int, int]] = []
+    plan.num_rows = plan.num_tokens = len(rows.slots)
+    sampled = rows
+    extended: list[tuple[Sequence, int, int, int]] = []
     completed: list[Sequence] = []
     if lane.prefilling:
-        extended, completed = _extend(lane, plan)
+        extended, completed = _extend(lane, plan, rows.slots)
         if completed:
-            sampled = decode_rows + completed
-            sampled_slots = lane.decode_slots + [sequence.slot for sequence in completed]
-    if plan.num_rows > len(decode_rows):
+            sampled = rows + Rows.of(completed)
+    if plan.num_rows > len(rows.slots):
         lane.is_steady = False
     elif lane.is_steady:
         plan.same_rows = True
     else:
-        plan.row_slots = lane.decode_slots
+        plan.row_slots = rows.slots
         lane.is_steady = True
-    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, sampled, sampled_slots, extended, completed)
+    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, sampled, extended, completed)
 
 
-def _extend(lane: Lane, plan: StepPlan) -> tuple[list[tuple[Sequence, int, int]], list[Sequence]]:
+def _extend(lane: Lane, plan: StepPlan, decode_slots: list[int]) -> tuple[list[tuple[Sequence, int, int, int]], list[Sequence]]:
     """Spend the rest of the budget on prompts. Returns those that go on in a later step, and those that are complete."""
     budget = lane.capacity.max_num_batched_tokens - plan.num_tokens
-    extended: list[tuple[Sequence, int, int]] = []
+    extended: list[tuple[Sequence, int, int, int]] = []
     completed: list[Sequence] = []
     slots: list[int] = []
     counts: list[int] = []
@@ -121,10 +127,10 @@ def _extend(lane: Lane, plan: StepPlan) -> tuple[list[tuple[Sequence, int, int]]
             completed.append(sequence)
             lane.begin_decode(sequence)
         else:
-            extended.append((sequence, sequence.slot, sequence.num_scheduled))
+            extended.append((sequence, sequence.slot, sequence.admission, sequence.num_scheduled))
     if slots:
         plan.num_rows += len(slots)
-        plan.row_slots = lane.decode_slots + slots
+        plan.row_slots = decode_slots + slots
         if plan.num_tokens > plan.num_rows:
-            plan.row_num_new_tokens = [1] * len(lane.decode_slots) + counts
+            plan.row_num_new_tokens = [1] * len(decode_slots) + counts
     return extended, completed

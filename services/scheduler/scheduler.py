@@ -85,7 +85,9 @@ class Scheduler:
         vocab_size: The model's; token ids are below it.
     """
 
-    def __init__(self, lanes: Lanes, queue: WaitingQueue, outbox: Outbox, eviction: Eviction | None = "lru") -> None:
+    def __init__(
+        self, lanes: Lanes, queue: WaitingQueue, outbox: Outbox, eviction: Eviction | None = "lru", *, run_ahead: bool = True
+    ) -> None:
         self.lanes = lanes
         self.queue = queue
         self.outbox = outbox
@@ -94,6 +96,7 @@ class Scheduler:
         self.vocab_size = 0
         self._max_prompt_tokens = 0
         self._eviction: Eviction | None = eviction
+        self._max_in_flight = 2 if run_ahead else 1
         self._num_lanes_joined = 0
         self._requests: dict[str, Sequence] = {}
         self._streams: dict[int, Sequence] = {}
@@ -208,7 +211,7 @@ class Scheduler:
                 param="capacity.model",
             )
         self.lane_lost(lane_id, now_ns)
-        lane = Lane(lane_id, capacity, self._eviction)
+        lane = Lane(lane_id, capacity, self._eviction, max_in_flight=self._max_in_flight)
         # A worker that comes back in the same life must see no step id twice.
         self._num_lanes_joined += 1
         lane.last_step_id = self._num_lanes_joined << 32

@@ -67,6 +67,8 @@ class Sequence:
         sampling: Sampling parameters, handed through to the worker unread.
         trace: Trace state of the shell, never looked at here.
         tenant: Whose it is; only compared. Empty for all who did not say.
+        namespace: Prefixes are shared only inside one. Empty for all who did not say.
+        priority: The larger, the more important.
         deadline_ns: Monotonic time at which it is ended; zero means none.
         queued_ns: Monotonic time at which it was submitted.
     """
@@ -82,6 +84,8 @@ class Sequence:
     sampling: object = None
     trace: object = None
     tenant: str = ""
+    namespace: str = ""
+    priority: int = 0
     deadline_ns: int = 0
     queued_ns: int = 0
 

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.errors import HeadraceError, OverloadedError, ProtocolError, ReplicaDeadError
@@ -36,6 +37,8 @@ from services.scheduler.policies.registry import POLICIES
 from services.scheduler.scheduler import Ending, Scheduler
 from services.scheduler.sequence import Sequence
 from services.scheduler.sequence_trace import SequenceTrace
+from services.scheduler.step_pacer import StepPacer
+from services.scheduler.step_plan import StepPlan
 from services.scheduler.token_fanout import StreamBatch
 from services.scheduler.waiting_queue import WaitingQueue
 
@@ -156,6 +159,14 @@ class RouterLink:
             self.reject(peer.incarnation, router.Rejected(request_id=redirect.request_id, error=messages.error_detail(error)))
 
 
+@dataclass(frozen=True, slots=True)
+class _StepSent:
+    """What the shell remembers of a step at the worker."""
+
+    planned_ns: int
+    num_extra_tokens: int
+
+
 class WorkerSite:
     """A lane and the worker behind it."""
 
@@ -163,9 +174,39 @@ class WorkerSite:
         self.peer = peer
         self.lane = lane
         self.model = model
-        self.planned_ns = 0
+        self.pacer = StepPacer()
+        # Steps whose results are not back, the oldest of which the worker computes, since about `begun_ns`.
+        self.steps: deque[_StepSent] = deque()
+        self.begun_ns = 0
+        self.timer: asyncio.TimerHandle | None = None
         # Plans that a full queue refused. The lane holds them for made, so they must go before any other.
         self.unsent: deque[tuple[worker.StepPlan, list[bytes]]] = deque()
+
+    def on_planned(self, plan: StepPlan, now_ns: int) -> None:
+        """A plan with rows was made."""
+        if not self.steps:
+            self.begun_ns = now_ns
+        self.steps.append(_StepSent(now_ns, plan.num_tokens - plan.num_rows))
+
+    def on_result(self, result: scheduler.StepResult, now_ns: int) -> _StepSent:
+        """The oldest step's result came; the worker is at the next."""
+        step = self.steps.popleft()
+        self.begun_ns = now_ns
+        if result.finished_unix_ns > result.started_unix_ns:
+            self.pacer.record(step.num_extra_tokens, result.finished_unix_ns - result.started_unix_ns)
+        return step
+
+    def next_plan_in_ns(self, now_ns: int) -> int:
+        """Time until the next plan shall leave; zero or less for now."""
+        if not self.steps:
+            return 0
+        return self.begun_ns + self.pacer.leave_after_ns(self.steps[0].num_extra_tokens) - now_ns
+
+    def cancel_timer(self) -> None:
+        """No plan is to be made later."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def send(self) -> None:
         """Send the plans that have been made, as far as the queue takes them."""
@@ -209,6 +250,7 @@ class WorkerLink:
         site = self.sites.pop(peer.incarnation, None)
         if site is None:
             return
+        site.cancel_timer()
         log.warning("lane.lost", worker=peer.instance, reason=reason, num_sequences=site.lane.num_running)
         self._hub.core.lane_lost(peer.incarnation, time.monotonic_ns())
         self._hub.lanes_changed()
@@ -230,15 +272,20 @@ class WorkerLink:
         hub = self._hub
         now_ns = time.monotonic_ns()
         if hub.core.step_result(site.lane, messages.step_result(message.step_result), now_ns):
-            hub.metrics.step_duration.observe((now_ns - site.planned_ns) / 1e9)
+            step = site.on_result(message.step_result, now_ns)
+            hub.metrics.step_duration.observe((now_ns - step.planned_ns) / 1e9)
         self.plan(site)
         hub.wake()
 
     def plan(self, site: WorkerSite) -> None:
-        """Make and send the plans a lane can have now."""
+        """Make and send the plans a lane can have now, and set a timer for the one it shall have later."""
         hub = self._hub
-        while not site.unsent:
+        site.cancel_timer()
+        while not site.unsent and len(site.steps) < site.lane.max_in_flight:
             now_ns = time.monotonic_ns()
+            if (delay_ns := site.next_plan_in_ns(now_ns)) > 0:
+                site.timer = asyncio.get_running_loop().call_later(delay_ns / 1e9, self._on_timer, site)
+                return
             plan = hub.core.plan(site.lane, now_ns)
             if plan is None:
                 return
@@ -246,10 +293,20 @@ class WorkerLink:
             site.unsent.append(messages.step_plan(plan, works))
             site.send()
             if plan.num_rows:
-                site.planned_ns = now_ns
+                site.on_planned(plan, now_ns)
                 hub.metrics.steps.inc()
                 hub.metrics.step_tokens.inc(plan.num_tokens)
                 hub.metrics.plan_duration.observe((time.monotonic_ns() - now_ns) / 1e9)
+
+    def stop(self) -> None:
+        """Plan nothing further."""
+        for site in self.sites.values():
+            site.cancel_timer()
+
+    def _on_timer(self, site: WorkerSite) -> None:
+        site.timer = None
+        self.plan(site)
+        self._hub.wake()
 
     @staticmethod
     def _tell_refused(peer: Peer, reason: str) -> None:
@@ -388,7 +445,8 @@ class SchedulerService:
         policy = POLICIES[settings.policy](lanes)
         queue = WaitingQueue(policy, max_requests=settings.max_waiting_requests, max_tokens=settings.max_waiting_tokens)
         eviction = None if settings.prefix_cache == "off" else settings.prefix_cache
-        self.core = Scheduler(lanes, queue, Outbox(linger_s=settings.unsent_linger_s), eviction)
+        outbox = Outbox(linger_s=settings.unsent_linger_s)
+        self.core = Scheduler(lanes, queue, outbox, eviction, run_ahead=settings.run_ahead)
         self._gauges = Gauges(self.metrics)
         self._workers = WorkerLink(self)
         self._detokenizers = DetokenizerLink(self, settings)
@@ -470,6 +528,7 @@ class SchedulerService:
         """Do nothing further; the links are closed by the runner."""
         self._is_stopped = True
         self._deadline_timer.set(None)
+        self._workers.stop()
         if self._wake_handle is not None:
             self._wake_handle.cancel()
 

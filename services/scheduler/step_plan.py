@@ -5,6 +5,7 @@ These mirror the messages of the wire (`StepPlan`, `StepResult`), as plain lists
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.scheduler.sequence import Sequence
@@ -49,6 +50,30 @@ class StepPlan:
         self.new_pages.extend(pages)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a step that sample; three lists in parallel.
+
+    Attributes:
+        sequences: Whose rows.
+        slots: Their slots.
+        admissions: Their stays in the lane; a slot may be given out again while a step is at the worker.
+    """
+
+    sequences: list[Sequence]
+    slots: list[int]
+    admissions: list[int]
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence]) -> Rows:
+        """The rows of running sequences."""
+        kept = list(sequences)
+        return cls(kept, [sequence.slot for sequence in kept], [sequence.admission for sequence in kept])
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.sequences + other.sequences, self.slots + other.slots, self.admissions + other.admissions)
+
+
 @dataclass(slots=True)
 class StepInFlight:
     """A plan whose result is not back.
@@ -56,17 +81,15 @@ class StepInFlight:
     Attributes:
         tick: The lane's decode tick of the plan.
         version: The lane's version at the plan; while it stands, every row is still valid.
-        sampled: Sequences that sample a token, in row order.
-        sampled_slots: Their slots.
-        extended: Sequences that compute a part of their prompt and sample nothing, with their slots and counts after it.
+        sampled: Rows that sample a token, in order.
+        extended: Sequences that compute a part of their prompt and sample nothing, with slot, stay and count after it.
         completed: Of those that sample, the ones whose prompt this step completes.
     """
 
     tick: int
     version: int
-    sampled: list[Sequence]
-    sampled_slots: list[int]
-    extended: list[tuple[Sequence, int, int]]
+    sampled: Rows
+    extended: list[tuple[Sequence, int, int, int]]
     completed: list[Sequence]
 
 

@@ -42,28 +42,29 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
     """Apply a result.
 
     Returns:
-        What it meant, or None when the lane waits for no such step.
+        What it meant, or None when the lane does not wait for this step now.
     """
-    step = lane.in_flight.pop(result.step_id, None)
-    if step is None:
+    if next(iter(lane.in_flight), None) != result.step_id:
         return None
+    step = lane.in_flight.pop(result.step_id)
     lane.clock.num_done = step.tick
     outcome = StepOutcome()
-    is_plain = (
-        step.version == lane.version
-        and not result.failed_slots
+    is_complete = (
+        not result.failed_slots
         and not result.unknown_slots
         and not result.num_tokens
-        and len(result.token_ids) == len(step.sampled)
-        and result.slots == step.sampled_slots
+        and len(result.token_ids) == len(step.sampled.slots)
+        and result.slots == step.sampled.slots
         and max(result.token_ids, default=0) < lane.capacity.vocab_size
     )
-    if is_plain:
-        rows, token_ids = step.sampled, result.token_ids
-    else:
+    if not is_complete:
         rows, token_ids = _sort_out(lane, step, result, outcome)
-    for sequence, _slot, num_scheduled in step.extended:
-        if sequence.lane is lane:
+    elif step.version == lane.version:
+        rows, token_ids = step.sampled.sequences, result.token_ids
+    else:
+        rows, token_ids = _still_here(lane, step, result.token_ids)
+    for sequence, _slot, admission, num_scheduled in step.extended:
+        if sequence.lane is lane and sequence.admission == admission:
             sequence.num_computed = num_scheduled
     if step.completed:
         got_token = set(rows)
@@ -99,6 +100,16 @@ def _find_finished(lane: Lane, step: StepInFlight, rows: list[Sequence], token_i
             outcome.finished.append(sequence)
 
 
+def _still_here(lane: Lane, step: StepInFlight, token_ids: list[int]) -> tuple[list[Sequence], list[int]]:
+    """Leave out the rows of sequences that have left since the plan."""
+    rows, kept = [], []
+    for sequence, admission, token_id in zip(step.sampled.sequences, step.sampled.admissions, token_ids, strict=True):
+        if sequence.lane is lane and sequence.admission == admission:
+            rows.append(sequence)
+            kept.append(token_id)
+    return rows, kept
+
+
 def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepOutcome) -> tuple[list[Sequence], list[int]]:
     """Go through a result row by row: sequences may have left since the plan, and the worker may be wrong."""
     reasons = dict(zip(result.failed_slots, result.failed_reasons, strict=False))
@@ -108,16 +119,18 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
     tokens_by_slot, problem = _tokens_by_slot(result)
     rows: list[Sequence] = []
     token_ids: list[int] = []
-    planned = [(sequence, slot, True) for sequence, slot in zip(step.sampled, step.sampled_slots, strict=True)]
-    planned += [(sequence, slot, False) for sequence, slot, _ in step.extended]
-    for sequence, slot, samples in planned:
+    sampled = step.sampled
+    planned = [(*row, True) for row in zip(sampled.sequences, sampled.slots, sampled.admissions, strict=True)]
+    planned += [(sequence, slot, admission, False) for sequence, slot, admission, _ in step.extended]
+    for sequence, slot, admission, samples in planned:
         reason = reasons.pop(slot, None)
         tokens = tokens_by_slot.pop(slot, None)
+        is_unknown = slot in unknown
+        unknown.discard(slot)
         # It has ended or moved while the step ran.
-        if sequence.lane is not lane or sequence.slot != slot:
+        if sequence.lane is not lane or sequence.admission != admission:
             continue
-        if slot in unknown:
-            unknown.remove(slot)
+        if is_unknown:
             sequence.is_sound = False
             sequence.num_times_lost += 1
             if sequence.num_times_lost <= LOST_MAX:

@@ -81,6 +81,8 @@ class ComputeThread:
         on_error: Callable[[Exception], None],
     ) -> None:
         self.runner: Runner | None = None
+        self.idle_ns = 0
+        """Time between steps in which sequences were held and there was nothing to compute."""
         self._make_runner = make_runner
         self._on_result = on_result
         self._on_error = on_error
@@ -125,13 +127,17 @@ class ComputeThread:
             self._call(self._is_loaded.set_exception, error)
             return
         self._call(self._is_loaded.set_result, None)
+        idle_since_ns: int | None = None
         try:
             while (job := self._jobs.get()) is not None:
                 if isinstance(job, _Job):
+                    if idle_since_ns is not None:
+                        self.idle_ns += time.monotonic_ns() - idle_since_ns
                     started_unix_ns = time.time_ns()
                     result = self.runner.step(job.plan, job.token_ids)
                     result.started_unix_ns = started_unix_ns
                     result.finished_unix_ns = time.time_ns()
+                    idle_since_ns = time.monotonic_ns() if self.runner.num_sequences else None
                     self._call(self._on_result, job, result)
                 else:
                     job()
@@ -201,6 +207,7 @@ class WorkerService:
         self._pending: deque[_Job] = deque()
         self._results = ResultQueue(self._metrics)
         self._num_steps = 0
+        self._idle_counted_ns = 0
         self._last_step_unix_ns = 0
         self._model = ModelInfo()
         self._capacity = Capacity()
@@ -339,6 +346,10 @@ class WorkerService:
         self._count(job.plan, result)
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:
+        assert self._compute is not None
+        idle_ns = self._compute.idle_ns
+        self._metrics.idle.inc((idle_ns - self._idle_counted_ns) / 1e9)
+        self._idle_counted_ns = idle_ns
         self._metrics.steps.inc()
         self._metrics.step_duration.observe((result.finished_unix_ns - result.started_unix_ns) / 1e9)
         counts = plan.row_num_new_tokens

@@ -29,6 +29,13 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def get(url: str) -> str:
+    """A page's text."""
+    with urllib.request.urlopen(url, timeout=5) as response:
+        text: str = response.read().decode()
+    return text
+
+
 class Server:
     """One running tree. Use as a context manager; leaving it stops the tree and checks that nothing is left."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.server import Server, free_ports
+from tests.e2e.server import Server, free_ports, get
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -43,8 +42,7 @@ def small_server(model_store: Path, scheduler_metrics: int) -> Iterator[Server]:
 
 def metric(port: int, name: str) -> float:
     """A sample of the scheduler's metrics."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
-        lines = response.read().decode().splitlines()
+    lines = get(f"http://127.0.0.1:{port}/metrics").splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 

@@ -46,11 +46,12 @@ def scheduler(
     linger_s: float = 30.0,
     eviction: Eviction | None = "lru",
     policy: str = "fcfs",
+    run_ahead: bool = False,
 ) -> Scheduler:
-    """A scheduler without lanes."""
+    """A scheduler without lanes. It waits for each result unless told to run ahead: then steps are easy to tell apart."""
     lanes = Lanes()
     queue = WaitingQueue(POLICIES[policy](lanes), max_requests=max_requests, max_tokens=max_tokens)
-    return Scheduler(lanes, queue, Outbox(linger_s=linger_s), eviction)
+    return Scheduler(lanes, queue, Outbox(linger_s=linger_s), eviction, run_ahead=run_ahead)
 
 
 def sequence(

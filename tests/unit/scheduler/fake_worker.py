@@ -65,11 +65,13 @@ class FakeWorker:
         return StepResult(plan.step_id, slots, token_ids)
 
     def check_agrees_with(self, lane: Lane) -> None:
-        """Between steps, all that the worker holds and the lane does not know any more is about to be freed."""
+        """The worker holds all that the lane knows; it is ahead by the tokens whose results are not back."""
         announced = {sequence.slot: sequence for sequence in lane.running() if sequence.is_announced}
         assert announced.keys() <= self.held.keys()
         for slot, sequence in announced.items():
-            assert self.held[slot].tokens == sequence.tokens
+            num_ahead = len(self.held[slot].tokens) - sequence.num_tokens
+            assert 0 <= num_ahead <= len(lane.in_flight)
+            assert self.held[slot].tokens[: sequence.num_tokens] == sequence.tokens
             assert self.held[slot].pages == sequence.pages
 
     def _apply_diff(self, plan: StepPlan) -> None:

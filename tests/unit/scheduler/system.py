@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from services.scheduler.lane import Lane, LaneCapacity
@@ -65,7 +65,7 @@ class Site:
 
     lane: Lane
     worker: FakeWorker
-    result: StepResult | None = None
+    results: deque[StepResult] = field(default_factory=deque)
     plans: list[StepPlan] = field(default_factory=list)
 
 
@@ -118,18 +118,20 @@ class System:
         """Every lane plans what it can. Returns whether any did."""
         any_plan = False
         for site in self.sites.values():
-            while site.result is None and (plan := self.core.plan(site.lane, self.now_ns)) is not None:
+            lane = site.lane
+            while len(lane.in_flight) < lane.max_in_flight and (plan := self.core.plan(lane, self.now_ns)) is not None:
                 any_plan = True
                 site.plans.append(plan)
-                site.result = site.worker.apply(plan)
+                result = site.worker.apply(plan)
+                if result is not None:
+                    site.results.append(result)
         self.collect()
         return any_plan
 
     def deliver_result(self, site: Site) -> None:
-        """A worker's answer arrives."""
-        if site.result is not None:
-            result, site.result = site.result, None
-            assert self.core.step_result(site.lane, result, self.now_ns)
+        """A worker's oldest answer arrives."""
+        if site.results:
+            assert self.core.step_result(site.lane, site.results.popleft(), self.now_ns)
             site.worker.check_agrees_with(site.lane)
             self.collect()
 
@@ -139,7 +141,7 @@ class System:
             self.now_ns += 1_000_000
             for site in list(self.sites.values()):
                 self.deliver_result(site)
-            if not self.plan_all() and all(site.result is None for site in self.sites.values()):
+            if not self.plan_all() and not any(site.results for site in self.sites.values()):
                 return num_steps
         raise AssertionError(f"work is left after {max_steps} steps")
 
@@ -189,8 +191,9 @@ class System:
                 assert sequence.status is Status.RUNNING
                 assert sequence.lane is lane
                 assert len(sequence.pages) * lane.kv.pool.page_size >= sequence.num_tokens - 1
+            decoding = set(running) - set(lane.prefilling)
             for due in (lane.clock._page_due, lane.clock._limit_due):
-                assert {sequence for sequences in due.values() for sequence in sequences} <= set(lane.decoding)
+                assert {sequence for sequences in due.values() for sequence in sequences} <= decoding
             if not lane.in_flight:
                 for sequence in lane.decoding:
                     assert lane.clock.num_scheduled(sequence) == lane.clock.num_computed(sequence) == sequence.num_tokens - 1

@@ -104,7 +104,7 @@ def test_a_failed_rows_own_pages_are_not_shared() -> None:
     for _ in range(12):
         step(system, site)
     slot, step_id = sequence.slot, site.plans[-1].step_id
-    site.result = None
+    site.results.clear()
     assert system.core.step_result(site.lane, StepResult(step_id, failed_slots=[slot], failed_reasons=["nan"]), system.now_ns)
     system.collect()
     # The prompt was good; of the outputs nothing is kept.

@@ -37,9 +37,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.stopped: set[int] = set()
         self.finals: list[Stream] = []
 
-    @initialize(policy=st.sampled_from(sorted(POLICIES)), eviction=st.sampled_from(["lru", "lfu", "fifo", None]))
-    def begin(self, policy: str, eviction: Eviction | None) -> None:
-        self.system = System(builders.scheduler(max_requests=12, max_tokens=200, policy=policy, eviction=eviction))
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)), eviction=st.sampled_from(["lru", "lfu", "fifo", None]), run_ahead=st.booleans()
+    )
+    def begin(self, policy: str, eviction: Eviction | None, run_ahead: bool) -> None:
+        core = builders.scheduler(max_requests=12, max_tokens=200, policy=policy, eviction=eviction, run_ahead=run_ahead)
+        self.system = System(core)
         self.system.join(builders.capacity(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, num_pages=8))
 
     @precondition(lambda self: len(self.system.sites) < 3)
