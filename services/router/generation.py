@@ -85,6 +85,7 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     stopping: Stopping = field(default_factory=Stopping)
     skip_special_tokens: bool = True
+    priority: int = 0
     tenant: str = ""
 
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 import numpy as np
 
 from headrace.errors import InvalidRequestError
+from headrace.priorities import PRIORITY_MAX, PRIORITY_MIN
 from services.router.generation import Sampling, Stopping, TokenArray
 
 MAX_TEMPERATURE = 2.0
@@ -31,6 +32,12 @@ def shown(value: object) -> str:
 def refuse(param: str, limit: str, value: object) -> NoReturn:
     """Raise the error that names the field, the limit and the value."""
     raise InvalidRequestError(f"{param} must be {limit}; got {shown(value)}", param=param)
+
+
+def check_priority(priority: int) -> None:
+    """Refuse a priority out of range."""
+    if not PRIORITY_MIN <= priority <= PRIORITY_MAX:
+        refuse("priority", f"between {PRIORITY_MIN} and {PRIORITY_MAX}", priority)
 
 
 def _check_float(param: str, value: float | None, *, least: float, most: float, is_least_open: bool = False) -> None:

@@ -116,6 +116,7 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         eos_token_ids=encoded.eos_token_ids,
         detokenizer=target,
         tenant=request.generation.tenant,
+        priority=request.generation.priority,
     )
     return "submit", body, [tokens]
 

@@ -7,16 +7,23 @@ from typing import Literal
 from pydantic import Field
 
 from headrace.config.settings import Section
+from headrace.priorities import PRIORITY_MAX, PRIORITY_MIN
 
 
 class Settings(Section):
     """Bounds and order of one scheduler's waiting queue."""
 
-    policy: Literal["fcfs", "lpm", "dfs-weight", "lof", "random", "fair"] = Field(
+    policy: Literal["fcfs", "lpm", "dfs-weight", "lof", "random", "fair", "priority"] = Field(
         "fcfs",
         description="Order in which waiting requests are admitted: fcfs, first come first served; lpm, longest cached prefix "
         "first; dfs-weight, the cached prefix for which most wait first; lof, longest possible output first; random; "
-        "fair, by what each tenant (a request's `user`, else its API key) has been served.",
+        "fair, by what each tenant (a request's `user`, else its API key) has been served; priority, by a request's `priority`.",
+    )
+    priority_preemption_threshold: int = Field(
+        10,
+        ge=1,
+        le=PRIORITY_MAX - PRIORITY_MIN,
+        description="Policy priority: a running request makes room for a waiting one that is so much more important.",
     )
     prefix_cache: Literal["lru", "lfu", "fifo", "off"] = Field(
         "lru",

@@ -61,9 +61,9 @@ class LaneCapacity:
         return min(self.max_model_len - 1, self.num_page_tokens)
 
 
-def preemption_order(sequence: Sequence) -> tuple[int, int]:
-    """The smallest is preempted first: who has the fewest output tokens to compute again, among equals the latest admitted."""
-    return sequence.num_output_tokens, -sequence.admission
+def preemption_order(sequence: Sequence) -> tuple[float, int, int]:
+    """The smallest is preempted first: in the lowest class, who has the fewest outputs to compute again, then the latest."""
+    return sequence.promoted_priority, sequence.num_output_tokens, -sequence.admission
 
 
 class Lane:
@@ -118,6 +118,11 @@ class Lane:
         """Whether a plan made now would say anything."""
         return bool(self.decoding or self.prefilling or self.slots.has_freed)
 
+    @property
+    def has_prompt_budget(self) -> bool:
+        """Whether the next step can compute more prompt tokens than are here."""
+        return not self.num_running or self.num_backlog_tokens + len(self.decoding) < self.capacity.max_num_batched_tokens
+
     def running(self) -> Iterator[Sequence]:
         """Running sequences, those that began to decode first at the front."""
         yield from self.last_rows
@@ -141,7 +146,7 @@ class Lane:
         """
         if self.is_draining or not self.slots.num_free or not self.fits(sequence.num_tokens):
             return False
-        if self.num_backlog_tokens + len(self.decoding) >= self.capacity.max_num_batched_tokens and self.num_running:
+        if not self.has_prompt_budget:
             return False
         return self.kv.num_left(sequence, match) >= self.num_running
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from headrace.errors import HeadraceError, InvalidRequestError, OverloadedError, ProtocolError, UnavailableError
+from headrace.priorities import PRIORITY_MAX, PRIORITY_MIN
 from headrace.telemetry.traces import Context
 from headrace.v1 import common_pb2 as common
 from headrace.v1 import control_pb2 as control
@@ -76,6 +77,24 @@ def check_submit(submit: scheduler.Submit, frames: Items[memoryview], *, vocab_s
     return array("i", tokens.astype(np.int32).tobytes())
 
 
+def check_priority(submit: scheduler.Submit, *, is_ordered: bool) -> None:
+    """Refuse a priority that is out of range, or would change nothing.
+
+    Raises:
+        InvalidRequestError: It names the range, or the settings.
+    """
+    if not PRIORITY_MIN <= submit.priority <= PRIORITY_MAX:
+        raise InvalidRequestError(
+            f"priority must be between {PRIORITY_MIN} and {PRIORITY_MAX}, got {submit.priority}", param="priority"
+        )
+    if submit.priority and not is_ordered:
+        raise InvalidRequestError(
+            f"priority is {submit.priority} and this scheduler does not go by priority: leave it out, or set scheduler.policy or "
+            "scheduler.prefix_cache to priority",
+            param="priority",
+        )
+
+
 def sequence(
     submit: scheduler.Submit, tokens: array[int], *, owner: int, target: Target, now_ns: int, now_unix_ns: int
 ) -> Sequence:
@@ -100,6 +119,7 @@ def sequence(
         target=target,
         sampling=submit.sampling,
         tenant=submit.tenant,
+        priority=submit.priority,
         # Zero would mean none.
         deadline_ns=max(1, now_ns + deadline_unix_ns - now_unix_ns) if deadline_unix_ns else 0,
     )

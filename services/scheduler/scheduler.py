@@ -24,7 +24,8 @@ from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
 from services.scheduler.planner import plan_step
-from services.scheduler.radix_tree import Eviction
+from services.scheduler.policies.priority import promoted, victims
+from services.scheduler.radix_tree import Eviction, Match
 from services.scheduler.sequence import FinishReason, Sequence, Status
 from services.scheduler.step_plan import StepPlan, StepResult
 from services.scheduler.step_results import apply_result
@@ -76,6 +77,14 @@ class Counts:
 class Scheduler:
     """All requests of one scheduler process.
 
+    Args:
+        lanes: The worker groups.
+        queue: Sequences that wait.
+        outbox: Where tokens go.
+        eviction: Which cached prefixes go first; None to keep none.
+        run_ahead: Whether a step is planned while the one before it is at the worker.
+        preemption_threshold: How far below a waiting sequence's priority a running one must be to make room for it; None for never.
+
     Attributes:
         queue: Sequences that wait.
         lanes: The worker groups.
@@ -86,7 +95,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, lanes: Lanes, queue: WaitingQueue, outbox: Outbox, eviction: Eviction | None = "lru", *, run_ahead: bool = True
+        self,
+        lanes: Lanes,
+        queue: WaitingQueue,
+        outbox: Outbox,
+        eviction: Eviction | None = "lru",
+        *,
+        run_ahead: bool = True,
+        preemption_threshold: int | None = None,
     ) -> None:
         self.lanes = lanes
         self.queue = queue
@@ -97,6 +113,9 @@ class Scheduler:
         self._max_prompt_tokens = 0
         self._eviction: Eviction | None = eviction
         self._max_in_flight = 2 if run_ahead else 1
+        self._preemption_threshold = preemption_threshold
+        # A sequence for which nobody would have to leave, and how the lanes were then.
+        self._refused: tuple[Sequence, list[tuple[int, int]]] | None = None
         self._num_lanes_joined = 0
         self._requests: dict[str, Sequence] = {}
         self._streams: dict[int, Sequence] = {}
@@ -239,7 +258,7 @@ class Scheduler:
             return None
         if plan.preempted:
             for sequence in plan.preempted:
-                self.queue.add_front(sequence)
+                self.queue.take_back(sequence)
             self.counts.num_preemptions += len(plan.preempted)
             self._admit(now_ns)
         self.counts.num_scheduled_tokens += plan.num_tokens
@@ -284,7 +303,8 @@ class Scheduler:
     def _admit(self, now_ns: int) -> None:
         """Let waiting sequences enter lanes, in order, as long as the next one can."""
         # Without a free slot nobody can enter, and some policies take long to say who would.
-        while self.lanes.has_free_slot() and (sequence := self.queue.peek()) is not None:
+        can_make_room = self._preemption_threshold is not None
+        while (can_make_room or self.lanes.has_free_slot()) and (sequence := self.queue.peek()) is not None:
             if sequence.model != self.model:
                 gone = NotFoundError(f"scheduler: model {sequence.model!r} is gone, {self.model!r} is here now", param="model")
                 self._end(sequence, FinishReason.ERROR, now_ns, gone)
@@ -299,12 +319,41 @@ class Scheduler:
                 )
                 self._end(sequence, FinishReason.ERROR, now_ns, too_long)
             else:
-                choice = self.lanes.choose(sequence)
+                choice = self.lanes.choose(sequence) or self._make_room(sequence)
                 if choice is None:
                     return
                 self.queue.remove(sequence, now_ns)
                 lane, match = choice
+                if can_make_room:
+                    sequence.promoted_priority = promoted(sequence, now_ns)
                 lane.admit(sequence, match)
+
+    def _make_room(self, sequence: Sequence) -> tuple[Lane, Match] | None:
+        """Preempt running sequences of lower classes, as few as can be, until this one can enter."""
+        if self._preemption_threshold is None:
+            return None
+        state = [(lane.version, lane.num_running) for lane in self.lanes]
+        if self._refused == (sequence, state):
+            return None
+        found = [
+            (lane, weaker)
+            for lane in self.lanes
+            if (weaker := victims(lane, sequence, lane.kv.match(sequence), threshold=self._preemption_threshold))
+        ]
+        if not found:
+            self._refused = (sequence, state)
+            return None
+        lane, weaker = min(found, key=lambda one: len(one[1]))
+        for victim in weaker:
+            lane.release(victim)
+            victim.status = Status.WAITING
+            victim.num_preemptions += 1
+            self.counts.num_preemptions += 1
+            self.queue.take_back(victim)
+            match = lane.kv.match(sequence)
+            if lane.can_admit(sequence, match):
+                return lane, match
+        return None
 
     def _requeue(self, sequences: list[Sequence]) -> None:
         """Running sequences, oldest first, have lost their place and wait in front of all others."""
@@ -312,7 +361,7 @@ class Scheduler:
             assert sequence.lane is not None
             sequence.lane.release(sequence)
             sequence.status = Status.WAITING
-            self.queue.add_front(sequence)
+            self.queue.take_back(sequence)
         self.counts.num_requeued += len(sequences)
 
     def _end(self, sequence: Sequence, reason: FinishReason, now_ns: int, error: HeadraceError | None = None) -> None:

@@ -98,6 +98,8 @@ class Sequence:
     # Prompt tokens whose KV was there when it was first admitted: what its client is told.
     num_cached_tokens: int = 0
     num_admissions: int = 0
+    # Its priority with what waiting had added when it was last admitted; zero where the order is not by priority.
+    promoted_priority: float = 0.0
     num_preemptions: int = 0
     num_times_lost: int = 0
     was_scheduled: bool = False

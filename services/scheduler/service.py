@@ -55,6 +55,7 @@ class _Hub(Protocol):
     context: ServiceContext
     metrics: SchedulerMetrics
     is_draining: bool
+    goes_by_priority: bool
 
     def wake(self) -> None:
         """Plan and carry out, once, after the messages that have arrived together."""
@@ -139,6 +140,7 @@ class RouterLink:
             raise ReplicaDeadError("scheduler: it is draining; submit the request elsewhere")
         tokens = messages.check_submit(submit, frames, vocab_size=hub.core.vocab_size)
         target = self._detokenizers.target(submit.detokenizer, now_ns)
+        messages.check_priority(submit, is_ordered=hub.goes_by_priority)
         held = messages.sequence(submit, tokens, owner=peer.incarnation, target=target, now_ns=now_ns, now_unix_ns=now_unix_ns)
         parent = Context(submit.work.traceparent, submit.work.tracestate)
         held.trace = SequenceTrace(hub.context.tracer, parent, now_unix_ns)
@@ -441,12 +443,20 @@ class SchedulerService:
         self.context = context
         self.metrics = SchedulerMetrics(context.registry)
         self.is_draining = False
+        self.goes_by_priority = "priority" in (settings.policy, settings.prefix_cache)
         lanes = Lanes()
         policy = POLICIES[settings.policy](lanes)
         queue = WaitingQueue(policy, max_requests=settings.max_waiting_requests, max_tokens=settings.max_waiting_tokens)
         eviction = None if settings.prefix_cache == "off" else settings.prefix_cache
         outbox = Outbox(linger_s=settings.unsent_linger_s)
-        self.core = Scheduler(lanes, queue, outbox, eviction, run_ahead=settings.run_ahead)
+        self.core = Scheduler(
+            lanes,
+            queue,
+            outbox,
+            eviction,
+            run_ahead=settings.run_ahead,
+            preemption_threshold=settings.priority_preemption_threshold if settings.policy == "priority" else None,
+        )
         self._gauges = Gauges(self.metrics)
         self._workers = WorkerLink(self)
         self._detokenizers = DetokenizerLink(self, settings)

@@ -1,7 +1,7 @@
 """The waiting queue: sequences that no lane has admitted, bounded by requests and by tokens.
 
 New sequences are ordered by a policy. Sequences that have run before (preempted, or of a lane that was lost) stand in front of all
-others and are exempt from the bounds: they were accepted once.
+others, or where the policy puts them, and are exempt from the bounds: they were accepted once.
 """
 
 from __future__ import annotations
@@ -64,10 +64,13 @@ class WaitingQueue:
         self._policy.add(sequence)
         self.num_tokens += sequence.num_tokens
 
-    def add_front(self, sequence: Sequence) -> None:
-        """Queue a sequence that has run before, in front of all others."""
-        self._front[sequence] = None
-        self._front.move_to_end(sequence, last=False)
+    def take_back(self, sequence: Sequence) -> None:
+        """Queue a sequence that has run before, in front of all others unless the policy has a place for it."""
+        if self._policy.takes_back:
+            self._policy.add(sequence)
+        else:
+            self._front[sequence] = None
+            self._front.move_to_end(sequence, last=False)
         self.num_tokens += sequence.num_tokens
 
     def peek(self) -> Sequence | None:

@@ -31,7 +31,7 @@ from services.router.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, check_token_ids, refuse
+from services.router.limits import MAX_MESSAGES, check_priority, check_sampling, check_stopping, check_token_ids, refuse
 
 CODE_KEY = "headrace-error-code"
 PARAM_KEY = "headrace-error-param"
@@ -150,7 +150,8 @@ def _generation(
     )
     check_sampling(sampling)
     check_stopping(stopping)
-    return GenerationRequest(message.model, prompt, sampling, stopping, skip_special_tokens)
+    check_priority(message.priority)
+    return GenerationRequest(message.model, prompt, sampling, stopping, skip_special_tokens, message.priority)
 
 
 _Default = TypeVar("_Default")

@@ -26,7 +26,7 @@ from services.router.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, check_token_ids, refuse, shown
+from services.router.limits import MAX_MESSAGES, check_priority, check_sampling, check_stopping, check_token_ids, refuse, shown
 
 IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"})
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
@@ -111,6 +111,7 @@ class _Shared(_Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     user: str | None = None
+    priority: int | None = None
 
 
 class _Chat(_Shared):
@@ -358,11 +359,14 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
     )
     check_sampling(sampling)
     check_stopping(stopping, max_tokens_param=max_tokens_param)
+    check_priority(body.priority or 0)
     options = body.stream_options
     if options is not None:
         if body.stream is not True:
             refuse("stream_options", "left out unless stream is true", options.model_dump())
         if options.continuous_usage_stats:
             _require_unused("stream_options.continuous_usage_stats", True, (False,))
-    generation = GenerationRequest(body.model or "", prompt, sampling, stopping, body.skip_special_tokens is not False)
+    generation = GenerationRequest(
+        body.model or "", prompt, sampling, stopping, body.skip_special_tokens is not False, body.priority or 0
+    )
     return ParsedRequest(generation, body.user, body.stream is True, options is not None and options.include_usage)

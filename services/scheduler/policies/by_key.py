@@ -11,6 +11,8 @@ from services.scheduler.sequence import Sequence
 class ByKey:
     """The smallest key first; among equals the order of arrival."""
 
+    takes_back = False
+
     def __init__(self, key: Callable[[Sequence], float]) -> None:
         self._key = key
         self._num_added = 0

@@ -23,6 +23,8 @@ OVERTAKEN_MAX: Final = 512
 class ByPrefix(ABC):
     """An order over the oldest that wait, made anew when the caches have changed."""
 
+    takes_back = False
+
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         # Each with the number that had been admitted before it came.

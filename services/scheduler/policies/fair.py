@@ -37,6 +37,8 @@ class _Tenant:
 class FairOverTenants:
     """The virtual token counters and what waits behind each."""
 
+    takes_back = False
+
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant] = {}
         # Those of them that have something here.

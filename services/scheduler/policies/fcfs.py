@@ -11,6 +11,8 @@ from services.scheduler.sequence import Sequence
 class FirstComeFirstServed:
     """The order of arrival."""
 
+    takes_back = False
+
     def __init__(self) -> None:
         # An OrderedDict takes from the front and from the middle in constant time; a dict's front gets slower with every removal.
         self._sequences: OrderedDict[Sequence, None] = OrderedDict()

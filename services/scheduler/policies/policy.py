@@ -12,7 +12,13 @@ from services.scheduler.sequence import Sequence
 
 
 class Policy(Protocol):
-    """An order over waiting sequences."""
+    """An order over waiting sequences.
+
+    Attributes:
+        takes_back: Sequences that have run before come back into the order; else they stand in front of it.
+    """
+
+    takes_back: bool
 
     def __len__(self) -> int:
         """Sequences held."""

@@ -12,6 +12,7 @@ from services.scheduler.policies.fcfs import FirstComeFirstServed
 from services.scheduler.policies.lof import LongestOutputFirst
 from services.scheduler.policies.lpm import LongestPrefixMatch
 from services.scheduler.policies.policy import Policy
+from services.scheduler.policies.priority import PriorityClasses
 from services.scheduler.policies.random_order import RandomOrder
 
 POLICIES: Final[Mapping[str, Callable[[Lanes], Policy]]] = {
@@ -21,4 +22,5 @@ POLICIES: Final[Mapping[str, Callable[[Lanes], Policy]]] = {
     "lof": lambda _lanes: LongestOutputFirst(),
     "random": lambda _lanes: RandomOrder(),
     "fair": lambda _lanes: FairOverTenants(),
+    "priority": lambda _lanes: PriorityClasses(),
 }

@@ -51,7 +51,14 @@ def scheduler(
     """A scheduler without lanes. It waits for each result unless told to run ahead: then steps are easy to tell apart."""
     lanes = Lanes()
     queue = WaitingQueue(POLICIES[policy](lanes), max_requests=max_requests, max_tokens=max_tokens)
-    return Scheduler(lanes, queue, Outbox(linger_s=linger_s), eviction, run_ahead=run_ahead)
+    return Scheduler(
+        lanes,
+        queue,
+        Outbox(linger_s=linger_s),
+        eviction,
+        run_ahead=run_ahead,
+        preemption_threshold=10 if policy == "priority" else None,
+    )
 
 
 def sequence(
@@ -68,6 +75,7 @@ def sequence(
     stream_id: int | None = None,
     detokenizer: str = "detokenizer-0",
     model: str = MODEL,
+    priority: int = 0,
 ) -> Sequence:
     """A sequence, not submitted; its stream id follows from its request id when none is given."""
     known = array("i", tokens)
@@ -81,4 +89,5 @@ def sequence(
         stopping=StoppingRules(frozenset(stop), min_tokens, max_tokens),
         target=core.outbox.target(detokenizer, 7),
         deadline_ns=deadline_ns,
+        priority=priority,
     )

@@ -102,8 +102,8 @@ def test_those_that_have_run_go_first_then_the_order_of_arrival() -> None:
     sequences = {name: builders.sequence(core, name) for name in "abcd"}
     waiting.add(sequences["a"])
     waiting.add(sequences["b"])
-    waiting.add_front(sequences["c"])
-    waiting.add_front(sequences["d"])
+    waiting.take_back(sequences["c"])
+    waiting.take_back(sequences["d"])
     order = []
     while (head := waiting.peek()) is not None:
         order.append(head.request_id)

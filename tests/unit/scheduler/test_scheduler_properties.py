@@ -85,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         owner=st.integers(1, 3),
         family=st.integers(0, 2),
         num_shared=st.integers(0, MAX_MODEL_LEN),
+        priority=st.integers(-15, 15),
     )
     def submit(
         self, *, num_tokens: int, num_former: int, family: int, num_shared: int, timeout_ms: int | None, **how: object
