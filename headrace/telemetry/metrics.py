@@ -119,6 +119,9 @@ class SchedulerMetrics:
             "headrace_scheduler_plan_seconds", "Time to plan one step.", buckets=names.BUCKETS_QUEUE_S, registry=registry
         )
         self.preemptions = Counter("headrace_preemptions", "Sequences preempted.", registry=registry)
+        self.held = Counter(
+            "headrace_scheduler_held", "Waits for the same prefix to be computed for another sequence.", registry=registry
+        )
         self.requeues = Counter("headrace_scheduler_requeues", "Sequences requeued because their lane was lost.", registry=registry)
         self.rejections = Counter(
             "headrace_scheduler_rejections", "Requests refused, by stable error code.", ["error_type"], registry=registry

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from headrace.telemetry.metrics import SchedulerMetrics
 from headrace.v1.control_pb2 import Load
-from services.scheduler.scheduler import Counts, Scheduler
+from services.scheduler.counts import Counts
+from services.scheduler.scheduler import Scheduler
 
 
 class Gauges:
@@ -38,6 +39,7 @@ class Gauges:
         metrics.kv_usage.set(num_running_pages / load.num_total_pages if load.num_total_pages else 0.0)
         metrics.lanes.set(load.num_lanes)
         metrics.preemptions.inc(counts.num_preemptions - self._seen.num_preemptions)
+        metrics.held.inc(counts.num_held - self._seen.num_held)
         metrics.requeues.inc(counts.num_requeued - self._seen.num_requeued)
         num_ignored = counts.num_ignored_results + counts.num_ignored_rows
         metrics.ignored_results.inc(num_ignored - self._seen.num_ignored_results - self._seen.num_ignored_rows)

@@ -20,12 +20,13 @@ class KvPages:
     Attributes:
         pool: Which pages are free.
         tree: Which prefixes are cached; always empty without an eviction policy.
+        keeps_prefixes: Whether there is one.
     """
 
     def __init__(self, pool: PagePool, eviction: Eviction | None) -> None:
         self.pool = pool
         self.tree = RadixTree(pool.page_size, eviction or "lru")
-        self._keeps_prefixes = eviction is not None
+        self.keeps_prefixes = eviction is not None
 
     @property
     def num_usable(self) -> int:
@@ -69,7 +70,7 @@ class KvPages:
         """The sequence's known tokens are all computed and sound: others may use its full pages from now on."""
         sequence.is_sound = True
         num_pages = sequence.num_tokens // self.pool.page_size
-        if not self._keeps_prefixes or num_pages == sequence.num_shared_pages:
+        if not self.keeps_prefixes or num_pages == sequence.num_shared_pages:
             return
         tokens = _bytes(sequence.tokens, num_pages * self.pool.page_size)
         # A sibling may have been first. Then this one goes on with its own pages, and gives them up when it leaves.
@@ -86,7 +87,7 @@ class KvPages:
     def leave(self, sequence: Sequence, num_computed: int) -> None:
         """Take a sequence's pages back; the tree keeps those of its `num_computed` first tokens if they are sound."""
         pages, num_kept = sequence.pages, sequence.num_shared_pages
-        if sequence.is_sound and self._keeps_prefixes:
+        if sequence.is_sound and self.keeps_prefixes:
             num_full = num_computed // self.pool.page_size
             _, num_present = self.tree.insert(_bytes(sequence.tokens, num_full * self.pool.page_size), pages[:num_full])
             self.pool.free(pages[num_kept:num_present])

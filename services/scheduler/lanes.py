@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from services.scheduler.lane import Lane
 from services.scheduler.radix_tree import Match, Node
@@ -39,12 +39,12 @@ class Lanes:
             self._num_changes += 1 + lane.kv.tree.num_inserted
         return lane
 
-    def choose(self, sequence: Sequence) -> tuple[Lane, Match] | None:
-        """The lane for a sequence, with the prefix it has there, among the lanes that can admit it now; None when none can.
+    def choose(self, sequence: Sequence, can_enter: Callable[[Lane, Sequence, Match], bool]) -> tuple[Lane, Match] | None:
+        """The lane for a sequence, with the prefix it has there, among the lanes that can take it now; None when none can.
 
         The least load wins, where each token of the sequence that is cached on a lane outweighs one of its load.
         """
-        able = [(lane, match) for lane in self if lane.can_admit(sequence, match := lane.kv.match(sequence))]
+        able = [(lane, match) for lane in self if can_enter(lane, sequence, match := lane.kv.match(sequence))]
         return min(able, key=lambda found: found[0].num_tokens - found[1].num_pages * found[0].kv.pool.page_size, default=None)
 
     def has_free_slot(self) -> bool:

@@ -19,13 +19,15 @@ from headrace.errors import (
     ReplicaDeadError,
 )
 from services.scheduler.admission import check_request, check_size
+from services.scheduler.counts import Counts
 from services.scheduler.deadlines import Deadlines
+from services.scheduler.entrance import Entrance
 from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
+from services.scheduler.output_lengths import LengthEstimate, OutputLengths
 from services.scheduler.planner import plan_step
-from services.scheduler.policies.priority import promoted, victims
-from services.scheduler.radix_tree import Eviction, Match
+from services.scheduler.radix_tree import Eviction
 from services.scheduler.sequence import FinishReason, Sequence, Status
 from services.scheduler.step_plan import StepPlan, StepResult
 from services.scheduler.step_results import apply_result
@@ -61,19 +63,6 @@ class Outcome:
     behind: list[Target] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class Counts:
-    """What the core has counted since its start."""
-
-    num_steps: int = 0
-    num_scheduled_tokens: int = 0
-    num_output_tokens: int = 0
-    num_preemptions: int = 0
-    num_requeued: int = 0
-    num_ignored_results: int = 0
-    num_ignored_rows: int = 0
-
-
 class Scheduler:
     """All requests of one scheduler process.
 
@@ -84,6 +73,7 @@ class Scheduler:
         eviction: Which cached prefixes go first; None to keep none.
         run_ahead: Whether a step is planned while the one before it is at the worker.
         preemption_threshold: How far below a waiting sequence's priority a running one must be to make room for it; None for never.
+        lengths: What outputs are expected to need; None for what is measured.
 
     Attributes:
         queue: Sequences that wait.
@@ -103,6 +93,7 @@ class Scheduler:
         *,
         run_ahead: bool = True,
         preemption_threshold: int | None = None,
+        lengths: LengthEstimate | None = None,
     ) -> None:
         self.lanes = lanes
         self.queue = queue
@@ -113,9 +104,8 @@ class Scheduler:
         self._max_prompt_tokens = 0
         self._eviction: Eviction | None = eviction
         self._max_in_flight = 2 if run_ahead else 1
-        self._preemption_threshold = preemption_threshold
-        # A sequence for which nobody would have to leave, and how the lanes were then.
-        self._refused: tuple[Sequence, list[tuple[int, int]]] | None = None
+        self._lengths = lengths or OutputLengths()
+        self._entrance = Entrance(lanes, queue, self._lengths, self.counts, preemption_threshold=preemption_threshold)
         self._num_lanes_joined = 0
         self._requests: dict[str, Sequence] = {}
         self._streams: dict[int, Sequence] = {}
@@ -245,6 +235,7 @@ class Scheduler:
         lane = self.lanes.remove(lane_id)
         if lane is None:
             return
+        self._entrance.forget(lane)
         self._requeue(list(lane.running()))
         if len(self.lanes):
             self._max_prompt_tokens = self.lanes.largest_prompt()
@@ -277,6 +268,7 @@ class Scheduler:
         self.counts.num_output_tokens += sum(len(batch.token_ids) for batch in step.batches)
         self._outcome.batches += step.batches
         for sequence in step.finished:
+            self._lengths.record(sequence.num_output_tokens)
             self._end(sequence, sequence.finish_reason, now_ns)
         for sequence, error in step.failed:
             self._end(sequence, FinishReason.ERROR, now_ns, error)
@@ -302,9 +294,7 @@ class Scheduler:
 
     def _admit(self, now_ns: int) -> None:
         """Let waiting sequences enter lanes, in order, as long as the next one can."""
-        # Without a free slot nobody can enter, and some policies take long to say who would.
-        can_make_room = self._preemption_threshold is not None
-        while (can_make_room or self.lanes.has_free_slot()) and (sequence := self.queue.peek()) is not None:
+        while (sequence := self._entrance.next()) is not None:
             if sequence.model != self.model:
                 gone = NotFoundError(f"scheduler: model {sequence.model!r} is gone, {self.model!r} is here now", param="model")
                 self._end(sequence, FinishReason.ERROR, now_ns, gone)
@@ -318,42 +308,8 @@ class Scheduler:
                     param="prompt",
                 )
                 self._end(sequence, FinishReason.ERROR, now_ns, too_long)
-            else:
-                choice = self.lanes.choose(sequence) or self._make_room(sequence)
-                if choice is None:
-                    return
-                self.queue.remove(sequence, now_ns)
-                lane, match = choice
-                if can_make_room:
-                    sequence.promoted_priority = promoted(sequence, now_ns)
-                lane.admit(sequence, match)
-
-    def _make_room(self, sequence: Sequence) -> tuple[Lane, Match] | None:
-        """Preempt running sequences of lower classes, as few as can be, until this one can enter."""
-        if self._preemption_threshold is None:
-            return None
-        state = [(lane.version, lane.num_running) for lane in self.lanes]
-        if self._refused == (sequence, state):
-            return None
-        found = [
-            (lane, weaker)
-            for lane in self.lanes
-            if (weaker := victims(lane, sequence, lane.kv.match(sequence), threshold=self._preemption_threshold))
-        ]
-        if not found:
-            self._refused = (sequence, state)
-            return None
-        lane, weaker = min(found, key=lambda one: len(one[1]))
-        for victim in weaker:
-            lane.release(victim)
-            victim.status = Status.WAITING
-            victim.num_preemptions += 1
-            self.counts.num_preemptions += 1
-            self.queue.take_back(victim)
-            match = lane.kv.match(sequence)
-            if lane.can_admit(sequence, match):
-                return lane, match
-        return None
+            elif not self._entrance.admit(sequence, now_ns):
+                return
 
     def _requeue(self, sequences: list[Sequence]) -> None:
         """Running sequences, oldest first, have lost their place and wait in front of all others."""

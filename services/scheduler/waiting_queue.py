@@ -1,18 +1,23 @@
 """The waiting queue: sequences that no lane has admitted, bounded by requests and by tokens.
 
 New sequences are ordered by a policy. Sequences that have run before (preempted, or of a lane that was lost) stand in front of all
-others, or where the policy puts them, and are exempt from the bounds: they were accepted once.
+others, or where the policy puts them, and are exempt from the bounds: they were accepted once. A sequence can be held aside while
+the same prefix is computed for another.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from headrace.errors import OverloadedError
 from services.scheduler.drain_rate import DrainRate
 from services.scheduler.policies.policy import Policy
 from services.scheduler.sequence import Sequence
+
+if TYPE_CHECKING:
+    from services.scheduler.lane import Lane
 
 
 class WaitingQueue:
@@ -30,13 +35,16 @@ class WaitingQueue:
         self.num_tokens = 0
         self._policy = policy
         self._front: OrderedDict[Sequence, None] = OrderedDict()
+        # Each with the sequence whose prefill it waits for, and the lane of that.
+        self._held: dict[Sequence, tuple[Sequence, Lane | None]] = {}
         self._requests_left = DrainRate()
         self._tokens_left = DrainRate()
 
     def __len__(self) -> int:
-        return len(self._front) + len(self._policy)
+        return len(self._held) + len(self._front) + len(self._policy)
 
     def __iter__(self) -> Iterator[Sequence]:
+        yield from self._held
         yield from self._front
         yield from self._policy
 
@@ -66,12 +74,25 @@ class WaitingQueue:
 
     def take_back(self, sequence: Sequence) -> None:
         """Queue a sequence that has run before, in front of all others unless the policy has a place for it."""
-        if self._policy.takes_back:
-            self._policy.add(sequence)
-        else:
-            self._front[sequence] = None
-            self._front.move_to_end(sequence, last=False)
+        self._put_back(sequence)
         self.num_tokens += sequence.num_tokens
+
+    def hold(self, sequence: Sequence, sibling: Sequence) -> None:
+        """Set a waiting sequence aside until the prefill of a running one is over."""
+        if sequence in self._front:
+            del self._front[sequence]
+        else:
+            self._policy.remove(sequence)
+        self._held[sequence] = (sibling, sibling.lane)
+
+    def take_up_held(self) -> None:
+        """Put those back, in front, whose sibling's prefill is over, one way or another."""
+        if not self._held:
+            return
+        done = [one for one, (sibling, lane) in self._held.items() if sibling.is_sound or sibling.lane is not lane]
+        for sequence in reversed(done):
+            del self._held[sequence]
+            self._put_back(sequence)
 
     def peek(self) -> Sequence | None:
         """The sequence to admit next, or None."""
@@ -81,10 +102,19 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence, now_ns: int) -> None:
         """Take a sequence out: it was admitted, or it ended."""
-        if sequence in self._front:
+        if sequence in self._held:
+            del self._held[sequence]
+        elif sequence in self._front:
             del self._front[sequence]
         else:
             self._policy.remove(sequence)
             self._requests_left.record(1, now_ns)
             self._tokens_left.record(sequence.num_tokens, now_ns)
         self.num_tokens -= sequence.num_tokens
+
+    def _put_back(self, sequence: Sequence) -> None:
+        if self._policy.takes_back:
+            self._policy.add(sequence)
+        else:
+            self._front[sequence] = None
+            self._front.move_to_end(sequence, last=False)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from services.scheduler.lane import LaneCapacity
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox
+from services.scheduler.output_lengths import Float64Array, Int64Array
 from services.scheduler.policies.registry import POLICIES
 from services.scheduler.radix_tree import Eviction
 from services.scheduler.scheduler import Scheduler
@@ -39,6 +40,19 @@ def capacity(
     )
 
 
+class NoForesight:
+    """Expects no output to grow."""
+
+    longest = None
+
+    def record(self, num_output_tokens: int) -> None:
+        """Nothing is learnt."""
+
+    def expected(self, made: Int64Array, limits: Int64Array) -> Float64Array:
+        """What is there."""
+        return made.astype(float)
+
+
 def scheduler(
     *,
     max_requests: int = 1000,
@@ -47,10 +61,16 @@ def scheduler(
     eviction: Eviction | None = "lru",
     policy: str = "fcfs",
     run_ahead: bool = False,
+    has_foresight: bool = False,
 ) -> Scheduler:
-    """A scheduler without lanes. It waits for each result unless told to run ahead: then steps are easy to tell apart."""
+    """A scheduler without lanes.
+
+    It waits for each result unless told to run ahead, so that steps are easy to tell apart, and admits without a thought for what
+    outputs will need unless told to have foresight, so that pages run out.
+    """
     lanes = Lanes()
     queue = WaitingQueue(POLICIES[policy](lanes), max_requests=max_requests, max_tokens=max_tokens)
+    lengths = None if has_foresight else NoForesight()
     return Scheduler(
         lanes,
         queue,
@@ -58,6 +78,7 @@ def scheduler(
         eviction,
         run_ahead=run_ahead,
         preemption_threshold=10 if policy == "priority" else None,
+        lengths=lengths,
     )
 
 

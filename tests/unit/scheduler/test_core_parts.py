@@ -167,9 +167,9 @@ def test_the_lane_with_the_least_load_takes_a_sequence() -> None:
     first, second = lanes
     first.admit(builders.sequence(core, "a", [1] * 9))
     second.admit(builders.sequence(core, "b", [1] * 3))
-    assert lanes.choose(builders.sequence(core, "c")) == (second, NO_MATCH)
+    assert lanes.choose(builders.sequence(core, "c"), Lane.can_admit) == (second, NO_MATCH)
     second.is_draining = True
-    assert lanes.choose(builders.sequence(core, "d")) == (first, NO_MATCH)
+    assert lanes.choose(builders.sequence(core, "d"), Lane.can_admit) == (first, NO_MATCH)
 
 
 def test_a_cached_prefix_outweighs_as_much_load() -> None:
@@ -179,13 +179,13 @@ def test_a_cached_prefix_outweighs_as_much_load() -> None:
     first, second = lanes
     first.admit(builders.sequence(core, "a", [1] * 7))
     first.kv.tree.insert(array("i", range(8)).tobytes(), first.kv.allocate(2) or [])
-    chosen = lanes.choose(builders.sequence(core, "b", range(12)))
+    chosen = lanes.choose(builders.sequence(core, "b", range(12)), Lane.can_admit)
     assert chosen is not None
     lane, match = chosen
     assert lane is first
     assert match.num_pages == 2
     first.admit(builders.sequence(core, "c", [1] * 2))
-    chosen = lanes.choose(builders.sequence(core, "d", range(12)))
+    chosen = lanes.choose(builders.sequence(core, "d", range(12)), Lane.can_admit)
     assert chosen is not None
     assert chosen[0] is second
 

@@ -38,10 +38,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.finals: list[Stream] = []
 
     @initialize(
-        policy=st.sampled_from(sorted(POLICIES)), eviction=st.sampled_from(["lru", "lfu", "fifo", None]), run_ahead=st.booleans()
+        policy=st.sampled_from(sorted(POLICIES)),
+        eviction=st.sampled_from(["lru", "lfu", "fifo", None]),
+        run_ahead=st.booleans(),
+        has_foresight=st.booleans(),
     )
-    def begin(self, policy: str, eviction: Eviction | None, run_ahead: bool) -> None:
-        core = builders.scheduler(max_requests=12, max_tokens=200, policy=policy, eviction=eviction, run_ahead=run_ahead)
+    def begin(self, policy: str, eviction: Eviction | None, run_ahead: bool, has_foresight: bool) -> None:
+        core = builders.scheduler(
+            max_requests=12, max_tokens=200, policy=policy, eviction=eviction, run_ahead=run_ahead, has_foresight=has_foresight
+        )
         self.system = System(core)
         self.system.join(builders.capacity(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, num_pages=8))
 
@@ -117,6 +122,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         except OverloadedError as error:
             assert error.retry_after_s >= 1
             assert len(core.queue) >= 12 or core.queue.num_tokens + num_tokens > 200
+
+    @rule(
+        num_samples=st.integers(2, 4),
+        num_tokens=st.integers(33, MAX_MODEL_LEN - 1),
+        family=st.integers(0, 2),
+        max_tokens=st.integers(1, 8),
+        owner=st.integers(1, 3),
+    )
+    def fork(self, num_samples: int, num_tokens: int, family: int, **how: int) -> None:
+        """Several samples of one prompt."""
+        for _ in range(num_samples):
+            self.submit(
+                num_tokens=num_tokens, num_former=0, family=family, num_shared=num_tokens, timeout_ms=None, priority=0, **how
+            )
 
     def live(self) -> list[Stream]:
         return [stream for stream in self.system.streams.values() if not stream.num_ends]
