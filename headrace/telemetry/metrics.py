@@ -119,6 +119,24 @@ class SchedulerMetrics:
             "headrace_scheduler_plan_seconds", "Time to plan one step.", buckets=names.BUCKETS_QUEUE_S, registry=registry
         )
         self.preemptions = Counter("headrace_preemptions", "Sequences preempted.", registry=registry)
+        self.delayer_outcomes = Counter(
+            "headrace_prefill_delayer_outcomes",
+            "Passes of lanes that step together, by what was decided on new prefills.",
+            ["input_estimation", "output_allow", "output_reason", "actual_execution"],
+            registry=registry,
+        )
+        self.delayer_wait_passes = Histogram(
+            "headrace_prefill_delayer_wait_passes",
+            "Passes by which prefills that began had been put off.",
+            buckets=names.BUCKETS_DELAY_PASSES,
+            registry=registry,
+        )
+        self.delayer_wait = Histogram(
+            "headrace_prefill_delayer_wait_seconds",
+            "Time by which prefills that began had been put off.",
+            buckets=names.BUCKETS_DELAY_S,
+            registry=registry,
+        )
         self.held = Counter(
             "headrace_scheduler_held", "Waits for the same prefix to be computed for another sequence.", registry=registry
         )

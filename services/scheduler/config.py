@@ -30,6 +30,15 @@ class Settings(Section):
         description="What of the prefix cache goes first when its pages are needed: lru, least recently used; lfu, least often "
         "used; fifo, oldest; off: keep no prefixes.",
     )
+    prefill_delay_passes_max: int = Field(
+        30,
+        ge=0,
+        le=10_000,
+        description="Lanes of one group: a new prefill waits fewer passes than this for all others to have one; 0 never waits.",
+    )
+    prefill_delay_low_watermark: float | None = Field(
+        None, ge=0, le=1, description="Lanes of one group: with a smaller share of its pages in use, a lane's prefills do not wait."
+    )
     run_ahead: bool = Field(
         True,
         description="Plan a step while the worker computes the one before it, so that it never waits; false: after its result.",

@@ -86,6 +86,12 @@ class Entrance:
             self._drop_finished_prefills()
         return True
 
+    def take_back(self, preempted: list[Sequence]) -> None:
+        """Sequences that ran have lost their place and wait again, the last of them first."""
+        for sequence in preempted:
+            self._queue.take_back(sequence)
+        self._counts.num_preemptions += len(preempted)
+
     def forget(self, lane: Lane) -> None:
         """A lane is gone."""
         self._unsound.pop(lane.lane_id, None)
@@ -124,8 +130,7 @@ class Entrance:
             lane.release(victim)
             victim.status = Status.WAITING
             victim.num_preemptions += 1
-            self._counts.num_preemptions += 1
-            self._queue.take_back(victim)
+            self.take_back([victim])
             match = lane.kv.match(sequence)
             if lane.can_admit(sequence, match):
                 return lane, match

@@ -7,6 +7,7 @@ from dataclasses import replace
 from headrace.telemetry.metrics import SchedulerMetrics
 from headrace.v1.control_pb2 import Load
 from services.scheduler.counts import Counts
+from services.scheduler.prefill_delayer import PassOutcome
 from services.scheduler.scheduler import Scheduler
 
 
@@ -44,4 +45,14 @@ class Gauges:
         num_ignored = counts.num_ignored_results + counts.num_ignored_rows
         metrics.ignored_results.inc(num_ignored - self._seen.num_ignored_results - self._seen.num_ignored_rows)
         self._seen = replace(counts)
+        for outcome in core.groups.take_outcomes():
+            self._observe(outcome)
         return load
+
+    def _observe(self, outcome: PassOutcome) -> None:
+        metrics, decision = self._metrics, outcome.decision
+        allow, was_executed = str(decision.allow).lower(), str(outcome.was_executed).lower()
+        metrics.delayer_outcomes.labels(decision.estimation, allow, decision.reason, was_executed).inc()
+        if decision.allow and outcome.was_executed:
+            metrics.delayer_wait_passes.observe(decision.waited_passes)
+            metrics.delayer_wait.observe(decision.waited_ns / 1e9)

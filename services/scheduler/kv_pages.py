@@ -33,6 +33,11 @@ class KvPages:
         """Pages that can be had: free ones, and cached ones that no sequence uses."""
         return self.pool.num_free + self.tree.num_evictable
 
+    @property
+    def usage(self) -> float:
+        """Share of the pages that sequences hold."""
+        return 1 - self.num_usable / self.pool.num_pages
+
     def match(self, sequence: Sequence) -> Match:
         """The longest prefix of the sequence that is cached; its last token is never part of it, for that must be computed."""
         num_pages = (sequence.num_tokens - 1) // self.pool.page_size

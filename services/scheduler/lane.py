@@ -34,6 +34,7 @@ class LaneCapacity:
         max_num_seqs: Most sequences it holds at once.
         max_num_batched_tokens: Most tokens it computes in a step: the token budget.
         pool_name: Which of its pools the pages belong to.
+        group: Lanes of one group step together; empty for one that steps alone.
     """
 
     model: str
@@ -44,6 +45,7 @@ class LaneCapacity:
     max_num_seqs: int
     max_num_batched_tokens: int
     pool_name: str = "full"
+    group: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "vocab_size", "num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -117,6 +119,12 @@ class Lane:
     def has_work(self) -> bool:
         """Whether a plan made now would say anything."""
         return bool(self.decoding or self.prefilling or self.slots.has_freed)
+
+    @property
+    def has_new_prompt(self) -> bool:
+        """Whether the next step could begin a prompt."""
+        has_budget = len(self.decoding) < self.capacity.max_num_batched_tokens
+        return has_budget and any(not sequence.is_announced for sequence in self.prefilling)
 
     @property
     def has_prompt_budget(self) -> bool:

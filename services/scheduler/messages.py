@@ -53,6 +53,7 @@ def lane_capacity(capacity: control.Capacity | None) -> LaneCapacity:
             max_num_seqs=capacity.max_num_seqs,
             max_num_batched_tokens=capacity.max_num_batched_tokens,
             pool_name=pool.name,
+            group=capacity.lane_group,
         )
     except ValueError as error:
         raise ProtocolError(str(error)) from error

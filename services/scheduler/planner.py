@@ -19,18 +19,25 @@ from services.scheduler.sequence import Sequence, Status
 from services.scheduler.step_plan import Rows, StepInFlight, StepPlan
 
 
-def plan_step(lane: Lane) -> StepPlan | None:
+def plan_step(lane: Lane, *, may_begin: bool = True) -> StepPlan | None:
     """Decide the lane's next step.
+
+    Args:
+        lane: Whose.
+        may_begin: Whether prompts of which nothing is computed yet may begin.
 
     Returns:
         A plan, or None when enough of them are at the worker or there is nothing to say. A plan may have no rows, only freed
         slots; it is not answered.
     """
-    if not lane.has_work or (lane.in_flight and not _can_run_ahead(lane)):
+    if not can_plan(lane):
+        return None
+    has_rows = lane.decoding or any(may_begin or sequence.is_announced for sequence in lane.prefilling)
+    if not has_rows and not lane.slots.has_freed:
         return None
     lane.last_step_id += 1
     plan = StepPlan(lane.last_step_id)
-    if not lane.num_running:
+    if not has_rows:
         plan.freed_slots = lane.slots.take_freed()
         return plan
     lane.clock.tick += 1
@@ -40,8 +47,13 @@ def plan_step(lane: Lane) -> StepPlan | None:
         # New lists: plans in flight keep the old ones.
         lane.rows = Rows.of(lane.decoding)
         lane.is_steady = False
-    _add_rows(lane, plan, lane.rows)
+    _add_rows(lane, plan, lane.rows, may_begin=may_begin)
     return plan
+
+
+def can_plan(lane: Lane) -> bool:
+    """Whether there is something to say to the lane's worker, and it may be said now."""
+    return lane.has_work and (not lane.in_flight or _can_run_ahead(lane))
 
 
 def _can_run_ahead(lane: Lane) -> bool:
@@ -81,14 +93,14 @@ def _preempt(lane: Lane, victim: Sequence, plan: StepPlan) -> None:
     plan.preempted.append(victim)
 
 
-def _add_rows(lane: Lane, plan: StepPlan, rows: Rows) -> None:
+def _add_rows(lane: Lane, plan: StepPlan, rows: Rows, *, may_begin: bool) -> None:
     """Fill in the rows: all that decode, then chunks of prompts as far as the budget goes."""
     plan.num_rows = plan.num_tokens = len(rows.slots)
     sampled = rows
     extended: list[tuple[Sequence, int, int, int]] = []
     completed: list[Sequence] = []
     if lane.prefilling:
-        extended, completed = _extend(lane, plan, rows.slots)
+        extended, completed = _extend(lane, plan, rows.slots, may_begin=may_begin)
         if completed:
             sampled = rows + Rows.of(completed)
     if plan.num_rows > len(rows.slots):
@@ -101,7 +113,9 @@ def _add_rows(lane: Lane, plan: StepPlan, rows: Rows) -> None:
     lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, sampled, extended, completed)
 
 
-def _extend(lane: Lane, plan: StepPlan, decode_slots: list[int]) -> tuple[list[tuple[Sequence, int, int, int]], list[Sequence]]:
+def _extend(
+    lane: Lane, plan: StepPlan, decode_slots: list[int], *, may_begin: bool
+) -> tuple[list[tuple[Sequence, int, int, int]], list[Sequence]]:
     """Spend the rest of the budget on prompts. Returns those that go on in a later step, and those that are complete."""
     budget = lane.capacity.max_num_batched_tokens - plan.num_tokens
     extended: list[tuple[Sequence, int, int, int]] = []
@@ -112,6 +126,8 @@ def _extend(lane: Lane, plan: StepPlan, decode_slots: list[int]) -> tuple[list[t
         if budget == 0:
             break
         if not sequence.is_announced:
+            if not may_begin:
+                continue
             sequence.is_announced = True
             plan.new_sequences.append(sequence)
             plan.add_pages(sequence.slot, sequence.pages)

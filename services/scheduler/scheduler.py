@@ -23,10 +23,11 @@ from services.scheduler.counts import Counts
 from services.scheduler.deadlines import Deadlines
 from services.scheduler.entrance import Entrance
 from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.lane_group import LaneGroups
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
 from services.scheduler.output_lengths import LengthEstimate, OutputLengths
-from services.scheduler.planner import plan_step
+from services.scheduler.prefill_delayer import DelayerLimits
 from services.scheduler.radix_tree import Eviction
 from services.scheduler.sequence import FinishReason, Sequence, Status
 from services.scheduler.step_plan import StepPlan, StepResult
@@ -74,10 +75,12 @@ class Scheduler:
         run_ahead: Whether a step is planned while the one before it is at the worker.
         preemption_threshold: How far below a waiting sequence's priority a running one must be to make room for it; None for never.
         lengths: What outputs are expected to need; None for what is measured.
+        delayer_limits: How long new prefills may be put off on lanes that step together; None for the usual.
 
     Attributes:
         queue: Sequences that wait.
         lanes: The worker groups.
+        groups: Those of them that step together.
         outbox: Where tokens go.
         counts: Running totals for metrics.
         model: Name of the model the lanes hold, also while there is none; empty before the first has joined.
@@ -94,6 +97,7 @@ class Scheduler:
         run_ahead: bool = True,
         preemption_threshold: int | None = None,
         lengths: LengthEstimate | None = None,
+        delayer_limits: DelayerLimits | None = None,
     ) -> None:
         self.lanes = lanes
         self.queue = queue
@@ -107,6 +111,7 @@ class Scheduler:
         self._lengths = lengths or OutputLengths()
         self._entrance = Entrance(lanes, queue, self._lengths, self.counts, preemption_threshold=preemption_threshold)
         self._num_lanes_joined = 0
+        self.groups = LaneGroups(delayer_limits or DelayerLimits(), self._entrance.take_back)
         self._requests: dict[str, Sequence] = {}
         self._streams: dict[int, Sequence] = {}
         self._deadlines = Deadlines()
@@ -225,6 +230,7 @@ class Scheduler:
         self._num_lanes_joined += 1
         lane.last_step_id = self._num_lanes_joined << 32
         self.lanes.add(lane)
+        self.groups.add(lane)
         self.model, self.vocab_size = capacity.model, capacity.vocab_size
         self._max_prompt_tokens = self.lanes.largest_prompt()
         self._admit(now_ns)
@@ -236,6 +242,7 @@ class Scheduler:
         if lane is None:
             return
         self._entrance.forget(lane)
+        self.groups.remove(lane)
         self._requeue(list(lane.running()))
         if len(self.lanes):
             self._max_prompt_tokens = self.lanes.largest_prompt()
@@ -244,13 +251,10 @@ class Scheduler:
     def plan(self, lane: Lane, now_ns: int) -> StepPlan | None:
         """The lane's next step, or None when one is at the worker or there is nothing to tell it."""
         self._admit(now_ns)
-        plan = plan_step(lane)
+        plan = self.groups.plan(lane, now_ns)
         if plan is None:
             return None
         if plan.preempted:
-            for sequence in plan.preempted:
-                self.queue.take_back(sequence)
-            self.counts.num_preemptions += len(plan.preempted)
             self._admit(now_ns)
         self.counts.num_scheduled_tokens += plan.num_tokens
         return plan

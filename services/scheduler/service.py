@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.errors import HeadraceError, OverloadedError, ProtocolError, ReplicaDeadError
@@ -34,11 +33,11 @@ from services.scheduler.lane import Lane
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
 from services.scheduler.policies.registry import POLICIES
+from services.scheduler.prefill_delayer import DelayerLimits
 from services.scheduler.scheduler import Ending, Scheduler
 from services.scheduler.sequence import Sequence
 from services.scheduler.sequence_trace import SequenceTrace
 from services.scheduler.step_pacer import StepPacer
-from services.scheduler.step_plan import StepPlan
 from services.scheduler.token_fanout import StreamBatch
 from services.scheduler.waiting_queue import WaitingQueue
 
@@ -161,14 +160,6 @@ class RouterLink:
             self.reject(peer.incarnation, router.Rejected(request_id=redirect.request_id, error=messages.error_detail(error)))
 
 
-@dataclass(frozen=True, slots=True)
-class _StepSent:
-    """What the shell remembers of a step at the worker."""
-
-    planned_ns: int
-    num_extra_tokens: int
-
-
 class WorkerSite:
     """A lane and the worker behind it."""
 
@@ -177,32 +168,9 @@ class WorkerSite:
         self.lane = lane
         self.model = model
         self.pacer = StepPacer()
-        # Steps whose results are not back, the oldest of which the worker computes, since about `begun_ns`.
-        self.steps: deque[_StepSent] = deque()
-        self.begun_ns = 0
         self.timer: asyncio.TimerHandle | None = None
         # Plans that a full queue refused. The lane holds them for made, so they must go before any other.
         self.unsent: deque[tuple[worker.StepPlan, list[bytes]]] = deque()
-
-    def on_planned(self, plan: StepPlan, now_ns: int) -> None:
-        """A plan with rows was made."""
-        if not self.steps:
-            self.begun_ns = now_ns
-        self.steps.append(_StepSent(now_ns, plan.num_tokens - plan.num_rows))
-
-    def on_result(self, result: scheduler.StepResult, now_ns: int) -> _StepSent:
-        """The oldest step's result came; the worker is at the next."""
-        step = self.steps.popleft()
-        self.begun_ns = now_ns
-        if result.finished_unix_ns > result.started_unix_ns:
-            self.pacer.record(step.num_extra_tokens, result.finished_unix_ns - result.started_unix_ns)
-        return step
-
-    def next_plan_in_ns(self, now_ns: int) -> int:
-        """Time until the next plan shall leave; zero or less for now."""
-        if not self.steps:
-            return 0
-        return self.begun_ns + self.pacer.leave_after_ns(self.steps[0].num_extra_tokens) - now_ns
 
     def cancel_timer(self) -> None:
         """No plan is to be made later."""
@@ -274,31 +242,53 @@ class WorkerLink:
         hub = self._hub
         now_ns = time.monotonic_ns()
         if hub.core.step_result(site.lane, messages.step_result(message.step_result), now_ns):
-            step = site.on_result(message.step_result, now_ns)
-            hub.metrics.step_duration.observe((now_ns - step.planned_ns) / 1e9)
+            body = message.step_result
+            took_ns = site.pacer.on_result(body.finished_unix_ns - body.started_unix_ns, now_ns)
+            hub.metrics.step_duration.observe(took_ns / 1e9)
         self.plan(site)
         hub.wake()
 
     def plan(self, site: WorkerSite) -> None:
-        """Make and send the plans a lane can have now, and set a timer for the one it shall have later."""
-        hub = self._hub
+        """Make and send the plans a lane can have now, and those of lanes that step with it; set a timer for one it has later."""
+        group = site.lane.capacity.group
+        if not group:
+            self._plan_one(site)
+            return
+        # A pass makes plans for all of them, and nothing may happen to a sequence between plan and message.
+        for other in self.sites.values():
+            if other.lane.capacity.group == group:
+                self._plan_one(other)
+
+    def _plan_one(self, site: WorkerSite) -> None:
         site.cancel_timer()
-        while not site.unsent and len(site.steps) < site.lane.max_in_flight:
+        if site.lane.capacity.group:
+            while self._make_plan(site):
+                pass
+            return
+        while not site.unsent and site.pacer.num_under_way < site.lane.max_in_flight:
             now_ns = time.monotonic_ns()
-            if (delay_ns := site.next_plan_in_ns(now_ns)) > 0:
+            if (delay_ns := site.pacer.next_plan_in_ns(now_ns)) > 0:
                 site.timer = asyncio.get_running_loop().call_later(delay_ns / 1e9, self._on_timer, site)
                 return
-            plan = hub.core.plan(site.lane, now_ns)
-            if plan is None:
+            if not self._make_plan(site):
                 return
-            works = [self._begin(sequence, now_ns) for sequence in plan.new_sequences]
-            site.unsent.append(messages.step_plan(plan, works))
-            site.send()
-            if plan.num_rows:
-                site.on_planned(plan, now_ns)
-                hub.metrics.steps.inc()
-                hub.metrics.step_tokens.inc(plan.num_tokens)
-                hub.metrics.plan_duration.observe((time.monotonic_ns() - now_ns) / 1e9)
+
+    def _make_plan(self, site: WorkerSite) -> bool:
+        """Make and send one plan; False when there is none."""
+        hub = self._hub
+        now_ns = time.monotonic_ns()
+        plan = hub.core.plan(site.lane, now_ns)
+        if plan is None:
+            return False
+        works = [self._begin(sequence, now_ns) for sequence in plan.new_sequences]
+        site.unsent.append(messages.step_plan(plan, works))
+        site.send()
+        if plan.num_rows:
+            site.pacer.on_plan(plan.num_tokens - plan.num_rows, now_ns)
+            hub.metrics.steps.inc()
+            hub.metrics.step_tokens.inc(plan.num_tokens)
+            hub.metrics.plan_duration.observe((time.monotonic_ns() - now_ns) / 1e9)
+        return True
 
     def stop(self) -> None:
         """Plan nothing further."""
@@ -456,6 +446,7 @@ class SchedulerService:
             eviction,
             run_ahead=settings.run_ahead,
             preemption_threshold=settings.priority_preemption_threshold if settings.policy == "priority" else None,
+            delayer_limits=DelayerLimits(settings.prefill_delay_passes_max, settings.prefill_delay_low_watermark),
         )
         self._gauges = Gauges(self.metrics)
         self._workers = WorkerLink(self)

@@ -23,6 +23,9 @@ class Settings(Section):
         "auto",
         description="Threads that compute; auto is one a physical core it may use (docs/decisions/0005-worker-threads.md).",
     )
+    lane_group: str = Field(
+        "", max_length=64, description="Workers of one group step together, as data-parallel attention wants it; empty: alone."
+    )
     standby: bool = Field(
         True, description="Keep a second process that has imported torch beside the worker; it takes over when the worker ends."
     )

@@ -380,6 +380,7 @@ class WorkerService:
             num_ranks=self._settings.num_ranks,
             work_kinds=[WorkKind.WORK_KIND_GENERATE],
             vocab_size=limits.vocab_size,
+            lane_group=self._settings.lane_group,
         )
 
     def _make_mock(self) -> Runner:

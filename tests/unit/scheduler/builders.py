@@ -10,6 +10,7 @@ from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox
 from services.scheduler.output_lengths import Float64Array, Int64Array
 from services.scheduler.policies.registry import POLICIES
+from services.scheduler.prefill_delayer import DelayerLimits
 from services.scheduler.radix_tree import Eviction
 from services.scheduler.scheduler import Scheduler
 from services.scheduler.sequence import Sequence, StoppingRules
@@ -27,6 +28,7 @@ def capacity(
     max_model_len: int = 128,
     vocab_size: int = 50,
     model: str = MODEL,
+    group: str = "",
 ) -> LaneCapacity:
     """A small worker group."""
     return LaneCapacity(
@@ -37,6 +39,7 @@ def capacity(
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        group=group,
     )
 
 
@@ -62,6 +65,7 @@ def scheduler(
     policy: str = "fcfs",
     run_ahead: bool = False,
     has_foresight: bool = False,
+    delayer_limits: DelayerLimits | None = None,
 ) -> Scheduler:
     """A scheduler without lanes.
 
@@ -79,6 +83,7 @@ def scheduler(
         run_ahead=run_ahead,
         preemption_threshold=10 if policy == "priority" else None,
         lengths=lengths,
+        delayer_limits=delayer_limits,
     )
 
 

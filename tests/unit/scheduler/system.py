@@ -116,17 +116,26 @@ class System:
 
     def plan_all(self) -> bool:
         """Every lane plans what it can. Returns whether any did."""
-        any_plan = False
+        num_plans = sum(len(site.plans) for site in self.sites.values())
         for site in self.sites.values():
-            lane = site.lane
-            while len(lane.in_flight) < lane.max_in_flight and (plan := self.core.plan(lane, self.now_ns)) is not None:
-                any_plan = True
-                site.plans.append(plan)
-                result = site.worker.apply(plan)
-                if result is not None:
-                    site.results.append(result)
+            if len(site.lane.in_flight) < site.lane.max_in_flight or site.lane.capacity.group:
+                self._plan(site)
+        # What a lane of a group has asked for may have made plans for those before it.
+        for site in self.sites.values():
+            if site.lane.capacity.group:
+                self._plan(site)
         self.collect()
-        return any_plan
+        return sum(len(site.plans) for site in self.sites.values()) > num_plans
+
+    def _plan(self, site: Site) -> None:
+        lane = site.lane
+        while (plan := self.core.plan(lane, self.now_ns)) is not None:
+            site.plans.append(plan)
+            result = site.worker.apply(plan)
+            if result is not None:
+                site.results.append(result)
+            if len(lane.in_flight) >= lane.max_in_flight and not lane.capacity.group:
+                return
 
     def deliver_result(self, site: Site) -> None:
         """A worker's oldest answer arrives."""

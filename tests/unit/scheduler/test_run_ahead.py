@@ -163,19 +163,40 @@ def test_results_out_of_order_are_ignored() -> None:
     assert system.core.num_requests == 0
 
 
+def pacer(*steps: tuple[int, int]) -> StepPacer:
+    """One that has seen these steps: extra tokens and nanoseconds."""
+    found = StepPacer()
+    for num_extra_tokens, duration_ns in steps:
+        found.on_plan(num_extra_tokens, 0)
+        found.on_result(duration_ns, duration_ns)
+    return found
+
+
+def leave_after_ns(known: StepPacer, num_extra_tokens: int) -> int:
+    """How long after the begin of such a step the next plan leaves."""
+    known.on_plan(num_extra_tokens, 1000)
+    after_ns = known.next_plan_in_ns(1000)
+    assert known.next_plan_in_ns(1500) == after_ns - 500
+    assert known.on_result(0, 3000) == 2000
+    return after_ns
+
+
 def test_the_next_plan_leaves_late_and_early_enough() -> None:
-    pacer = StepPacer()
-    assert pacer.leave_after_ns(0) == pacer.leave_after_ns(1000) == 0, "nothing is known"
-    for _ in range(50):
-        pacer.record(0, 40_000_000)
-    assert pacer.leave_after_ns(0) == 40_000_000 * (1 - LEAD_SHARE)
-    for _ in range(50):
-        pacer.record(100, 140_000_000)
-    assert pacer.leave_after_ns(100) == pytest.approx(140_000_000 * (1 - LEAD_SHARE))
-    assert pacer.leave_after_ns(200) == pytest.approx(240_000_000 * (1 - LEAD_SHARE))
+    assert pacer().next_plan_in_ns(5) == 0, "nothing is at the worker"
+    assert leave_after_ns(pacer(), 0) < 0, "nothing is known"
+    known = pacer(*[(0, 40_000_000)] * 50, *[(100, 140_000_000)] * 50)
+    assert leave_after_ns(known, 0) == 40_000_000 * (1 - LEAD_SHARE)
+    assert leave_after_ns(known, 100) == pytest.approx(140_000_000 * (1 - LEAD_SHARE))
+    assert leave_after_ns(known, 200) == pytest.approx(240_000_000 * (1 - LEAD_SHARE))
     # A pause of the machine does not teach it to wait for long.
-    pacer.record(0, 10_000_000_000)
-    assert pacer.leave_after_ns(0) < 60_000_000
-    fast = StepPacer()
-    fast.record(0, LEAD_MIN_NS)
-    assert fast.leave_after_ns(0) == 0
+    assert leave_after_ns(pacer(*[(0, 40_000_000)] * 50, (0, 10_000_000_000)), 0) < 60_000_000
+    assert leave_after_ns(pacer((0, LEAD_MIN_NS)), 0) == 0
+
+
+def test_the_second_of_two_steps_begins_with_the_result_of_the_first() -> None:
+    known = pacer(*[(0, 40_000_000)] * 50)
+    known.on_plan(0, 0)
+    known.on_plan(0, 10)
+    assert known.num_under_way == 2
+    assert known.on_result(40_000_000, 41_000_000) == 41_000_000
+    assert known.next_plan_in_ns(41_000_000) == 30_000_000

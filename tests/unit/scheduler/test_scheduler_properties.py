@@ -56,8 +56,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 3, 4, 16]),
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 24),
+        group=st.sampled_from(["", "together"]),
     )
-    def join(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int) -> None:
+    def join(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, group: str) -> None:
         self.system.join(
             builders.capacity(
                 num_pages=num_pages,
@@ -66,6 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_num_batched_tokens=budget,
                 max_model_len=MAX_MODEL_LEN,
                 vocab_size=VOCAB_SIZE,
+                group=group,
             )
         )
 
