@@ -1,8 +1,10 @@
-"""What a request must be before it may wait: refused at once, with the numbers, when it can never run."""
+"""What a request must be before it may wait, and still be before it runs; refused with the numbers when it can never run."""
 
 from __future__ import annotations
 
 from headrace.errors import DeadlineExceededError, InvalidRequestError, NotFoundError, UnavailableError
+from services.scheduler.deadlines import BestSpeed
+from services.scheduler.lanes import Lanes
 from services.scheduler.sequence import Sequence
 
 
@@ -43,4 +45,38 @@ def check_size(sequence: Sequence, max_prompt_tokens: int) -> None:
             f"the prompt has {sequence.num_tokens} tokens and model {sequence.model!r} takes at most {max_prompt_tokens} here, "
             "so that one output token still fits the context length and the KV pages; shorten it",
             param="prompt",
+        )
+
+
+def check_still_possible(sequence: Sequence, model: str, max_prompt_tokens: int) -> None:
+    """Refuse a sequence that was taken and for which the lanes have changed since.
+
+    Raises:
+        NotFoundError: Its model is gone.
+        InvalidRequestError: It is longer than the lanes that are left take.
+    """
+    if sequence.model != model:
+        raise NotFoundError(f"scheduler: model {sequence.model!r} is gone, {model!r} is here now", param="model")
+    if sequence.num_tokens > max_prompt_tokens:
+        raise InvalidRequestError(
+            f"the prompt has {sequence.num_tokens} tokens; the lanes that are left take {max_prompt_tokens}", param="prompt"
+        )
+
+
+def check_deadline(sequence: Sequence, speed: BestSpeed, lanes: Lanes, now_ns: int) -> None:
+    """Refuse a sequence before its prefill when its deadline cannot be met any more.
+
+    Raises:
+        DeadlineExceededError: Says what is left, and what it takes at the lanes' best to the first token, or the fewest asked for.
+    """
+    if not sequence.deadline_ns:
+        return
+    _, num_cached_tokens = lanes.longest_prefix(sequence)
+    num_outputs = max(1, sequence.stopping.min_tokens - sequence.num_output_tokens)
+    least_ns = speed.least_ns(sequence.num_tokens - num_cached_tokens, num_outputs)
+    left_ns = sequence.deadline_ns - now_ns
+    if least_ns > left_ns:
+        raise DeadlineExceededError(
+            f"scheduler: the request's deadline is {max(0, left_ns) / 1e9:.3f} s away and it would take {least_ns / 1e9:.3f} s at "
+            "least; dropped before its prefill"
         )

@@ -1,13 +1,39 @@
-"""Which requests' deadlines have passed: a heap of (deadline, request id), cleaned of requests that ended before theirs."""
+"""Which requests' deadlines have passed, and which cannot be met any more."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Container
 
 
+class BestSpeed:
+    """The fastest that the lanes have been: no request can be served faster, so a deadline nearer than that is lost already."""
+
+    def __init__(self) -> None:
+        self._step_ns = math.inf
+        self._token_ns = math.inf
+
+    def record(self, num_tokens: int, duration_ns: int) -> None:
+        """A step computed that many tokens in that time at its worker."""
+        if num_tokens > 0 and duration_ns > 0:
+            self._step_ns = min(self._step_ns, duration_ns)
+            self._token_ns = min(self._token_ns, duration_ns / num_tokens)
+
+    def least_ns(self, num_prompt_tokens: int, num_output_tokens: int) -> int:
+        """Time that a prompt with so many outputs takes at least; zero before the first step.
+
+        Args:
+            num_prompt_tokens: Tokens to be computed before the first output.
+            num_output_tokens: At least 1.
+        """
+        if self._step_ns == math.inf:
+            return 0
+        return int(max(self._step_ns, self._token_ns * num_prompt_tokens) + self._step_ns * (num_output_tokens - 1))
+
+
 class Deadlines:
-    """Deadlines of live requests, on whatever clock the caller uses."""
+    """Deadlines of live requests, on whatever clock the caller uses: a heap, cleaned of requests that ended before theirs."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, str]] = []

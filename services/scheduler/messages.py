@@ -161,7 +161,11 @@ def work_header(held: Sequence, context: Context, *, now_ns: int, now_unix_ns: i
 def step_result(body: scheduler.StepResult) -> StepResult:
     """A step's result."""
     result = StepResult(
-        step_id=body.step_id, slots=list(body.slots), token_ids=list(body.token_ids), num_tokens=list(body.num_tokens)
+        step_id=body.step_id,
+        slots=list(body.slots),
+        token_ids=list(body.token_ids),
+        num_tokens=list(body.num_tokens),
+        duration_ns=max(0, body.finished_unix_ns - body.started_unix_ns),
     )
     for index, slot in enumerate(body.failed_slots):
         reason = body.failed_reasons[index] if index < len(body.failed_reasons) else scheduler.ROW_ERROR_UNSPECIFIED

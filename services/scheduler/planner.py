@@ -110,7 +110,7 @@ def _add_rows(lane: Lane, plan: StepPlan, rows: Rows, *, may_begin: bool) -> Non
     else:
         plan.row_slots = rows.slots
         lane.is_steady = True
-    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, sampled, extended, completed)
+    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, plan.num_tokens, sampled, extended, completed)
 
 
 def _extend(

@@ -15,12 +15,11 @@ from headrace.errors import (
     DeadlineExceededError,
     HeadraceError,
     InvalidRequestError,
-    NotFoundError,
     ReplicaDeadError,
 )
-from services.scheduler.admission import check_request, check_size
+from services.scheduler.admission import check_deadline, check_request, check_size, check_still_possible
 from services.scheduler.counts import Counts
-from services.scheduler.deadlines import Deadlines
+from services.scheduler.deadlines import BestSpeed, Deadlines
 from services.scheduler.entrance import Entrance
 from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.lane_group import LaneGroups
@@ -115,6 +114,7 @@ class Scheduler:
         self._requests: dict[str, Sequence] = {}
         self._streams: dict[int, Sequence] = {}
         self._deadlines = Deadlines()
+        self._speed = BestSpeed()
         self._outcome = Outcome()
 
     @property
@@ -267,6 +267,7 @@ class Scheduler:
             if result.slots or result.failed_slots or result.unknown_slots:
                 self.counts.num_ignored_results += 1
             return False
+        self._speed.record(step.num_tokens, result.duration_ns)
         self.counts.num_steps += 1
         self.counts.num_ignored_rows += step.num_ignored_rows
         self.counts.num_output_tokens += sum(len(batch.token_ids) for batch in step.batches)
@@ -299,20 +300,18 @@ class Scheduler:
     def _admit(self, now_ns: int) -> None:
         """Let waiting sequences enter lanes, in order, as long as the next one can."""
         while (sequence := self._entrance.next()) is not None:
-            if sequence.model != self.model:
-                gone = NotFoundError(f"scheduler: model {sequence.model!r} is gone, {self.model!r} is here now", param="model")
-                self._end(sequence, FinishReason.ERROR, now_ns, gone)
-            elif sequence.num_output_tokens and self._is_complete(sequence):
+            if sequence.num_output_tokens and sequence.model == self.model and self._is_complete(sequence):
                 sequence.finish_reason = FinishReason.LENGTH
                 self._forget(sequence, FinishReason.LENGTH, now_ns)
                 self._finish_complete(sequence, now_ns)
-            elif sequence.num_tokens > self._max_prompt_tokens:
-                too_long = InvalidRequestError(
-                    f"the prompt has {sequence.num_tokens} tokens; the lanes that are left take {self._max_prompt_tokens}",
-                    param="prompt",
-                )
-                self._end(sequence, FinishReason.ERROR, now_ns, too_long)
-            elif not self._entrance.admit(sequence, now_ns):
+                continue
+            try:
+                check_still_possible(sequence, self.model, self._max_prompt_tokens)
+                check_deadline(sequence, self._speed, self.lanes, now_ns)
+            except HeadraceError as error:
+                self._end(sequence, FinishReason.ERROR, now_ns, error)
+                continue
+            if not self._entrance.admit(sequence, now_ns):
                 return
 
     def _requeue(self, sequences: list[Sequence]) -> None:

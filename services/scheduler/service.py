@@ -241,9 +241,9 @@ class WorkerLink:
             raise ProtocolError("a step result of a worker that is no lane")
         hub = self._hub
         now_ns = time.monotonic_ns()
-        if hub.core.step_result(site.lane, messages.step_result(message.step_result), now_ns):
-            body = message.step_result
-            took_ns = site.pacer.on_result(body.finished_unix_ns - body.started_unix_ns, now_ns)
+        result = messages.step_result(message.step_result)
+        if hub.core.step_result(site.lane, result, now_ns):
+            took_ns = site.pacer.on_result(result.duration_ns, now_ns)
             hub.metrics.step_duration.observe(took_ns / 1e9)
         self.plan(site)
         hub.wake()

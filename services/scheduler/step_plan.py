@@ -81,6 +81,7 @@ class StepInFlight:
     Attributes:
         tick: The lane's decode tick of the plan.
         version: The lane's version at the plan; while it stands, every row is still valid.
+        num_tokens: Tokens it computes.
         sampled: Rows that sample a token, in order.
         extended: Sequences that compute a part of their prompt and sample nothing, with slot, stay and count after it.
         completed: Of those that sample, the ones whose prompt this step completes.
@@ -88,6 +89,7 @@ class StepInFlight:
 
     tick: int
     version: int
+    num_tokens: int
     sampled: Rows
     extended: list[tuple[Sequence, int, int, int]]
     completed: list[Sequence]
@@ -105,6 +107,7 @@ class StepResult:
         failed_slots: Slots whose row failed.
         failed_reasons: Why, one each, in words.
         unknown_slots: Slots of rows that the worker does not hold: it has forgotten them, or refused them when they entered.
+        duration_ns: Time at the worker, zero where it is not known.
     """
 
     step_id: int
@@ -114,3 +117,4 @@ class StepResult:
     failed_slots: list[int] = field(default_factory=list)
     failed_reasons: list[str] = field(default_factory=list)
     unknown_slots: list[int] = field(default_factory=list)
+    duration_ns: int = 0

@@ -25,6 +25,7 @@ class StepOutcome:
         failed: Sequences that ended with an error. They still hold theirs, too.
         lost: Sequences the worker does not hold and which may be tried again. They still hold their slot and pages here.
         num_ignored_rows: Rows for slots the plan did not have.
+        num_tokens: Tokens that the step computed.
     """
 
     batches: list[StreamBatch] = field(default_factory=list)
@@ -32,6 +33,7 @@ class StepOutcome:
     failed: list[tuple[Sequence, HeadraceError]] = field(default_factory=list)
     lost: list[Sequence] = field(default_factory=list)
     num_ignored_rows: int = 0
+    num_tokens: int = 0
 
 
 # A worker that has lost its link for a moment forgets everything, unseen by us; but one that refuses a sequence says the same.
@@ -48,7 +50,7 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
         return None
     step = lane.in_flight.pop(result.step_id)
     lane.clock.num_done = step.tick
-    outcome = StepOutcome()
+    outcome = StepOutcome(num_tokens=step.num_tokens)
     is_complete = (
         not result.failed_slots
         and not result.unknown_slots

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 
 from headrace.errors import OverloadedError
 from headrace.v1 import common_pb2 as common
-from services.scheduler.deadlines import Deadlines
+from services.scheduler.deadlines import BestSpeed, Deadlines
 from services.scheduler.decode_clock import DecodeClock
 from services.scheduler.drain_rate import DrainRate
 from services.scheduler.lane import Lane, LaneCapacity
@@ -20,6 +21,7 @@ from services.scheduler.sequence import FinishReason
 from services.scheduler.slot_table import SlotTable
 from services.scheduler.waiting_queue import WaitingQueue
 from tests.unit.scheduler import builders
+from tests.unit.scheduler.system import System
 
 S = 1_000_000_000
 
@@ -200,3 +202,43 @@ def test_a_lane_keeps_a_page_for_each_running_sequence() -> None:
 
 def test_no_more_sequences_run_than_the_budget_has_tokens() -> None:
     assert Lane(1, builders.capacity(max_num_seqs=8, max_num_batched_tokens=3)).slots.num_slots == 3
+
+
+def test_a_request_takes_at_least_what_the_fastest_steps_took() -> None:
+    speed = BestSpeed()
+    assert speed.least_ns(1000, 5) == 0
+    speed.record(100, 50_000)
+    speed.record(1, 10_000)
+    speed.record(0, 1)
+    speed.record(5, 0)
+    # 500 ns a token, 10 µs a step.
+    assert speed.least_ns(1000, 1) == 500_000
+    assert speed.least_ns(4, 1) == 10_000
+    assert speed.least_ns(1000, 5) == 500_000 + 4 * 10_000
+
+
+def test_a_deadline_that_cannot_be_met_is_dropped_before_its_prefill() -> None:
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity(max_num_seqs=1, max_num_batched_tokens=8))
+    system.submit(builders.sequence(system.core, "runs", [1] * 8, max_tokens=2))
+    for _ in range(2):
+        system.plan_all()
+        result = replace(site.results.popleft(), duration_ns=80_000_000)
+        system.now_ns += 80_000_000
+        assert system.core.step_result(site.lane, result, system.now_ns)
+        system.collect()
+    # 8 tokens in 80 ms: 40 tokens take 400 ms at least.
+    lost = builders.sequence(system.core, "lost", [2] * 40, deadline_ns=system.now_ns + 399_000_000)
+    system.submit(lost)
+    assert system.streams[lost.stream_id].error_code == "deadline_exceeded"
+    assert lost.num_admissions == 0
+    met = builders.sequence(system.core, "met", [3] * 40, deadline_ns=system.now_ns + 401_000_000)
+    system.submit(met)
+    assert met.lane is site.lane
+    system.core.abort(["met"], system.now_ns)
+    # What is cached need not be computed.
+    system.submit(builders.sequence(system.core, "first", [4] * 40, max_tokens=1))
+    system.run()
+    again = builders.sequence(system.core, "again", [4] * 40, deadline_ns=system.now_ns + 100_000_000)
+    system.submit(again)
+    assert again.lane is site.lane
