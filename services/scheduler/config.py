@@ -25,10 +25,10 @@ class Settings(Section):
         le=PRIORITY_MAX - PRIORITY_MIN,
         description="Policy priority: a running request makes room for a waiting one that is so much more important.",
     )
-    prefix_cache: Literal["lru", "lfu", "fifo", "off"] = Field(
+    prefix_cache: Literal["lru", "lfu", "fifo", "priority", "off"] = Field(
         "lru",
         description="What of the prefix cache goes first when its pages are needed: lru, least recently used; lfu, least often "
-        "used; fifo, oldest; off: keep no prefixes.",
+        "used; fifo, oldest; priority, used by the least important requests; off: keep no prefixes.",
     )
     prefill_delay_passes_max: int = Field(
         30,
@@ -42,6 +42,9 @@ class Settings(Section):
     run_ahead: bool = Field(
         True,
         description="Plan a step while the worker computes the one before it, so that it never waits; false: after its result.",
+    )
+    isolate_tenants: bool = Field(
+        False, description="Never share cached prefixes between tenants (a request's `user`, else its API key)."
     )
     max_waiting_requests: int = Field(
         1024, ge=1, description="Most requests that wait for a lane; further ones are refused as overloaded."

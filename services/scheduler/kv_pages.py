@@ -27,6 +27,7 @@ class KvPages:
         self.pool = pool
         self.tree = RadixTree(pool.page_size, eviction or "lru")
         self.keeps_prefixes = eviction is not None
+        self._num_flushes = 0
 
     @property
     def num_usable(self) -> int:
@@ -41,7 +42,7 @@ class KvPages:
     def match(self, sequence: Sequence) -> Match:
         """The longest prefix of the sequence that is cached; its last token is never part of it, for that must be computed."""
         num_pages = (sequence.num_tokens - 1) // self.pool.page_size
-        return self.tree.match(_bytes(sequence.tokens, num_pages * self.pool.page_size), num_pages)
+        return self.tree.match(_bytes(sequence.tokens, num_pages * self.pool.page_size), num_pages, sequence.namespace)
 
     def num_left(self, sequence: Sequence, match: Match) -> int:
         """Pages that could still be had if the sequence entered now; negative when it could not."""
@@ -51,7 +52,7 @@ class KvPages:
     def enter(self, sequence: Sequence, match: Match) -> None:
         """Give a sequence the prefix found for it and pages for its other tokens; `num_left` must not be negative."""
         if match.node is not None:
-            sequence.prefix, sequence.pages = self.tree.lock(match)
+            sequence.prefix, sequence.pages = self.tree.lock(match, sequence.priority)
         pages = self.allocate(self.pool.pages_for(sequence.num_tokens) - match.num_pages)
         assert pages is not None, "admitted without room"
         sequence.pages += pages
@@ -61,6 +62,7 @@ class KvPages:
         if not sequence.num_admissions:
             sequence.num_cached_tokens = min(sequence.num_reused_tokens, sequence.num_prompt_tokens)
         sequence.num_admissions += 1
+        sequence.num_flushes_before = self._num_flushes
 
     def allocate(self, num_pages: int) -> list[int] | None:
         """Take pages, evicting cached ones where too few are free; None when there are not as many."""
@@ -75,13 +77,13 @@ class KvPages:
         """The sequence's known tokens are all computed and sound: others may use its full pages from now on."""
         sequence.is_sound = True
         num_pages = sequence.num_tokens // self.pool.page_size
-        if not self.keeps_prefixes or num_pages == sequence.num_shared_pages:
+        if not self._is_kept(sequence) or num_pages == sequence.num_shared_pages:
             return
         tokens = _bytes(sequence.tokens, num_pages * self.pool.page_size)
         # A sibling may have been first. Then this one goes on with its own pages, and gives them up when it leaves.
-        if self.tree.match(tokens, num_pages).num_pages > sequence.num_shared_pages:
+        if self.tree.match(tokens, num_pages, sequence.namespace).num_pages > sequence.num_shared_pages:
             return
-        node, _ = self.tree.insert(tokens, sequence.pages[:num_pages])
+        node, _ = self.tree.insert(tokens, sequence.pages[:num_pages], sequence.namespace, sequence.priority)
         assert node is not None
         self.tree.lock_node(node)
         if sequence.prefix is not None:
@@ -92,14 +94,29 @@ class KvPages:
     def leave(self, sequence: Sequence, num_computed: int) -> None:
         """Take a sequence's pages back; the tree keeps those of its `num_computed` first tokens if they are sound."""
         pages, num_kept = sequence.pages, sequence.num_shared_pages
-        if sequence.is_sound and self.keeps_prefixes:
+        if sequence.is_sound and self._is_kept(sequence):
             num_full = num_computed // self.pool.page_size
-            _, num_present = self.tree.insert(_bytes(sequence.tokens, num_full * self.pool.page_size), pages[:num_full])
+            tokens = _bytes(sequence.tokens, num_full * self.pool.page_size)
+            _, num_present = self.tree.insert(tokens, pages[:num_full], sequence.namespace, sequence.priority)
             self.pool.free(pages[num_kept:num_present])
             num_kept = num_full
         self.pool.free(pages[num_kept:])
         if sequence.prefix is not None:
             self.tree.unlock(sequence.prefix)
+
+    def flush(self) -> int:
+        """Drop every cached page that no sequence uses; nothing computed before may be reused by others. Returns the pages dropped.
+
+        What is in use stays with those who use it.
+        """
+        self._num_flushes += 1
+        pages = self.tree.flush()
+        self.pool.free(pages)
+        return len(pages)
+
+    def _is_kept(self, sequence: Sequence) -> bool:
+        """Whether what a sequence has computed may be shared."""
+        return self.keeps_prefixes and sequence.num_flushes_before == self._num_flushes
 
 
 def _bytes(tokens: array[int], num_tokens: int) -> bytes:

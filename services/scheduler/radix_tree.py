@@ -15,7 +15,9 @@ import heapq
 from collections.abc import Callable, Iterator
 from typing import Final, Literal, NamedTuple
 
-Eviction = Literal["lru", "lfu", "fifo"]
+from services.scheduler.cache_events import CacheLog, block_hashes, namespace_hash
+
+Eviction = Literal["lru", "lfu", "fifo", "priority"]
 
 TOKEN_BYTES: Final = 4
 """Of one token in the byte strings that the tree takes: `array("i").tobytes()`."""
@@ -33,12 +35,26 @@ class Node:
         last_use: When it was last locked or inserted, in uses of the tree.
         num_uses: How often that was.
         created: When it was inserted.
+        priority: The greatest of those who inserted or used it.
+        hashes: Of its pages, see `cache_events.py`; None while nobody watches.
         is_queued: It has an entry in the queue of candidates for eviction.
     """
 
-    __slots__ = ("children", "created", "is_queued", "last_use", "num_locks", "num_uses", "pages", "parent", "tokens")
+    __slots__ = (
+        "children",
+        "created",
+        "hashes",
+        "is_queued",
+        "last_use",
+        "num_locks",
+        "num_uses",
+        "pages",
+        "parent",
+        "priority",
+        "tokens",
+    )
 
-    def __init__(self, tokens: bytes, pages: list[int], parent: Node | None, now: int) -> None:
+    def __init__(self, tokens: bytes, pages: list[int], parent: Node | None, now: int, priority: int = 0) -> None:
         self.tokens = tokens
         self.pages = pages
         self.parent = parent
@@ -46,6 +62,8 @@ class Node:
         self.num_locks = 0
         self.last_use = self.created = now
         self.num_uses = 1
+        self.priority = priority
+        self.hashes: list[int] | None = None
         self.is_queued = False
 
 
@@ -82,6 +100,7 @@ _ORDER: Final[dict[Eviction, Callable[[Node], tuple[int, int]]]] = {
     "lru": lambda node: (node.last_use, 0),
     "lfu": lambda node: (node.num_uses, node.last_use),
     "fifo": lambda node: (node.created, 0),
+    "priority": lambda node: (node.priority, node.last_use),
 }
 
 
@@ -103,6 +122,9 @@ class RadixTree:
         self._page_bytes = page_size * TOKEN_BYTES
         self._order = _ORDER[eviction]
         self._roots: dict[str, _Root] = {}
+        # Of prefixes that were in use at a flush: they are found no more and go when their users have gone.
+        self._flushed_roots: dict[_Root, None] = {}
+        self._log: CacheLog | None = None
         self._now = 0
         # Entries are (order, serial, node), at most one for each node; the serial keeps nodes from being compared.
         self._queue: list[tuple[tuple[int, int], int, Node]] = []
@@ -131,7 +153,7 @@ class RadixTree:
             return NO_MATCH
         return Match(node, num_node_pages, at // page_bytes, num_evictable)
 
-    def lock(self, match: Match) -> tuple[Node, list[int]]:
+    def lock(self, match: Match, priority: int = 0) -> tuple[Node, list[int]]:
         """Use a prefix that was found: until `unlock` none of its pages is evicted.
 
         Returns:
@@ -141,7 +163,7 @@ class RadixTree:
         assert node is not None
         if match.num_node_pages < len(node.pages):
             node = self._split(node, match.num_node_pages)
-        self.lock_node(node)
+        self.lock_node(node, priority)
         runs = []
         above: Node | None = node
         while above is not None:
@@ -149,7 +171,7 @@ class RadixTree:
             above = above.parent
         return node, [page for run in reversed(runs) for page in run]
 
-    def lock_node(self, node: Node) -> None:
+    def lock_node(self, node: Node, priority: int = 0) -> None:
         """Use the prefix that ends with a node given by `insert`."""
         self._now += 1
         while node.parent is not None:
@@ -158,6 +180,7 @@ class RadixTree:
             node.num_locks += 1
             node.last_use = self._now
             node.num_uses += 1
+            node.priority = max(node.priority, priority)
             node = node.parent
 
     def unlock(self, node: Node) -> None:
@@ -171,13 +194,14 @@ class RadixTree:
             node = node.parent
         self._offer(lowest)
 
-    def insert(self, tokens: bytes, pages: list[int], namespace: str = "") -> tuple[Node | None, int]:
+    def insert(self, tokens: bytes, pages: list[int], namespace: str = "", priority: int = 0) -> tuple[Node | None, int]:
         """Add a prefix: the tree takes over the pages that it has not yet got.
 
         Args:
             tokens: The prefix; exactly the tokens of `pages`.
             pages: Pages with its KV, in order.
             namespace: Whose it is.
+            priority: How important its user is, for the eviction by priority.
 
         Returns:
             The node at its end (None for an empty prefix), and how many of its first pages the tree had already: of these the
@@ -201,15 +225,18 @@ class RadixTree:
                 child = self._split(child, num_shared)
             child.last_use = self._now
             child.num_uses += 1
+            child.priority = max(child.priority, priority)
             node = child
         num_present = at // self._page_bytes
         if at < length:
-            leaf = Node(tokens[at:], pages[num_present:], node, self._now)
+            leaf = Node(tokens[at:], pages[num_present:], node, self._now, priority)
             node.children[tokens[at : at + self._page_bytes]] = leaf
             self.num_inserted += 1
             self.num_pages += len(leaf.pages)
             self.num_evictable += len(leaf.pages)
             self._offer(leaf)
+            if self._log is not None:
+                self._log.stored(self._hashes(leaf))
             node = leaf
         return node, num_present
 
@@ -228,25 +255,82 @@ class RadixTree:
             if len(node.pages) > num_missing:
                 evicted += node.pages[-num_missing:]
                 del node.pages[-num_missing:]
+                self._forget_hashes(node, num_missing)
                 node.tokens = node.tokens[: -num_missing * self._page_bytes]
                 self._offer(node)
             else:
                 evicted += node.pages
+                self._forget_hashes(node, len(node.pages))
                 self._remove(node)
         self.num_pages -= len(evicted)
         self.num_evictable -= len(evicted)
         return evicted
 
+    def flush(self) -> list[int]:
+        """Give up every page that nothing locks, and let nobody find the others any more. Returns the pages."""
+        evicted = self.evict(self.num_evictable)
+        for root in self._roots.values():
+            for node in self._below(root):
+                # The first to go, whatever the policy.
+                node.last_use = node.created = node.num_uses = 0
+                node.priority = -(2**31)
+                node.hashes = None
+            self._flushed_roots[root] = None
+        self._roots = {}
+        if self._log is not None:
+            self._log.cleared()
+        return evicted
+
+    def watch(self) -> CacheLog:
+        """Record events from now on."""
+        if self._log is None:
+            self._log = CacheLog()
+        return self._log
+
+    def unwatch(self) -> None:
+        """Record no events any more."""
+        self._log = None
+        for node in self.nodes():
+            node.hashes = None
+
+    def snapshot(self) -> list[int]:
+        """Hashes of all blocks that can be found, those of a prefix in order."""
+        return [block for root in self._roots.values() for node in self._below(root) for block in self._hashes(node)]
+
     def nodes(self) -> Iterator[Node]:
         """All nodes but the roots, parents first."""
-        stack: list[Node] = list(self._roots.values())
+        for root in (*self._roots.values(), *self._flushed_roots):
+            yield from self._below(root)
+
+    # Inside
+
+    @staticmethod
+    def _below(root: _Root) -> Iterator[Node]:
+        stack: list[Node] = [root]
         while stack:
             node = stack.pop()
             if node.parent is not None:
                 yield node
             stack.extend(node.children.values())
 
-    # Inside
+    def _hashes(self, node: Node) -> list[int]:
+        """Hashes of a node's pages; kept from then on, as are those of the nodes above."""
+        missing = []
+        above = node
+        while above.hashes is None and above.parent is not None:
+            missing.append(above)
+            above = above.parent
+        before = namespace_hash(above.namespace) if isinstance(above, _Root) else (above.hashes or [0])[-1]
+        for one in reversed(missing):
+            one.hashes = block_hashes(before, one.tokens, self._page_bytes)
+            before = one.hashes[-1]
+        return node.hashes or []
+
+    def _forget_hashes(self, node: Node, num_pages: int) -> None:
+        """A node is about to lose its last pages."""
+        if self._log is not None and node.hashes is not None:
+            self._log.removed(node.hashes[-num_pages:])
+            del node.hashes[-num_pages:]
 
     def _num_shared_pages(self, node: Node, tokens: bytes, at: int, length: int) -> int:
         """How many pages of `node`, one at least, are the tokens from `at` on, which end at `length`."""
@@ -272,6 +356,9 @@ class RadixTree:
         size = num_pages * self._page_bytes
         upper = Node(node.tokens[:size], node.pages[:num_pages], parent, node.created)
         upper.num_locks, upper.last_use, upper.num_uses = node.num_locks, node.last_use, node.num_uses
+        upper.priority = node.priority
+        if node.hashes is not None:
+            upper.hashes, node.hashes = node.hashes[:num_pages], node.hashes[num_pages:]
         node.tokens = node.tokens[size:]
         node.pages = node.pages[num_pages:]
         node.parent = upper
@@ -297,4 +384,7 @@ class RadixTree:
             self._offer(parent)
         elif not parent.children:
             assert isinstance(parent, _Root)
-            del self._roots[parent.namespace]
+            if parent in self._flushed_roots:
+                del self._flushed_roots[parent]
+            else:
+                del self._roots[parent.namespace]

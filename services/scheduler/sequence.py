@@ -111,6 +111,8 @@ class Sequence:
     # Of its pages, so many at the start are the tree's; `prefix` is the node it has locked for them.
     num_shared_pages: int = 0
     prefix: Node | None = None
+    # Flushes of the lane's cache before it entered.
+    num_flushes_before: int = 0
     # Tokens whose KV was there when it entered.
     num_reused_tokens: int = 0
     # Its prompt's result is back and good: what is computed may be shared.

@@ -102,6 +102,7 @@ def sequence(
     detokenizer: str = "detokenizer-0",
     model: str = MODEL,
     priority: int = 0,
+    namespace: str = "",
 ) -> Sequence:
     """A sequence, not submitted; its stream id follows from its request id when none is given."""
     known = array("i", tokens)
@@ -116,4 +117,5 @@ def sequence(
         target=core.outbox.target(detokenizer, 7),
         deadline_ns=deadline_ns,
         priority=priority,
+        namespace=namespace,
     )

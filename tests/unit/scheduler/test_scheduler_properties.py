@@ -39,7 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
-        eviction=st.sampled_from(["lru", "lfu", "fifo", None]),
+        eviction=st.sampled_from(["lru", "lfu", "fifo", "priority", None]),
         run_ahead=st.booleans(),
         has_foresight=st.booleans(),
     )
@@ -93,6 +93,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         family=st.integers(0, 2),
         num_shared=st.integers(0, MAX_MODEL_LEN),
         priority=st.integers(-15, 15),
+        namespace=st.sampled_from(["", "", "salt"]),
     )
     def submit(
         self, *, num_tokens: int, num_former: int, family: int, num_shared: int, timeout_ms: int | None, **how: object
@@ -192,6 +193,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.system.deaf.discard(detokenizer)
         for target in self.system.core.outbox:
             self.system.flush(target)
+
+    @rule()
+    def flush_cache(self) -> None:
+        for site in self.system.sites.values():
+            site.lane.kv.flush()
+            assert site.lane.kv.tree.num_evictable == 0
 
     @rule()
     def plan(self) -> None:
