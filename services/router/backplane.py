@@ -17,6 +17,7 @@ from headrace.wire.session import Peer
 from headrace.wire.topology import ROLES
 from services.router import messages
 from services.router.actions import Deliver
+from services.router.cache_calls import CacheCalls
 from services.router.courier import Clock, Courier, Reader
 from services.router.directory import Directory, Instance, Report
 from services.router.open_request import OpenRequest
@@ -35,6 +36,7 @@ class Backplane:
         self._metrics = metrics
         self._clock = clock
         self._courier = Courier(self.streams, directory, clock)
+        self.caches = CacheCalls(directory, self._courier.peers)
         self._arms: Mapping[str, Any] = {
             "tokenize_reply": self._on_tokenize_reply,
             "detokenize_reply": self._on_detokenize_reply,
@@ -42,6 +44,8 @@ class Backplane:
             "rejected": self._on_rejected,
             "output_deltas": self._on_output_deltas,
             "stream_gap": self._on_stream_gap,
+            "cache_events": self.caches.on_events,
+            "cache_flushed": self.caches.on_flushed,
         }
 
     def open(self, request: OpenRequest, reader: Reader) -> None:
@@ -53,10 +57,16 @@ class Backplane:
         """End a request from our side. Unknown ones are ignored."""
         self._courier.perform(self.streams.end(request_id, error))
 
+    def end_all(self, error: HeadraceError) -> None:
+        """End every open request with an error."""
+        for request in self.streams:
+            self.end(request.request_id, error)
+
     def tick(self) -> None:
         """Timers of open requests, and what could not be sent before."""
         self._courier.perform(self.streams.on_time(self._clock.monotonic_ns()))
         self._courier.send_unsent()
+        self.caches.watch()
 
     # From the links.
 
@@ -72,6 +82,7 @@ class Backplane:
         """An instance is gone: what it held goes elsewhere."""
         self._courier.peers.pop(peer.incarnation, None)
         self.directory.remove(peer.incarnation)
+        self.caches.on_peer_lost(peer.incarnation)
         num_moved = self.streams.num_held_by(peer.incarnation)
         if num_moved:
             self._metrics.moves.labels(peer.role).inc(num_moved)

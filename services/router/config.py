@@ -15,6 +15,12 @@ class Settings(BaseModel):
     grpc_host: str = Field("127.0.0.1", description="Address the gRPC port listens on.")
     grpc_port: int | None = Field(9000, ge=0, le=65535, description="gRPC port; 0 takes a free one, null serves no gRPC.")
     policy: str = Field("least_loaded", pattern="^(least_loaded|round_robin)$", description="How an instance of a stage is chosen.")
+    isolate_tenants: bool = Field(
+        False, description="Share cached prefixes only inside a tenant: a request's `user`, else its API key."
+    )
+    cache_aware: bool = Field(
+        True, description="With several schedulers, prefer the one that has most of a prompt cached, unless it is much busier."
+    )
     max_open_requests: int = Field(4096, ge=1, description="Most requests open at once; more are answered 429.")
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest HTTP body or gRPC message; larger: 413.")
     body_timeout_s: float = Field(60.0, gt=0, description="Longest time a client may take to send its body.")

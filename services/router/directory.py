@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from headrace.errors import InvalidRequestError, NotFoundError, UnavailableError
 from services.router.generation import ModelOffer
 from services.router.limits import shown
-from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER
+from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, LookUp
 from services.router.policies.choice import Candidate, Policy
+from services.router.prefix_directory import PrefixDirectory
 
 
 @dataclass(slots=True)
@@ -57,7 +58,9 @@ class Report:
 class Directory:
     """The instances of the three stages a router talks to."""
 
-    def __init__(self, policy: Policy, *, stuck_after_ns: int) -> None:
+    def __init__(self, policy: Policy, *, stuck_after_ns: int, is_cache_aware: bool = True) -> None:
+        self.prefixes = PrefixDirectory()
+        self.is_cache_aware = is_cache_aware
         self._policy = policy
         self._stuck_after_ns = stuck_after_ns
         self._instances: dict[int, Instance] = {}
@@ -75,6 +78,7 @@ class Directory:
     def remove(self, incarnation: int) -> None:
         """An instance is gone."""
         self._instances.pop(incarnation, None)
+        self.prefixes.forget(incarnation)
 
     def report(self, incarnation: int, report: Report, now_ns: int) -> bool:
         """A heartbeat came; True when the instance can take more kinds of work than before."""
@@ -97,11 +101,17 @@ class Directory:
         """The instance with that incarnation."""
         return self._instances.get(incarnation)
 
-    def take(self, role: int, model: str, *, avoid: int | None) -> int | None:
-        """Choose an instance for a piece of work and count it there."""
+    def take(self, role: int, model: str, *, avoid: int | None, prompt: LookUp | None = None) -> int | None:
+        """Choose an instance for a piece of work and count it there.
+
+        Among schedulers that are not much busier than the least busy one, those that have most of the prompt cached come first.
+        """
         candidates = [instance for instance in self._serving(role, model) if instance.incarnation != avoid]
         if not candidates:
             return None
+        if prompt is not None and self.is_cache_aware and len(candidates) > 1:
+            best = self.prefixes.with_most_cached({one.incarnation: one.load for one in candidates}, prompt())
+            candidates = [one for one in candidates if one.incarnation in best]
         chosen = candidates[0]
         if len(candidates) > 1:
             chosen = candidates[self._policy([Candidate(instance.load, instance.num_taken) for instance in candidates])]
@@ -135,6 +145,10 @@ class Directory:
         if len(known) > 1:
             raise InvalidRequestError(f"model is required when several are served: {', '.join(known)}", param="model")
         return known[0]
+
+    def incarnations(self, role: int) -> list[int]:
+        """Those of a stage's instances."""
+        return [instance.incarnation for instance in self._of(role)]
 
     def offers(self) -> list[ModelOffer]:
         """Models that schedulers can serve now, by name."""

@@ -33,9 +33,11 @@ from services.router.generation import Call, EncodedPrompt, GenerationRequest, M
 from services.router.observation import Observation
 from services.router.open_request import Kind, OpenRequest, Patience
 from services.router.output_buffer import OutputBuffer
+from services.router.tenants import cache_namespace
 
 log = logs.get_logger()
 
+_FLUSH_WAIT_S = 10.0
 _SPAN_NAMES = {"http": names.SPAN_ROUTER_HTTP, "grpc": names.SPAN_ROUTER_GRPC}
 
 
@@ -233,7 +235,12 @@ class Gateway:
 
     def open_stream(self, request: GenerationRequest, call: Call) -> ClientStream:
         """Start a generation."""
-        request = replace(request, model=self._backplane.directory.resolve_model(request.model), tenant=call.tenant)
+        request = replace(
+            request,
+            model=self._backplane.directory.resolve_model(request.model),
+            tenant=call.tenant,
+            cache_namespace=cache_namespace(request.cache_salt, call.tenant if self._settings.isolate_tenants else None),
+        )
         opened = self._admit(Kind.GENERATE, request, call)
         observation = Observation(call, request, tracer=self.tracer, metrics=self._metrics)
         buffer = OutputBuffer(self._settings.client_buffer_bytes)
@@ -257,6 +264,22 @@ class Gateway:
             self._backplane.directory.resolve_model(model), prompt, skip_special_tokens=skip_special_tokens
         )
         return (await self._ask_tokenizer(Kind.DETOKENIZE, generation, call))[1]
+
+    async def flush_cache(self, call: Call) -> int:
+        """Have all schedulers drop their prefix caches; gives the pages dropped.
+
+        Raises:
+            UnavailableError: There is no scheduler, or one does not answer in time.
+        """
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        try:
+            self._backplane.caches.flush(call.request_id, done.set_result)
+            async with asyncio.timeout(_FLUSH_WAIT_S):
+                return await done
+        except TimeoutError:
+            raise UnavailableError(f"router: a scheduler did not answer the flush within {_FLUSH_WAIT_S:g} s") from None
+        finally:
+            self._backplane.caches.forget_flush(call.request_id)
 
     async def _ask_tokenizer(self, kind: Kind, generation: GenerationRequest, call: Call) -> tuple[OpenRequest, str]:
         request = self._admit(kind, generation, call)
@@ -285,11 +308,6 @@ class Gateway:
         now_ns, timeout_ns = time.monotonic_ns(), _ns(self._settings.slow_client_timeout_s)
         for stream in [stream for stream in self._streams if stream.buffer.is_reader_stuck(now_ns, timeout_ns)]:
             self.cut_off(stream)
-
-    def end_all(self, error: HeadraceError) -> None:
-        """End every open request with an error."""
-        for request in self._backplane.streams:
-            self._backplane.end(request.request_id, error)
 
     def _admit(self, kind: Kind, generation: GenerationRequest, call: Call) -> OpenRequest:
         if self.is_draining:

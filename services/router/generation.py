@@ -86,7 +86,9 @@ class GenerationRequest:
     stopping: Stopping = field(default_factory=Stopping)
     skip_special_tokens: bool = True
     priority: int = 0
+    cache_salt: str = ""
     tenant: str = ""
+    cache_namespace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,10 @@ class Engine(Protocol):
 
     async def detokenize(self, model: str, token_ids: Sequence[int], call: Call, *, skip_special_tokens: bool) -> str:
         """Text of tokens."""
+        ...
+
+    async def flush_cache(self, call: Call) -> int:
+        """Have all schedulers drop their prefix caches; gives the pages dropped."""
         ...
 
     def list_models(self) -> list[ModelOffer]:

@@ -19,6 +19,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
 MAX_MESSAGES = 16384
+MAX_SALT_CHARS = 256
 MAX_PROMPT_TOKENS = 4 * 1024 * 1024
 _SHOWN_CHARS = 60
 
@@ -32,6 +33,13 @@ def shown(value: object) -> str:
 def refuse(param: str, limit: str, value: object) -> NoReturn:
     """Raise the error that names the field, the limit and the value."""
     raise InvalidRequestError(f"{param} must be {limit}; got {shown(value)}", param=param)
+
+
+def check_cache_salt(salt: str | None) -> str:
+    """Refuse a salt that is empty or too long; gives it, empty for none."""
+    if salt is not None and not 0 < len(salt) <= MAX_SALT_CHARS:
+        refuse("cache_salt", f"a string of 1 to {MAX_SALT_CHARS} characters", salt)
+    return salt or ""
 
 
 def check_priority(priority: int) -> None:

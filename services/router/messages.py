@@ -27,6 +27,7 @@ from services.router.generation import (
 )
 from services.router.limits import seed_bits
 from services.router.open_request import Kind, OpenRequest, Output
+from services.router.prefix_directory import LaneNews
 
 PROMPT_TAIL_TOKENS = 32
 """Prompt tokens a detokenizer gets as context, so that the first output token is decoded as it would be in the middle of a text."""
@@ -117,8 +118,26 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         detokenizer=target,
         tenant=request.generation.tenant,
         priority=request.generation.priority,
+        cache_namespace=request.generation.cache_namespace,
     )
     return "submit", body, [tokens]
+
+
+def lane_news(body: router.CacheEvents) -> LaneNews:
+    """What a scheduler tells of a lane's cache.
+
+    Raises:
+        ProtocolError: The arrays do not match.
+    """
+    if len(body.kinds) != len(body.num_hashes) or sum(body.num_hashes) != len(body.hashes):
+        raise ProtocolError(
+            f"cache events: {len(body.kinds)} kinds, {len(body.num_hashes)} counts and {len(body.hashes)} hashes do not match"
+        )
+    events, start = [], 0
+    for kind, count in zip(body.kinds, body.num_hashes, strict=True):
+        events.append((int(kind), tuple(body.hashes[start : start + count])))
+        start += count
+    return LaneNews(body.lane, body.page_size, body.first_number, tuple(events), body.is_snapshot)
 
 
 def merged_sampling(asked: Sampling, defaults: Sampling) -> Sampling:

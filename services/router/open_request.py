@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from headrace.errors import (
     DeadlineExceededError,
@@ -42,6 +43,7 @@ from services.router.actions import (
 )
 from services.router.generation import EncodedPrompt, GenerationRequest
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, Placement, Places
+from services.router.prefix_directory import CachePrompt
 
 REOPEN_INTERVAL_NS = 200_000_000
 _FINISH_NAMES: dict[int, str] = {common.FINISH_REASON_STOP: "stop", common.FINISH_REASON_LENGTH: "length"}
@@ -160,7 +162,7 @@ class OpenRequest:
                 actions.append(SendOpenStream(self, self._held[DETOKENIZER]))
                 self._needs_redirect = SCHEDULER in self._held
             if SCHEDULER not in self._held:
-                if places.take(SCHEDULER, now_ns):
+                if places.take(SCHEDULER, now_ns, partial(_cache_prompt, self)):
                     self._needs_redirect = False
                     actions.append(SendSubmit(self, self._held[SCHEDULER]))
             elif self._needs_redirect:
@@ -325,3 +327,10 @@ class OpenRequest:
                 actions.append(SendCloseStream(self.stream_id, self._held[DETOKENIZER]))
         self.places.drop_all()
         return [*actions, End(self, error)]
+
+
+def _cache_prompt(request: OpenRequest) -> CachePrompt:
+    """What of a request may be cached somewhere: its prompt and outputs so far."""
+    assert request.encoded is not None
+    tokens = request.encoded.token_ids.astype("<i4").tobytes() + request.output_tokens.tobytes()
+    return CachePrompt(tokens, request.generation.cache_namespace)

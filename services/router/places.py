@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from headrace.v1 import control_pb2 as control
+from services.router.prefix_directory import CachePrompt
 
 TOKENIZER, SCHEDULER, DETOKENIZER = control.ROLE_TOKENIZER, control.ROLE_SCHEDULER, control.ROLE_DETOKENIZER
 STAGE_NAMES: dict[int, str] = {TOKENIZER: "tokenizer", SCHEDULER: "scheduler", DETOKENIZER: "detokenizer"}
 
 
+LookUp = Callable[[], CachePrompt]
+"""Gives what is to be looked up in the caches; called only where there is a choice."""
+
+
 class Placement(Protocol):
     """Chooses instances and counts what they hold for us."""
 
-    def take(self, role: int, model: str, *, avoid: int | None) -> int | None:
+    def take(self, role: int, model: str, *, avoid: int | None, prompt: LookUp | None = None) -> int | None:
         """Choose an instance that can serve the model and count one piece of work on it; None when there is none."""
         ...
 
@@ -35,13 +41,13 @@ class Places:
         self._move_delay_ns = move_delay_ns
         self._avoid: dict[int, tuple[int, int]] = {}
 
-    def take(self, role: int, now_ns: int) -> bool:
-        """Find a place at a stage; False starts, or goes on with, a wait for one."""
+    def take(self, role: int, now_ns: int, prompt: LookUp | None = None) -> bool:
+        """Find a place at a stage, best one that has most of a prompt cached; False starts, or goes on with, a wait for one."""
         avoid, until_ns = self._avoid.get(role, (None, 0))
-        chosen = self._placement.take(role, self._model, avoid=avoid)
+        chosen = self._placement.take(role, self._model, avoid=avoid, prompt=prompt)
         if chosen is None and avoid is not None:
             if now_ns >= until_ns:
-                chosen = self._placement.take(role, self._model, avoid=None)
+                chosen = self._placement.take(role, self._model, avoid=None, prompt=prompt)
             else:
                 self.retry_at_ns = until_ns
         if chosen is None:

@@ -42,7 +42,9 @@ class RouterService:
         self._context = context
         self._settings = settings
         metrics = RouterMetrics(context.registry)
-        directory = Directory(POLICIES[settings.policy], stuck_after_ns=int(settings.stuck_after_s * 1e9))
+        directory = Directory(
+            POLICIES[settings.policy], stuck_after_ns=int(settings.stuck_after_s * 1e9), is_cache_aware=settings.cache_aware
+        )
         self._metrics = metrics
         self._backplane = Backplane(directory, metrics, Clock(time.monotonic_ns, time.time_ns))
         self.gateway = Gateway(self._backplane, settings, tracer=context.tracer, metrics=metrics, registry=context.registry)
@@ -140,7 +142,7 @@ class RouterService:
     async def stop(self) -> None:
         """Close the ports; what is still open is cut off."""
         self.gateway.is_draining = True
-        self.gateway.end_all(
+        self._backplane.end_all(
             UnavailableError("router: it is stopping; send the request again, to another router", retry_after_s=5.0)
         )
         if self.grpc is not None:

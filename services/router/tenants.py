@@ -10,6 +10,14 @@ from services.router.limits import refuse
 USER_CHARACTERS_MAX: Final = 256
 
 
+def cache_namespace(salt: str, tenant: str | None) -> str:
+    """The name inside which cached prefixes are shared: of a salt, and of a tenant where tenants are kept apart (not None).
+
+    With the tenant's length in front no salt can be chosen that makes one tenant's name another's.
+    """
+    return salt if tenant is None else f"{len(tenant)}:{tenant}{salt}"
+
+
 def tenant_of(user: str | None, authorization: str) -> str:
     """The tenant a request is counted to: its `user`, else its API key, else the nameless one.
 

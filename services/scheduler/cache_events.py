@@ -6,7 +6,7 @@ first page is that of the namespace: blake2b(digest_size=8) over its UTF-8. Whoe
 blocks' hashes (`block_hashes`) and look up how much of it a lane has.
 
 An event is `Stored` or `Removed`, with the hashes of blocks that follow one another, or `Cleared`, of everything. None is recorded
-until somebody asks (`RadixTree.watch`).
+until somebody asks (`RadixTree.log`).
 """
 
 from __future__ import annotations

@@ -43,9 +43,6 @@ class Settings(Section):
         True,
         description="Plan a step while the worker computes the one before it, so that it never waits; false: after its result.",
     )
-    isolate_tenants: bool = Field(
-        False, description="Never share cached prefixes between tenants (a request's `user`, else its API key)."
-    )
     max_waiting_requests: int = Field(
         1024, ge=1, description="Most requests that wait for a lane; further ones are refused as overloaded."
     )

@@ -13,9 +13,11 @@ from headrace.telemetry.traces import Context
 from headrace.v1 import common_pb2 as common
 from headrace.v1 import control_pb2 as control
 from headrace.v1 import detokenizer_pb2 as detokenizer
+from headrace.v1 import router_pb2 as router
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import worker_pb2 as worker
 from headrace.wire.envelope import int32_array
+from services.scheduler.cache_feed import CacheNews
 from services.scheduler.lane import LaneCapacity
 from services.scheduler.outbox import Target
 from services.scheduler.sequence import Sequence, StoppingRules
@@ -121,6 +123,7 @@ def sequence(
         sampling=submit.sampling,
         tenant=submit.tenant,
         priority=submit.priority,
+        namespace=submit.cache_namespace,
         # Zero would mean none.
         deadline_ns=max(1, now_ns + deadline_unix_ns - now_unix_ns) if deadline_unix_ns else 0,
     )
@@ -175,6 +178,19 @@ def step_result(body: scheduler.StepResult) -> StepResult:
             result.failed_slots.append(slot)
             result.failed_reasons.append(_ROW_ERRORS.get(reason, f"the worker's reason is number {reason}"))
     return result
+
+
+def cache_events(news: CacheNews) -> router.CacheEvents:
+    """The message of a lane's cache events."""
+    body = router.CacheEvents(
+        lane=news.lane_id, page_size=news.page_size, first_number=news.first_number, is_snapshot=news.is_snapshot
+    )
+    for event in news.events:
+        # Numbers of the same enum; the stubs want the generated type.
+        body.kinds.append(int(event.kind))  # type: ignore[arg-type]
+        body.num_hashes.append(len(event.hashes))
+        body.hashes.extend(event.hashes)
+    return body
 
 
 def token_batch(batch: StreamBatch, *, enqueued_unix_ns: int) -> detokenizer.TokenBatch:

@@ -112,6 +112,7 @@ class RadixTree:
         num_pages: Pages that the tree owns.
         num_evictable: Of these, pages that nothing locks: all of them can be had by `evict`.
         num_inserted: Prefixes, or ends of prefixes, that were new; counted from the start.
+        log: Where changes are recorded; None while nobody wants to know.
     """
 
     def __init__(self, page_size: int, eviction: Eviction = "lru") -> None:
@@ -119,12 +120,12 @@ class RadixTree:
         self.num_pages = 0
         self.num_evictable = 0
         self.num_inserted = 0
+        self.log: CacheLog | None = None
         self._page_bytes = page_size * TOKEN_BYTES
         self._order = _ORDER[eviction]
         self._roots: dict[str, _Root] = {}
         # Of prefixes that were in use at a flush: they are found no more and go when their users have gone.
         self._flushed_roots: dict[_Root, None] = {}
-        self._log: CacheLog | None = None
         self._now = 0
         # Entries are (order, serial, node), at most one for each node; the serial keeps nodes from being compared.
         self._queue: list[tuple[tuple[int, int], int, Node]] = []
@@ -235,8 +236,8 @@ class RadixTree:
             self.num_pages += len(leaf.pages)
             self.num_evictable += len(leaf.pages)
             self._offer(leaf)
-            if self._log is not None:
-                self._log.stored(self._hashes(leaf))
+            if self.log is not None:
+                self.log.stored(_hashes(leaf, self._page_bytes))
             node = leaf
         return node, num_present
 
@@ -270,66 +271,33 @@ class RadixTree:
         """Give up every page that nothing locks, and let nobody find the others any more. Returns the pages."""
         evicted = self.evict(self.num_evictable)
         for root in self._roots.values():
-            for node in self._below(root):
+            for node in _below(root):
                 # The first to go, whatever the policy.
                 node.last_use = node.created = node.num_uses = 0
                 node.priority = -(2**31)
                 node.hashes = None
             self._flushed_roots[root] = None
         self._roots = {}
-        if self._log is not None:
-            self._log.cleared()
+        if self.log is not None:
+            self.log.cleared()
         return evicted
-
-    def watch(self) -> CacheLog:
-        """Record events from now on."""
-        if self._log is None:
-            self._log = CacheLog()
-        return self._log
-
-    def unwatch(self) -> None:
-        """Record no events any more."""
-        self._log = None
-        for node in self.nodes():
-            node.hashes = None
 
     def snapshot(self) -> list[int]:
         """Hashes of all blocks that can be found, those of a prefix in order."""
-        return [block for root in self._roots.values() for node in self._below(root) for block in self._hashes(node)]
+        return [block for root in self._roots.values() for node in _below(root) for block in _hashes(node, self._page_bytes)]
 
     def nodes(self) -> Iterator[Node]:
         """All nodes but the roots, parents first."""
         for root in (*self._roots.values(), *self._flushed_roots):
-            yield from self._below(root)
+            yield from _below(root)
 
     # Inside
 
-    @staticmethod
-    def _below(root: _Root) -> Iterator[Node]:
-        stack: list[Node] = [root]
-        while stack:
-            node = stack.pop()
-            if node.parent is not None:
-                yield node
-            stack.extend(node.children.values())
-
-    def _hashes(self, node: Node) -> list[int]:
-        """Hashes of a node's pages; kept from then on, as are those of the nodes above."""
-        missing = []
-        above = node
-        while above.hashes is None and above.parent is not None:
-            missing.append(above)
-            above = above.parent
-        before = namespace_hash(above.namespace) if isinstance(above, _Root) else (above.hashes or [0])[-1]
-        for one in reversed(missing):
-            one.hashes = block_hashes(before, one.tokens, self._page_bytes)
-            before = one.hashes[-1]
-        return node.hashes or []
-
     def _forget_hashes(self, node: Node, num_pages: int) -> None:
         """A node is about to lose its last pages."""
-        if self._log is not None and node.hashes is not None:
-            self._log.removed(node.hashes[-num_pages:])
+        if node.hashes is not None:
+            if self.log is not None:
+                self.log.removed(node.hashes[-num_pages:])
             del node.hashes[-num_pages:]
 
     def _num_shared_pages(self, node: Node, tokens: bytes, at: int, length: int) -> int:
@@ -388,3 +356,27 @@ class RadixTree:
                 del self._flushed_roots[parent]
             else:
                 del self._roots[parent.namespace]
+
+
+def _below(root: _Root) -> Iterator[Node]:
+    """The nodes below a root, parents first."""
+    stack: list[Node] = [root]
+    while stack:
+        node = stack.pop()
+        if node.parent is not None:
+            yield node
+        stack.extend(node.children.values())
+
+
+def _hashes(node: Node, page_bytes: int) -> list[int]:
+    """Hashes of a node's pages; kept from then on, as are those of the nodes above."""
+    missing = []
+    above = node
+    while above.hashes is None and above.parent is not None:
+        missing.append(above)
+        above = above.parent
+    before = namespace_hash(above.namespace) if isinstance(above, _Root) else (above.hashes or [0])[-1]
+    for one in reversed(missing):
+        one.hashes = block_hashes(before, one.tokens, page_bytes)
+        before = one.hashes[-1]
+    return node.hashes or []

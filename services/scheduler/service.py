@@ -27,6 +27,7 @@ from headrace.wire import topology
 from headrace.wire.link import Back, Front
 from headrace.wire.session import Peer
 from services.scheduler import messages
+from services.scheduler.cache_feed import CacheFeed
 from services.scheduler.config import Settings
 from services.scheduler.gauges import Gauges
 from services.scheduler.lane import Lane
@@ -71,6 +72,7 @@ class RouterLink:
         self._detokenizers = detokenizers
         self._unsent: dict[int, deque[router.Rejected]] = {}
         self._peers: dict[int, Peer] = {}
+        self._caches = CacheFeed(hub.core.lanes)
 
     def on_peer(self, peer: Peer) -> None:
         """A router accepted us."""
@@ -81,6 +83,7 @@ class RouterLink:
         self._peers.pop(peer.incarnation, None)
         self._unsent.pop(peer.incarnation, None)
         self._hub.core.abort_owner(peer.incarnation, time.monotonic_ns())
+        self._caches.unsubscribe(peer.incarnation)
         self._hub.wake()
 
     def on_heartbeat(self, peer: Peer) -> None:
@@ -102,7 +105,21 @@ class RouterLink:
             self._hub.core.abort(message.abort.request_ids, time.monotonic_ns())
         elif arm == "redirect":
             self._on_redirect(peer, message.redirect)
+        elif arm == "flush_cache":
+            self._on_flush(peer, message.flush_cache)
+        elif arm == "subscribe_cache":
+            self._caches.subscribe(peer.incarnation)
         self._hub.wake()
+
+    def tell_caches(self) -> None:
+        """Send what has happened in the lanes' caches to those who want to know."""
+        for owner, news in self._caches.collect():
+            try:
+                self._peers[owner].send("cache_events", messages.cache_events(news))
+            except OverloadedError:
+                self._caches.missed(owner, news.lane_id)
+            except (KeyError, ReplicaDeadError):
+                log.debug("cache_events.undelivered", owner=owner)
 
     def reject(self, owner: int, rejected: router.Rejected) -> None:
         """Tell a router that a request has ended here. A router that is gone does not need to know."""
@@ -150,6 +167,15 @@ class RouterLink:
             taken_unix_ns=now_unix_ns,
         )
         hub.core.submit(held, now_ns)
+
+    def _on_flush(self, peer: Peer, flush: scheduler.FlushCache) -> None:
+        num_pages = sum(lane.kv.flush() for lane in self._hub.core.lanes)
+        log.info("cache.flushed", num_pages=num_pages, router=peer.instance)
+        try:
+            peer.send("cache_flushed", router.CacheFlushed(call_id=flush.call_id, num_pages=num_pages))
+        except (OverloadedError, ReplicaDeadError) as error:
+            # It waits with a limit, and can ask again.
+            log.warning("cache_flushed.undelivered", router=peer.instance, error_type=error.code)
 
     def _on_redirect(self, peer: Peer, redirect: scheduler.Redirect) -> None:
         try:
@@ -553,6 +579,7 @@ class SchedulerService:
             self._detokenizers.flush(target)
         for ending in outcome.endings:
             self._on_ending(ending)
+        self._routers.tell_caches()
 
     def _on_ending(self, ending: Ending) -> None:
         sequence, error = ending.sequence, ending.error

@@ -31,7 +31,15 @@ from services.router.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from services.router.limits import MAX_MESSAGES, check_priority, check_sampling, check_stopping, check_token_ids, refuse
+from services.router.limits import (
+    MAX_MESSAGES,
+    check_cache_salt,
+    check_priority,
+    check_sampling,
+    check_stopping,
+    check_token_ids,
+    refuse,
+)
 
 CODE_KEY = "headrace-error-code"
 PARAM_KEY = "headrace-error-param"
@@ -151,7 +159,8 @@ def _generation(
     check_sampling(sampling)
     check_stopping(stopping)
     check_priority(message.priority)
-    return GenerationRequest(message.model, prompt, sampling, stopping, skip_special_tokens, message.priority)
+    salt = check_cache_salt(_optional(message, "cache_salt", None))
+    return GenerationRequest(message.model, prompt, sampling, stopping, skip_special_tokens, message.priority, salt)
 
 
 _Default = TypeVar("_Default")

@@ -160,6 +160,7 @@ class HttpApp:
             "/v1/models/{model}": {"GET": self._show_model},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
+            "/flush_cache": {"POST": self._flush_cache},
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
@@ -254,6 +255,12 @@ class HttpApp:
             request.model, request.token_ids, exchange.call, skip_special_tokens=request.skip_special_tokens
         )
         await exchange.respond(200, native.text(await _unless_disconnected(exchange, answer)))
+
+    # The operator's.
+
+    async def _flush_cache(self, exchange: Exchange) -> None:
+        assert exchange.call is not None
+        await exchange.respond(200, native.flushed(await self._engine.flush_cache(exchange.call)))
 
     # Questions, answered without entering any queue.
 

@@ -1,4 +1,4 @@
-"""Answers of our own small endpoints: /health, /ready, /tokenize, /detokenize. Pure."""
+"""Answers of our own small endpoints: /health, /ready, /tokenize, /detokenize, /flush_cache. Pure."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def tokens(answer: EncodedPrompt) -> bytes:
         {"count": int(answer.token_ids.size), "max_model_len": answer.max_model_len, "tokens": answer.token_ids},
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
+
+
+def flushed(num_pages: int) -> bytes:
+    """Answer of POST /flush_cache."""
+    return orjson.dumps({"num_pages": num_pages})
 
 
 def text(prompt: str) -> bytes:

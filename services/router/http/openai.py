@@ -26,7 +26,16 @@ from services.router.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from services.router.limits import MAX_MESSAGES, check_priority, check_sampling, check_stopping, check_token_ids, refuse, shown
+from services.router.limits import (
+    MAX_MESSAGES,
+    check_cache_salt,
+    check_priority,
+    check_sampling,
+    check_stopping,
+    check_token_ids,
+    refuse,
+    shown,
+)
 
 IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"})
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
@@ -112,6 +121,7 @@ class _Shared(_Body):
     skip_special_tokens: bool | None = None
     user: str | None = None
     priority: int | None = None
+    cache_salt: str | None = None
 
 
 class _Chat(_Shared):
@@ -367,6 +377,12 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
         if options.continuous_usage_stats:
             _require_unused("stream_options.continuous_usage_stats", True, (False,))
     generation = GenerationRequest(
-        body.model or "", prompt, sampling, stopping, body.skip_special_tokens is not False, body.priority or 0
+        body.model or "",
+        prompt,
+        sampling,
+        stopping,
+        body.skip_special_tokens is not False,
+        body.priority or 0,
+        check_cache_salt(body.cache_salt),
     )
     return ParsedRequest(generation, body.user, body.stream is True, options is not None and options.include_usage)

@@ -53,7 +53,7 @@ class Mirror:
     """What somebody knows who follows the events."""
 
     def __init__(self, tree: RadixTree) -> None:
-        self._log = tree.watch()
+        self._log = tree.log = CacheLog()
         self.number = self._log.next_number
         self.blocks = set(tree.snapshot())
 
@@ -123,7 +123,6 @@ def test_snapshot_and_events_tell_what_is_there(operations, before, eviction) ->
     assert list(tree.nodes()) == []
     if mirror is not None:
         assert mirror.follow() == set()
-    tree.unwatch()
 
 
 def test_nobody_watching_costs_no_hashes() -> None:

@@ -1,0 +1,88 @@
+"""Who follows the caches of the lanes, and what each has to be told: a snapshot first, then every change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.scheduler.cache_events import CacheEvent, CacheLog, EventKind
+from services.scheduler.lane import Lane
+from services.scheduler.lanes import Lanes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheNews:
+    """What happened in one lane's cache.
+
+    Attributes:
+        lane_id: Which.
+        page_size: Tokens a block.
+        first_number: Number of the first event; of a snapshot, that of the first event after it.
+        events: In order; a snapshot is one that stores everything.
+        is_snapshot: What was known of the lane before is to be forgotten.
+    """
+
+    lane_id: int
+    page_size: int
+    first_number: int
+    events: tuple[CacheEvent, ...]
+    is_snapshot: bool = False
+
+
+class CacheFeed:
+    """The subscribers, each with the lanes of which it needs a snapshot."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._subscribers: dict[int, set[int]] = {}
+        self._watched: dict[int, Lane] = {}
+
+    def subscribe(self, owner: int) -> None:
+        """Somebody wants to know from now on, beginning with snapshots."""
+        self._subscribers[owner] = {lane.lane_id for lane in self._lanes}
+
+    def unsubscribe(self, owner: int) -> None:
+        """Somebody is gone. With the last one nothing is recorded any more."""
+        self._subscribers.pop(owner, None)
+        if not self._subscribers:
+            for lane in self._watched.values():
+                lane.kv.tree.log = None
+            self._watched.clear()
+
+    def missed(self, owner: int, lane_id: int) -> None:
+        """News could not be sent: a snapshot makes up for them."""
+        if owner in self._subscribers:
+            self._subscribers[owner].add(lane_id)
+
+    def collect(self) -> Iterator[tuple[int, CacheNews]]:
+        """News since the last call, and whom they are for."""
+        if not self._subscribers:
+            return
+        for lane_id in self._watched.keys() - {lane.lane_id for lane in self._lanes}:
+            gone = self._watched.pop(lane_id)
+            for owner, wanted in self._subscribers.items():
+                wanted.discard(lane_id)
+                yield owner, CacheNews(lane_id, gone.capacity.page_size, 0, (), is_snapshot=True)
+        for lane in self._lanes:
+            yield from self._of(lane)
+
+    def _of(self, lane: Lane) -> Iterator[tuple[int, CacheNews]]:
+        lane_id, page_size, tree = lane.lane_id, lane.capacity.page_size, lane.kv.tree
+        log = tree.log
+        if log is None:
+            log = tree.log = CacheLog()
+        if lane_id not in self._watched:
+            self._watched[lane_id] = lane
+            for wanted in self._subscribers.values():
+                wanted.add(lane_id)
+        taken = log.take()
+        snapshot: CacheNews | None = None
+        for owner, wanted in self._subscribers.items():
+            if taken is None or lane_id in wanted:
+                wanted.discard(lane_id)
+                if snapshot is None:
+                    stored = CacheEvent(EventKind.STORED, tuple(tree.snapshot()))
+                    snapshot = CacheNews(lane_id, page_size, log.next_number, (stored,), is_snapshot=True)
+                yield owner, snapshot
+            elif taken[1]:
+                yield owner, CacheNews(lane_id, page_size, taken[0], tuple(taken[1]))
