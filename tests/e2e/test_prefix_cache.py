@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,29 @@ def test_a_shared_prefix_is_computed_once(small_server: Server, default_model_di
         gap = TieJudge(default_model_directory).gap(long_messages(questions[0]), asked[0][1], again)
         print(f"the answers part at a gap of {gap:.3f} between float32 logits")
         assert gap <= TIE_GAP_MAX
+
+
+def num_cached(client: openai.OpenAI, **extra: Any) -> int:
+    """Cached tokens of a prompt of some hundred."""
+    prompt = " ".join(f"The {number} wheels turn." for number in range(40))
+    answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=2, temperature=0, extra_body=extra)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    return answer.usage.prompt_tokens_details.cached_tokens or 0
+
+
+def test_salts_keep_caches_apart_and_a_flush_empties_them(small_server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=120)
+    assert num_cached(client) == 0
+    assert num_cached(client) > 100
+    assert num_cached(client, cache_salt="mine") == 0
+    assert num_cached(client, cache_salt="mine") > 100
+    flush = urllib.request.Request(f"{small_server.http}/flush_cache", method="POST")
+    with urllib.request.urlopen(flush, timeout=10) as response:
+        assert json.load(response)["num_pages"] > 10
+    assert num_cached(client) == num_cached(client, cache_salt="mine") == 0
+    with pytest.raises(openai.BadRequestError, match="priority is 5 and this scheduler does not go by priority"):
+        num_cached(client, priority=5)
 
 
 async def test_too_few_pages_end_no_request(small_server: Server, scheduler_metrics: int) -> None:

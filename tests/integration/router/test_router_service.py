@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from headrace.wire.fake import FakeNetwork, FakeWire
 from headrace.wire.session import Peer
 from services.router.config import Settings
 from services.router.service import RouterService
+from services.scheduler.cache_events import block_hashes, namespace_hash
 
 ADDRESS = "fake://router"
 MODEL = common_pb2.ModelInfo(name="m", max_model_len=128, loaded_unix_s=7)
@@ -72,6 +74,8 @@ class Stage:
         elif arm == "detokenize":
             text = "-".join(map(str, int32_array(frames[0])))
             peer.send("detokenize_reply", tokenizer_pb2_reply(body.work.request_id, text))
+        elif arm == "flush_cache":
+            peer.send("cache_flushed", router_pb2.CacheFlushed(call_id=body.call_id, num_pages=5))
         elif arm == "submit":
             peer.send("accepted", router_pb2.Accepted(request_id=body.work.request_id))
 
@@ -483,3 +487,72 @@ async def test_a_default_deadline_over_the_maximum_stops_the_start(tmp_path: Pat
 async def _post(session: aiohttp.ClientSession, url: str, body: Any) -> tuple[int, Any, Any]:
     async with session.post(url, json=body) as response:
         return response.status, await response.json(), response.headers
+
+
+async def flush(router: System) -> tuple[int, Any]:
+    """Ask for a flush; gives status and body."""
+
+    async def ask() -> tuple[int, Any]:
+        async with aiohttp.ClientSession() as session, session.post(f"{router.url}/flush_cache") as response:
+            return response.status, await response.json()
+
+    task = asyncio.create_task(ask())
+    await router.until(task.done)
+    return task.result()
+
+
+async def test_a_flush_reaches_every_scheduler_and_counts_their_pages(tmp_path: Path) -> None:
+    async with system(tmp_path) as router:
+        second = router.start("scheduler", "scheduler-1")
+        assert await flush(router) == (200, {"num_pages": 10})
+        second.is_silent = True
+        task = asyncio.create_task(flush(router))
+        await router.until(lambda: second.arms().count("flush_cache") == 2)
+        router.kill(second)
+        await router.until(task.done)
+        assert task.result() == (200, {"num_pages": 5}), "who is gone has nothing cached"
+
+
+async def test_without_a_scheduler_there_is_nothing_to_flush(tmp_path: Path) -> None:
+    async with system(tmp_path, stages=False) as router:
+        status, body = await flush(router)
+        assert status == 503
+        assert "no scheduler" in body["error"]["message"]
+
+
+async def test_the_scheduler_that_has_the_prompt_cached_gets_it(tmp_path: Path) -> None:
+    async with system(tmp_path) as router:
+        first = router.stages["scheduler-0"]
+        assert "subscribe_cache" not in first.arms(), "with one there is no choice"
+        second = router.start("scheduler", "scheduler-1")
+        await router.until(lambda: "subscribe_cache" in first.arms() and "subscribe_cache" in second.arms())
+        assert second.router is not None
+        # Blocks of one token; the prompt is 5, 6, 7.
+        hashes = block_hashes(namespace_hash(""), array("i", [5, 6, 7]).tobytes(), page_bytes=4)
+        news = router_pb2.CacheEvents(
+            lane=1, page_size=1, is_snapshot=True, kinds=[router_pb2.CACHE_EVENT_KIND_STORED], num_hashes=[3], hashes=hashes
+        )
+        for _ in range(3):
+            second.router.send("cache_events", news)
+            answer = Answer(router)
+            num_submits = second.arms().count("submit")
+            await router.until(lambda num=num_submits: second.arms().count("submit") > num)
+            answer.task.cancel()
+        assert "submit" not in first.arms()
+        # A gap: it is asked for everything again.
+        cleared = [router_pb2.CACHE_EVENT_KIND_CLEARED]
+        second.router.send(
+            "cache_events", router_pb2.CacheEvents(lane=1, page_size=1, first_number=9, kinds=cleared, num_hashes=[0])
+        )
+        await router.until(lambda: second.arms().count("subscribe_cache") == 2)
+
+
+async def test_salt_and_tenant_make_the_namespace(tmp_path: Path) -> None:
+    async with system(tmp_path, isolate_tenants=True) as router:
+        answer, _ = await begin(router, cache_salt="s", user="tenant", priority=3)
+        submit, _ = router.stages["scheduler-0"].last("submit")
+        tenant = submit.tenant
+        assert tenant
+        assert submit.cache_namespace == f"{len(tenant)}:{tenant}s"
+        assert submit.priority == 3
+        answer.task.cancel()

@@ -85,6 +85,11 @@ class FakeEngine:
     async def detokenize(self, model: str, token_ids: Sequence[int], call: Call, *, skip_special_tokens: bool) -> str:
         return "-".join(map(str, token_ids)) + str(skip_special_tokens)
 
+    async def flush_cache(self, call: Call) -> int:
+        if self.refusal is not None:
+            raise self.refusal
+        return 12
+
     def list_models(self) -> list[ModelOffer]:
         return [ModelOffer("m", 128, 7)]
 
