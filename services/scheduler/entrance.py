@@ -51,6 +51,10 @@ class Entrance:
         self._lengths = lengths
         self._counts = counts
         self._threshold = preemption_threshold
+        # When nobody could enter: the queue as it was, whose turn it was (None: no lane had a slot), and the lanes that have
+        # changed since. All others still have no room.
+        self._stuck: tuple[int, Sequence | None] | None = None
+        self._touched: dict[Lane, None] = {}
         # A sequence for which nobody would have to leave, and how the lanes were then.
         self._without_victims: tuple[Sequence, list[tuple[int, int]]] | None = None
         # By lane, the sequence last found to ask too much of its pages, and how the lane was then.
@@ -61,16 +65,28 @@ class Entrance:
     def next(self) -> Sequence | None:
         """The waiting sequence to decide on; None when none waits or surely none could enter."""
         self._queue.take_up_held()
+        if not len(self._queue):
+            return None
+        if self._stuck is not None and not self._touched and self._stuck[0] == self._queue.num_changes:
+            return None
         # Without a free slot nobody can enter, and some policies take long to say who would.
-        if self._threshold is None and not self._lanes.has_free_slot():
+        if self._threshold is None and not self._has_free_slot():
+            self._set_stuck(None)
             return None
         return self._queue.peek()
 
+    def touch(self, lane: Lane) -> None:
+        """Something about a lane has changed: there may be room."""
+        self._touched[lane] = None
+
     def admit(self, sequence: Sequence, now_ns: int) -> bool:
         """Bring the next sequence into a lane, or aside. False when it has to wait where it is."""
-        choice = self._lanes.choose(sequence, self._can_enter) or self._make_room(sequence)
+        among = self._touched if self._stuck is not None and self._stuck[1] is sequence else None
+        choice = self._lanes.choose(sequence, self._can_enter, among) or self._make_room(sequence)
         if choice is None:
+            self._set_stuck(sequence)
             return False
+        self._stuck = None
         lane, match = choice
         sibling = self._sibling(lane, sequence, match)
         if sibling is not None:
@@ -81,6 +97,7 @@ class Entrance:
         if self._threshold is not None:
             sequence.promoted_priority = promoted(sequence, now_ns)
         lane.admit(sequence, match)
+        self._lanes.took(lane, sequence)
         if lane.kv.keeps_prefixes:
             self._prefills.setdefault(_first_page(lane, sequence), []).append(sequence)
             self._drop_finished_prefills()
@@ -95,8 +112,19 @@ class Entrance:
     def forget(self, lane: Lane) -> None:
         """A lane is gone."""
         self._unsound.pop(lane.lane_id, None)
+        self._touched.pop(lane, None)
+        self._stuck = None
         for key in [key for key in self._prefills if key[0] == lane.lane_id]:
             del self._prefills[key]
+
+    def _has_free_slot(self) -> bool:
+        if self._stuck is not None and self._stuck[1] is None:
+            return any(lane.slots.num_free for lane in self._touched)
+        return self._lanes.has_free_slot()
+
+    def _set_stuck(self, sequence: Sequence | None) -> None:
+        self._stuck = (self._queue.num_changes, sequence)
+        self._touched.clear()
 
     def _can_enter(self, lane: Lane, sequence: Sequence, match: Match) -> bool:
         if not lane.can_admit(sequence, match):

@@ -231,6 +231,7 @@ class Scheduler:
         lane.last_step_id = self._num_lanes_joined << 32
         self.lanes.add(lane)
         self.groups.add(lane)
+        self._entrance.touch(lane)
         self.model, self.vocab_size = capacity.model, capacity.vocab_size
         self._max_prompt_tokens = self.lanes.largest_prompt()
         self._admit(now_ns)
@@ -241,15 +242,16 @@ class Scheduler:
         lane = self.lanes.remove(lane_id)
         if lane is None:
             return
-        self._entrance.forget(lane)
         self.groups.remove(lane)
         self._requeue(list(lane.running()))
+        self._entrance.forget(lane)
         if len(self.lanes):
             self._max_prompt_tokens = self.lanes.largest_prompt()
         self._admit(now_ns)
 
     def plan(self, lane: Lane, now_ns: int) -> StepPlan | None:
         """The lane's next step, or None when one is at the worker or there is nothing to tell it."""
+        self._entrance.touch(lane)
         self._admit(now_ns)
         plan = self.groups.plan(lane, now_ns)
         if plan is None:
@@ -318,6 +320,7 @@ class Scheduler:
         """Running sequences, oldest first, have lost their place and wait in front of all others."""
         for sequence in reversed(sequences):
             assert sequence.lane is not None
+            self._entrance.touch(sequence.lane)
             sequence.lane.release(sequence)
             sequence.status = Status.WAITING
             self.queue.take_back(sequence)
@@ -330,6 +333,7 @@ class Scheduler:
     def _forget(self, sequence: Sequence, reason: FinishReason, now_ns: int) -> None:
         """Take a live sequence out of everything it is in."""
         if sequence.lane is not None:
+            self._entrance.touch(sequence.lane)
             sequence.lane.release(sequence)
         else:
             self.queue.remove(sequence, now_ns)

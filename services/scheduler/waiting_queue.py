@@ -27,12 +27,14 @@ class WaitingQueue:
         max_requests: Most sequences that may wait before a new one is refused.
         max_tokens: Most tokens of waiting sequences together; a sequence that would wait alone is always taken.
         num_tokens: Tokens of the sequences that wait.
+        num_changes: Sequences that came, left, or found another place; counted from the start.
     """
 
     def __init__(self, policy: Policy, *, max_requests: int, max_tokens: int) -> None:
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         self.num_tokens = 0
+        self.num_changes = 0
         self._policy = policy
         self._front: OrderedDict[Sequence, None] = OrderedDict()
         # Each with the sequence whose prefill it waits for, and the lane of that.
@@ -69,6 +71,7 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
+        self.num_changes += 1
         self._policy.add(sequence)
         self.num_tokens += sequence.num_tokens
 
@@ -79,6 +82,7 @@ class WaitingQueue:
 
     def hold(self, sequence: Sequence, sibling: Sequence) -> None:
         """Set a waiting sequence aside until the prefill of a running one is over."""
+        self.num_changes += 1
         if sequence in self._front:
             del self._front[sequence]
         else:
@@ -102,6 +106,7 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence, now_ns: int) -> None:
         """Take a sequence out: it was admitted, or it ended."""
+        self.num_changes += 1
         if sequence in self._held:
             del self._held[sequence]
         elif sequence in self._front:
@@ -113,6 +118,7 @@ class WaitingQueue:
         self.num_tokens -= sequence.num_tokens
 
     def _put_back(self, sequence: Sequence) -> None:
+        self.num_changes += 1
         if self._policy.takes_back:
             self._policy.add(sequence)
         else:
