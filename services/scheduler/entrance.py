@@ -61,6 +61,7 @@ class Entrance:
         self._unsound: dict[int, tuple[Sequence, int, int]] = {}
         # Sequences admitted to a lane, by the first page of their tokens; those whose prefill is over are dropped when met.
         self._prefills: dict[tuple[int, str, bytes], list[Sequence]] = {}
+        self._num_prefills_max = 64
 
     def next(self) -> Sequence | None:
         """The waiting sequence to decide on; None when none waits or surely none could enter."""
@@ -165,11 +166,12 @@ class Entrance:
         return None
 
     def _drop_finished_prefills(self) -> None:
-        """Once they are the greater part."""
-        if len(self._prefills) > 64 + 2 * sum(len(lane.prefilling) for lane in self._lanes):
+        """Once they may be the greater part."""
+        if len(self._prefills) > self._num_prefills_max:
             for key, prefills in list(self._prefills.items()):
                 if not any(_is_under_way(other, key[0]) for other in prefills):
                     del self._prefills[key]
+            self._num_prefills_max = 64 + 2 * len(self._prefills)
 
     def _sibling(self, lane: Lane, sequence: Sequence, match: Match) -> Sequence | None:
         """Whose prefill, under way on the lane, computes the most of what this one would have to; None when that is too little."""

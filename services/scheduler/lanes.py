@@ -77,7 +77,11 @@ class Lanes:
             if choice is not None:
                 return choice
         looked_at = self if among is None else among
-        able = [(lane, match) for lane in looked_at if can_enter(lane, sequence, match := lane.kv.match(sequence))]
+        able = [
+            (lane, match)
+            for lane in looked_at
+            if lane.slots.num_free and can_enter(lane, sequence, match := lane.kv.match(sequence))
+        ]
         return min(able, key=lambda found: found[0].num_tokens - found[1].num_pages * found[0].kv.pool.page_size, default=None)
 
     def took(self, lane: Lane, sequence: Sequence) -> None:

@@ -1,0 +1,110 @@
+"""The figures of simulated runs as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from bench.simulate.engine import Outcome
+
+
+def _percentiles(values: Any, *, scale: float = 1.0) -> list[float] | None:
+    if not len(values):
+        return None
+    return [round(float(one) * scale, 4) for one in np.percentile(np.frombuffer(values), (50, 90, 99))]
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """The figures; percentiles are p50, p90, p99."""
+    return {
+        "ttft_s": _percentiles(outcome.ttft_s),
+        "itl_ms": _percentiles(outcome.itl_s, scale=1e3),
+        "e2e_s": _percentiles(outcome.e2e_s),
+        "output_tokens_per_s": round(outcome.output_tokens_per_s, 1),
+        "hit_rate": round(outcome.hit_rate, 4),
+        "fairness": None if outcome.fairness is None else round(outcome.fairness, 3),
+        "num_requests": outcome.num_requests,
+        "num_finished": len(outcome.e2e_s),
+        "num_rejected": outcome.num_rejected,
+        "num_failed": outcome.num_failed,
+        "num_preemptions": outcome.num_preemptions,
+        "num_held": outcome.num_held,
+        "num_steps": outcome.num_steps,
+        "max_waiting": outcome.max_waiting,
+        "busy_share": round(outcome.busy_share, 4),
+        "simulated_s": round(outcome.simulated_s, 3),
+        "delayer": outcome.delayer,
+        "wall_s": round(outcome.wall_s, 3),
+        "core_s": round(outcome.core_s, 3),
+    }
+
+
+def table(outcomes: dict[str, Outcome]) -> Table:
+    """One column a run."""
+    shown = Table(title="percentiles: p50 / p90 / p99")
+    shown.add_column("")
+    for name in outcomes:
+        shown.add_column(name, justify="right", no_wrap=True)
+    figures = [as_json(outcome) for outcome in outcomes.values()]
+    for key in figures[0]:
+        shown.add_row(key, *(_cell(figure[key]) for figure in figures))
+    return shown
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == {}:
+        return "-"
+    if isinstance(value, list):
+        return " / ".join(f"{one:g}" for one in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def draw(outcomes: dict[str, Outcome], path: Path) -> None:
+    """Six panels into a PNG, one line a run."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(17, 9), constrained_layout=True)
+    ((ttft, itl, queue), (hits, served, usage)) = axes
+    for index, (name, outcome) in enumerate(outcomes.items()):
+        line, color = outcome.timeline, f"C{index}"
+        _cdf(ttft, outcome.ttft_s, name, scale=1)
+        _cdf(itl, outcome.itl_s, name, scale=1e3)
+        queue.plot(line.seconds, line.num_waiting, color=color, label=f"{name}: waiting")
+        queue.plot(line.seconds, line.num_running, color=color, linestyle="--", label=f"{name}: running")
+        share = np.array(line.num_cached_tokens) / np.maximum(1, line.num_prompt_tokens)
+        hits.plot(line.seconds, share, label=name)
+        for tenant, counts in line.served.items():
+            served.plot(line.seconds, counts, label=f"{name}: {tenant}" if tenant else name)
+        usage.plot(line.seconds, line.kv_usage, label=f"{name} ({outcome.num_preemptions} preemptions)")
+    for axis, title, x_label, y_label in (
+        (ttft, "Time to first token", "seconds", "share of requests"),
+        (itl, "Time per output token", "ms", "share of requests"),
+        (queue, "Waiting and running", "simulated seconds", "requests"),
+        (hits, "Prompt tokens from the cache", "simulated seconds", "share so far"),
+        (served, "Tokens served (output counted twice)", "simulated seconds", "tokens"),
+        (usage, "KV pages held by running sequences", "simulated seconds", "share, mean over lanes"),
+    ):
+        axis.set_title(title)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.grid(visible=True, alpha=0.3)
+        axis.legend(fontsize="small")
+    for axis in (ttft, itl):
+        axis.set_xscale("log")
+        axis.tick_params(axis="x", which="minor", labelsize=6)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def _cdf(axis: Any, values: Any, name: str, *, scale: float) -> None:
+    if len(values):
+        ordered = np.sort(np.frombuffer(values)) * scale
+        axis.plot(np.maximum(ordered, 1e-4), np.linspace(0, 1, len(ordered)), label=name)
