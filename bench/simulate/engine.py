@@ -66,7 +66,7 @@ class FixedShare:
     def record(self, num_output_tokens: int) -> None:
         """Nothing is learnt."""
 
-    def expected(self, made: Int64Array, limits: Int64Array) -> Float64Array:
+    def expected(self, made: Int64Array, limits: Int64Array, draws: Float64Array) -> Float64Array:
         """See `LengthEstimate`."""
         found: Float64Array = made + self._share * (limits - made)
         return found

@@ -1,7 +1,8 @@
 """How long outputs become: measured on those that have ended, asked of those that run.
 
-A sequence that has made k tokens is expected to end where recent outputs of more than k tokens ended on average, or at its own
-limit. So what is expected follows the traffic, and the sequence's own age.
+A sequence that has made k tokens ends where one of the recent outputs of more than k tokens ended, or at its own limit. Which one
+is a draw that each sequence keeps: so what is expected follows the traffic and the sequence's own age, and not all are expected to
+end at the same time, as they would be by their mean.
 
 Source: predicting from the history of output lengths, the Past-Future scheduler (ASPLOS 2025).
 """
@@ -33,12 +34,13 @@ class LengthEstimate(Protocol):
         """An output has come to its own end."""
         ...
 
-    def expected(self, made: Int64Array, limits: Int64Array) -> Float64Array:
+    def expected(self, made: Int64Array, limits: Int64Array, draws: Float64Array) -> Float64Array:
         """Expected whole length of each output, at least what it has and at most its limit, tokens.
 
         Args:
             made: `[n]`, output tokens so far.
             limits: `[n]`, most output tokens.
+            draws: `[n]`, from 0 to below 1: where among the possible lengths each is.
         """
         ...
 
@@ -49,14 +51,12 @@ class LengthEstimate(Protocol):
 
 
 class OutputLengths:
-    """The mean length of recent outputs, given what has been made."""
+    """The lengths of recent outputs, given what has been made."""
 
     def __init__(self) -> None:
         self._history: deque[int] = deque(maxlen=HISTORY_MAX)
         self._num_new = 0
         self._sorted = np.zeros(0, dtype=np.int64)
-        # Mean of the sorted lengths from each index on.
-        self._means_above = np.zeros(0, dtype=np.float64)
 
     def record(self, num_output_tokens: int) -> None:
         """Take a length in."""
@@ -65,19 +65,17 @@ class OutputLengths:
         if self._num_new >= _REBUILD_EVERY and len(self._history) >= HISTORY_MIN:
             self._num_new = 0
             self._sorted = np.sort(np.fromiter(self._history, dtype=np.int64))
-            counts = np.arange(len(self._sorted), 0, -1)
-            self._means_above = np.cumsum(self._sorted[::-1])[::-1] / counts
 
-    def expected(self, made: Int64Array, limits: Int64Array) -> Float64Array:
+    def expected(self, made: Int64Array, limits: Int64Array, draws: Float64Array) -> Float64Array:
         """Expected whole lengths; see `LengthEstimate`."""
         if not len(self._sorted):
             guess: Float64Array = made + PRIOR_SHARE * np.minimum(limits - made, PRIOR_TOKENS_MAX)
             return guess
+        num_known = len(self._sorted)
         places = np.searchsorted(self._sorted, made, side="right")
+        drawn = self._sorted[np.minimum(places + (draws * (num_known - places)).astype(np.int64), num_known - 1)]
         # One that is longer than all before it may go on for as long again.
-        is_longest = places == len(self._sorted)
-        means = self._means_above[np.minimum(places, len(self._sorted) - 1)]
-        found: Float64Array = np.minimum(np.where(is_longest, 2.0 * made, means), limits)
+        found: Float64Array = np.minimum(np.where(places == num_known, 2.0 * made, drawn), limits)
         return found
 
     @property

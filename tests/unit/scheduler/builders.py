@@ -51,7 +51,7 @@ class NoForesight:
     def record(self, num_output_tokens: int) -> None:
         """Nothing is learnt."""
 
-    def expected(self, made: Int64Array, limits: Int64Array) -> Float64Array:
+    def expected(self, made: Int64Array, limits: Int64Array, draws: Float64Array) -> Float64Array:
         """What is there."""
         return made.astype(float)
 

@@ -132,19 +132,20 @@ def test_prefills_are_not_remembered_for_ever() -> None:
 
 def test_without_history_a_share_of_the_limit_is_expected() -> None:
     lengths = OutputLengths()
-    found = lengths.expected(np.array([0, 10]), np.array([100, 10**6]))
+    found = lengths.expected(np.array([0, 10]), np.array([100, 10**6]), np.zeros(2))
     assert found.tolist() == [PRIOR_SHARE * 100, 10 + PRIOR_SHARE * PRIOR_TOKENS_MAX]
     assert lengths.longest is None
 
 
-def test_the_mean_of_those_that_got_further_is_expected() -> None:
+def test_a_length_of_those_that_got_further_is_expected() -> None:
     lengths = OutputLengths()
     for _ in range(HISTORY_MIN // 4):
         for length in (10, 20, 30, 100):
             lengths.record(length)
-    made = np.array([0, 10, 25, 99, 100, 150, 0, 10])
-    limits = np.array([500, 500, 500, 500, 500, 500, 15, 30])
-    assert lengths.expected(made, limits).tolist() == [40, 50, 65, 100, 200, 300, 15, 30]
+    made = np.array([0, 0, 0, 0, 10, 10, 25, 99, 100, 150, 0])
+    draws = np.array([0, 0.3, 0.6, 0.9, 0, 0.9, 0.2, 0.9, 0, 0.9, 0.9])
+    limits = np.array([500] * 10 + [15])
+    assert lengths.expected(made, limits, draws).tolist() == [10, 20, 30, 100, 20, 100, 30, 100, 200, 300, 15]
     assert lengths.longest == 100
 
 
@@ -159,7 +160,7 @@ class Told:
     def record(self, num_output_tokens: int) -> None:
         """Nothing is learnt."""
 
-    def expected(self, made: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    def expected(self, made: np.ndarray, limits: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """As told."""
         return np.array([self._totals[int(one)] for one in made], dtype=float)
 
@@ -200,5 +201,5 @@ def test_foresight_saves_preemptions_and_costs_little_time() -> None:
         assert system.core.num_requests == 0
     print(f"\nforesight: steps {num_steps}, preemptions {num_preemptions}")
     assert num_preemptions[False] > 30
-    assert num_preemptions[True] < num_preemptions[False] / 3
+    assert num_preemptions[True] < num_preemptions[False] / 2
     assert num_steps[True] < 1.1 * num_steps[False]
