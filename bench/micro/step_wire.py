@@ -2,9 +2,10 @@
 
     python -m bench.micro.step_wire [--json FILE]
 
-At each number of running sequences: `steady`, where nothing changes; `rows`, where one sequence has left since the last plan; `pages`,
-where every 16th sequence gets a page; `prefill`, where a prompt of 512 tokens enters beside the others. `build`: from the core's plan
-to the message; `send`: to bytes, header included; `read`: from bytes to what the other side works with. Medians in microseconds.
+At each number of running sequences: `steady`, where nothing changes; `rows`, where one sequence has left since the last plan;
+`pages`, where every 16th sequence gets a page; `prefill`, where a prompt of 512 tokens enters beside the others. `build`: from the
+core's plan to the message; `send`: to bytes, header included; `read`: from bytes to what the other side works with. Medians in
+microseconds.
 """
 
 from __future__ import annotations
@@ -101,19 +102,9 @@ def _pack(inbox: Any, arm: str, body: Any) -> bytes:
 def _read_plan(data: bytes) -> int:
     """What a worker takes out of a plan."""
     plan = worker.WorkerInbox.FromString(data).step_plan
-    arrays = [
-        np.fromiter(field, dtype=np.int64)
-        for field in (
-            plan.freed_slots,
-            plan.page_slots,
-            plan.num_new_pages,
-            plan.new_pages,
-            plan.row_slots,
-            plan.row_num_new_tokens,
-        )
-        if field
-    ]
-    return len(arrays)
+    slots = (plan.freed_slots, plan.page_slots, plan.row_slots)
+    fields = (*slots, plan.num_new_pages, plan.new_pages, plan.row_num_new_tokens)
+    return len([np.fromiter(field, dtype=np.int64) for field in fields if field])
 
 
 def _sequence(slot: int) -> Sequence:
