@@ -23,7 +23,7 @@ HISTORY_MAX: Final = 1000
 HISTORY_MIN: Final = 32
 """With fewer the guess is `PRIOR_SHARE` of what a sequence may still make, of which no more than `PRIOR_TOKENS_MAX` are counted."""
 PRIOR_SHARE: Final = 0.7
-PRIOR_TOKENS_MAX: Final = 4096
+PRIOR_TOKENS_MAX: Final = 512
 _REBUILD_EVERY: Final = 32
 
 
