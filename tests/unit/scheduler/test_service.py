@@ -370,3 +370,30 @@ async def test_the_link_to_an_idle_detokenizer_is_dropped(tmp_path: Path) -> Non
     assert not world.detokenizer.peers
     await world.submit("r2", stream_id=2)
     assert world.detokenizer.stream(2)[1] == common.FINISH_REASON_LENGTH
+
+
+async def test_workers_of_one_group_step_together_and_put_prefills_off(tmp_path: Path) -> None:
+    world = await World.make(tmp_path, prefill_delay_passes_max=4)
+    first = await world.join("worker-0", lane_group="g")
+    second = await world.join("worker-1", lane_group="g")
+    for worker in (first, second):
+        worker.is_held = True
+    await world.submit("a", tokens=[5, 6, 7], stream_id=1, stopping=common.StoppingParams(max_tokens=20))
+    await world.submit("b", tokens=[8, 9], stream_id=2, stopping=common.StoppingParams(max_tokens=20))
+    await world.submit("c", tokens=[3, 4], stream_id=3)
+    for _ in range(200):
+        for worker in (first, second):
+            worker.go_on()
+            worker.is_held = True
+        await world.settle()
+        if not world.service.core.num_requests:
+            break
+    assert world.detokenizer.stream(1) == (outputs([5, 6, 7], 20), common.FINISH_REASON_LENGTH)
+    assert world.detokenizer.stream(2) == (outputs([8, 9], 20), common.FINISH_REASON_LENGTH)
+    assert world.detokenizer.stream(3) == (outputs([3, 4], 8), common.FINISH_REASON_LENGTH)
+    world.service.load()
+    sample = world.context.registry.get_sample_value
+    labels = {"input_estimation": "mixed", "output_allow": "false", "output_reason": "delay", "actual_execution": "false"}
+    assert (sample("headrace_prefill_delayer_outcomes_total", labels) or 0) > 0
+    assert (sample("headrace_prefill_delayer_wait_passes_sum") or 0) > 0
+    assert (sample("headrace_prefill_delayer_wait_seconds_sum") or 0) > 0
