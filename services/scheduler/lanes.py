@@ -77,12 +77,10 @@ class Lanes:
             if choice is not None:
                 return choice
         looked_at = self if among is None else among
-        able = [
-            (lane, match)
-            for lane in looked_at
-            if lane.slots.num_free and can_enter(lane, sequence, match := lane.kv.match(sequence))
-        ]
-        return min(able, key=lambda found: found[0].num_tokens - found[1].num_pages * found[0].kv.pool.page_size, default=None)
+        found = [(lane, lane.kv.match(sequence)) for lane in looked_at if lane.slots.num_free]
+        found.sort(key=lambda one: one[0].num_tokens - one[1].num_pages * one[0].kv.pool.page_size)
+        # Whether one can enter may take long to say, so the best is asked first.
+        return next(((lane, match) for lane, match in found if can_enter(lane, sequence, match)), None)
 
     def took(self, lane: Lane, sequence: Sequence) -> None:
         """A lane took a sequence: it is worth a look for the next that begins like it."""

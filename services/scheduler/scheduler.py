@@ -257,6 +257,7 @@ class Scheduler:
         if plan is None:
             return None
         if plan.preempted:
+            self._entrance.touch(lane)
             self._admit(now_ns)
         self.counts.num_scheduled_tokens += plan.num_tokens
         return plan
