@@ -33,6 +33,19 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
         ({"HEADRACE_MODEL_MAX_MODEL_LEN": "many"}, r"model.max_model_len = 'many' \(env HEADRACE_MODEL_MAX_MODEL_LEN\)"),
         ({"HEADRACE_MODEL_MAX_MODEL_LEN": "-5"}, "greater than or equal to 2"),
         ({"HEADRACE_ROUTER_HTTP_PORT": "65536"}, "router.http_port = '65536'"),
+        ({"HEADRACE_WORKER_MAX_NUM_BATCHED_TOKENS": "0"}, "worker.max_num_batched_tokens = '0'.*greater than or equal to 1"),
+        ({"HEADRACE_WORKER_PAGE_SIZE": "257"}, "worker.page_size = '257'.*less than or equal to 256"),
+        (
+            {"HEADRACE_WORKER_KV_CACHE_TOKENS": "1000"},
+            "worker.kv_cache_tokens = '1000'.*multiple of page_size, 32, like 992 or 1024",
+        ),
+        ({"HEADRACE_WORKER_KV_CACHE_TOKENS": "16"}, "multiple of page_size, 32, like 32$"),
+        (
+            {"HEADRACE_SCHEDULER_POLICY": "best"},
+            "scheduler.policy = 'best'.*'fcfs', 'lpm', 'dfs-weight', 'lof', 'random', 'fair' or 'pri",
+        ),
+        ({"HEADRACE_SCHEDULER_PRIORITY_PREEMPTION_THRESHOLD": "201"}, "less than or equal to 200"),
+        ({"HEADRACE_SCHEDULER_PREFILL_DELAY_LOW_WATERMARK": "1.5"}, "less than or equal to 1"),
     ],
 )
 def test_bad_environment_is_named(environment: dict[str, str], complaint: str) -> None:
