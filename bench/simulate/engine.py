@@ -1,17 +1,21 @@
 """Plays a trace against lanes on paper: the real scheduler core, a simulated clock, and workers that only take time.
 
-Two kinds of events move the clock: a request arrives, a step ends. The plan of the next step leaves when a step ends, which is what
-running ahead at the ideal moment amounts to. Lanes of one group begin their steps together and wait for the slowest.
+Two kinds of events move the clock: a request arrives, a step ends. A worker takes plans in order, and may hold several. Usually the
+plan of the next step leaves when a step ends, which is what running ahead at the ideal moment amounts to; with `run_ahead` it leaves as
+soon as the core gives one, while the step before it runs. Lanes of one group begin their steps together and wait for the slowest; a
+pass in which all of a group's prompts are put off, and nothing else is there to compute, takes the base time of a step.
 """
 
 from __future__ import annotations
 
 import gc
 import heapq
+import math
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from bench.simulate.trace import VOCAB_SIZE, SimRequest
@@ -40,6 +44,13 @@ class StepModel:
     row_s: float
     token_s: float
     context_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, seconds in asdict(self).items():
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+                raise ValueError(f"step model: {name} must be a number of at least 0, is {seconds!r}")
+        if not self.base_s:
+            raise ValueError("step model: base_s must be above 0")
 
     def duration_ns(self, plan: StepPlan, num_context_tokens: int) -> int:
         """The time of one step."""
@@ -86,12 +97,39 @@ class Cluster:
     policy: str = "fcfs"
     eviction: Eviction | None = "lru"
     step_model: StepModel = STEP_MODELS["cpu"]
+    run_ahead: bool = False
+    """Plan a step as soon as the one before it begins."""
     max_waiting_requests: int = 10**7
     delayer_limits: DelayerLimits = field(default_factory=DelayerLimits)
     fixed_share: float | None = None
     """Admission by a fixed share of what is asked for, instead of by measured lengths."""
     asked_tokens: int | None = None
     """Output tokens every request allows, whatever it will get; None for just what it will get."""
+
+
+class GapHistogram:
+    """Gaps between a request's tokens, each to within two hundredths. A step adds one entry, whatever its rows."""
+
+    _SHORTEST_NS: Final = 1e4
+    _GROWTH: Final = math.log(1.02)
+
+    def __init__(self) -> None:
+        self._counts = array("q", bytes(8 * 1024))
+
+    def add(self, gap_ns: int, count: int) -> None:
+        """Add a gap that `count` requests had."""
+        index = int(math.log(max(gap_ns, self._SHORTEST_NS) / self._SHORTEST_NS) / self._GROWTH)
+        self._counts[min(index, len(self._counts) - 1)] += count
+
+    def percentile(self, percent: float) -> float | None:
+        """Seconds, None where there was no gap."""
+        total = sum(self._counts)
+        left = percent / 100 * total
+        for index, count in enumerate(self._counts):
+            left -= count
+            if count and left <= 0:
+                return self._SHORTEST_NS * math.exp((index + 0.5) * self._GROWTH) / 1e9
+        return None
 
 
 @dataclass
@@ -111,27 +149,40 @@ class Timeline:
 
 @dataclass
 class Outcome:
-    """What came of a run. Times are simulated seconds; arrays have an entry for each finished request, in order of finishing."""
+    """What came of a run. Times are simulated seconds but for two.
 
-    ttft_s: array[float]
-    itl_s: array[float]
-    e2e_s: array[float]
-    num_requests: int
-    num_rejected: int
-    num_failed: int
-    num_output_tokens: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_steps: int
-    num_preemptions: int
-    num_held: int
-    max_waiting: int
-    simulated_s: float
-    busy_share: float
-    wall_s: float
-    core_s: float
-    timeline: Timeline
-    delayer: dict[str, int]
+    Attributes:
+        ttft_s: Time to first token of each finished request, in order of finishing.
+        itl_s: Likewise the time per further output token; without those that had none.
+        e2e_s: Likewise the time from arrival to end.
+        gaps: Between tokens, over steps. What a preemption costs is in `itl_s` only.
+        busy_share: Of the lanes' time, that in which they or their group computed.
+        wall_s: Real seconds of the run.
+        core_s: Those of them inside the core.
+        delayer: Passes by the delayer's reason.
+    """
+
+    ttft_s: array[float] = field(default_factory=lambda: array("d"))
+    itl_s: array[float] = field(default_factory=lambda: array("d"))
+    e2e_s: array[float] = field(default_factory=lambda: array("d"))
+    gaps: GapHistogram = field(default_factory=GapHistogram)
+    num_requests: int = 0
+    num_rejected: int = 0
+    num_failed: int = 0
+    num_output_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_requeued: int = 0
+    num_held: int = 0
+    max_waiting: int = 0
+    simulated_s: float = 0.0
+    busy_share: float = 0.0
+    wall_s: float = 0.0
+    core_s: float = 0.0
+    timeline: Timeline = field(default_factory=Timeline)
+    delayer: dict[str, int] = field(default_factory=dict)
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -146,9 +197,10 @@ class Outcome:
     @property
     def fairness(self) -> float | None:
         """Tokens served to the tenant that got most, for each of the one that got least, while all had some waiting; else None."""
-        at = next((index for index in reversed(range(len(self.timeline.all_had_work))) if self.timeline.all_had_work[index]), None)
-        served = [counts[at] for counts in self.timeline.served.values()] if at is not None else []
-        return max(served) / min(served) if len(served) > 1 and min(served) else None
+        line = self.timeline
+        spans = [index for index in range(1, len(line.seconds)) if line.all_had_work[index - 1] and line.all_had_work[index]]
+        served = [sum(counts[index] - counts[index - 1] for index in spans) for counts in line.served.values()]
+        return max(served) / min(served) if len(served) > 1 and min(served) > 0 else None
 
 
 class _Lanes(Lanes):
@@ -166,16 +218,17 @@ class _Lanes(Lanes):
 class _Site:
     """Lanes that step together, one in most cases."""
 
-    __slots__ = ("busy_ns", "ends", "is_busy", "lanes", "results")
+    __slots__ = ("busy_ns", "ends", "is_busy", "lanes", "step")
 
     def __init__(self) -> None:
-        self.lanes: list[Lane] = []
+        # Each with the plans at its worker, the one under way included.
+        self.lanes: dict[Lane, deque[StepPlan]] = {}
         # By lane and its decode tick, the stays whose last token that step samples.
         self.ends: dict[tuple[Lane, int], list[tuple[Sequence, int]]] = {}
         self.is_busy = False
         self.busy_ns = 0
-        # Of the step under way.
-        self.results: list[tuple[Lane, int]] = []
+        # Of the step under way, each lane's own time.
+        self.step: list[tuple[Lane, int]] = []
 
 
 class Simulation:
@@ -190,7 +243,7 @@ class Simulation:
             queue,
             Outbox(linger_s=30),
             cluster.eviction,
-            run_ahead=False,
+            run_ahead=cluster.run_ahead,
             preemption_threshold=10 if cluster.policy == "priority" else None,
             lengths=None if cluster.fixed_share is None else FixedShare(cluster.fixed_share),
             delayer_limits=cluster.delayer_limits,
@@ -203,13 +256,20 @@ class Simulation:
         self._num_events = 0
         self._num_samples = num_samples
         self._arrival_ns = array("q")
+        # Zero until there is one.
         self._first_ns = array("q")
+        # By lane, when its last result came.
+        self._result_ns = array("q", bytes(8 * cluster.num_lanes))
         self._served: dict[str, int] = {}
         self.now_ns = 0
-        self.outcome = Outcome(array("d"), array("d"), array("d"), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, Timeline(), {})
+        self.outcome = Outcome()
 
     def run(self, requests: Iterator[SimRequest], *, expected_s: float) -> Outcome:
-        """Play a trace to its end; `expected_s` is how long it is about, for the distance of the samples."""
+        """Play a trace to its end; `expected_s` is how long it is about, for the distance of the samples.
+
+        Raises:
+            RuntimeError: The core has nothing to compute and holds requests that have not ended.
+        """
         begun_s = time.perf_counter()
         gc.collect()
         gc.freeze()
@@ -219,9 +279,12 @@ class Simulation:
         finally:
             gc.enable()
             gc.unfreeze()
+        if self.core.num_requests:
+            raise RuntimeError(f"{self.core.num_requests} requests never ended: the core gives no plan for them")
         outcome, counts = self.outcome, self.core.counts
         outcome.simulated_s = self.now_ns / 1e9
-        outcome.num_steps, outcome.num_preemptions, outcome.num_held = counts.num_steps, counts.num_preemptions, counts.num_held
+        outcome.num_steps, outcome.num_preemptions = counts.num_steps, counts.num_preemptions
+        outcome.num_requeued, outcome.num_held = counts.num_requeued, counts.num_held
         busy_ns = sum(site.busy_ns * len(site.lanes) for site in {id(s): s for s in self._sites.values()}.values())
         outcome.busy_share = busy_ns / (self.now_ns * self._cluster.num_lanes) if self.now_ns else 0.0
         outcome.wall_s = time.perf_counter() - begun_s
@@ -242,7 +305,7 @@ class Simulation:
         )
         lane = self.core.lane_joined(index + 1, capacity, 0)
         site = self._sites[index // cluster.group_size * cluster.group_size] if group and index % cluster.group_size else _Site()
-        site.lanes.append(lane)
+        site.lanes[lane] = deque()
         self._sites[index] = site
 
     def _site_of(self, lane: Lane) -> _Site:
@@ -289,8 +352,8 @@ class Simulation:
             self.core.submit(sequence, self.now_ns)
         except HeadraceError:
             outcome.num_rejected += 1
-        self._go_on()
         outcome.core_s += time.perf_counter() - began_s
+        self._go_on()
         outcome.max_waiting = max(outcome.max_waiting, len(self.core.queue))
 
     def _stopping(self, request: SimRequest) -> StoppingRules:
@@ -316,50 +379,81 @@ class Simulation:
 
     def _end_step(self, site: _Site) -> None:
         site.is_busy = False
-        results, site.results = site.results, []
-        began_s = time.perf_counter()
-        for lane, duration_ns in results:
-            step_id = next(iter(lane.in_flight))
-            step = lane.in_flight[step_id]
-            result = StepResult(step_id, step.sampled.slots, self._tokens(site, lane, step), duration_ns=duration_ns)
+        under_way, site.step = site.step, []
+        outcome = self.outcome
+        for lane, duration_ns in under_way:
+            plan = site.lanes[lane].popleft()
+            step = lane.in_flight[plan.step_id]
+            result = StepResult(plan.step_id, step.sampled.slots, self._tokens(site, lane, step), duration_ns=duration_ns)
+            began_s = time.perf_counter()
             self.core.step_result(lane, result, self.now_ns)
+            outcome.core_s += time.perf_counter() - began_s
+            last_ns, self._result_ns[lane.lane_id - 1] = self._result_ns[lane.lane_id - 1], self.now_ns
+            if num_decodes := len(step.sampled.slots) - len(step.completed):
+                outcome.gaps.add(self.now_ns - last_ns, num_decodes)
             for sequence in step.completed:
+                # Its row may have been dropped, and it may have run before.
                 if sequence.num_output_tokens == 1:
                     self._on_first_token(sequence)
         self._begin_step(site)
         self._go_on()
-        self.outcome.core_s += time.perf_counter() - began_s
 
     def _go_on(self) -> None:
-        """Set idle lanes to work that have got some, and note what has ended."""
+        """Set lanes to work that have got some, and note what has ended."""
         while self._lanes.newly_busy:
             lane, _ = self._lanes.newly_busy.popitem()
             site = self._site_of(lane)
             if not site.is_busy:
                 self._begin_step(site)
-        for ending in self.core.take_outcome().endings:
+            elif self._cluster.run_ahead:
+                self._take_plans(site)
+        began_s = time.perf_counter()
+        outcome = self.core.take_outcome()
+        self.outcome.core_s += time.perf_counter() - began_s
+        for ending in outcome.endings:
             self._on_ending(ending.sequence, is_good=ending.error is None)
 
+    def _take_plans(self, site: _Site) -> None:
+        """Bring the workers all plans that they can have now."""
+        began_s = time.perf_counter()
+        # A pass that one lane's question sets off makes plans for all.
+        while True:
+            num_plans = 0
+            for lane, plans in site.lanes.items():
+                while len(plans) < lane.max_in_flight and (plan := self.core.plan(lane, self.now_ns)) is not None:
+                    # One without rows only frees slots and is not answered; another may follow it.
+                    if plan.num_rows:
+                        plans.append(plan)
+                        num_plans += 1
+            if not num_plans or len(site.lanes) == 1:
+                break
+        self.outcome.core_s += time.perf_counter() - began_s
+
     def _begin_step(self, site: _Site) -> None:
+        self._take_plans(site)
         model = self._cluster.step_model
         longest_ns = 0
-        for lane in site.lanes:
-            # A plan without rows only frees slots; another may follow it.
-            while (plan := self.core.plan(lane, self.now_ns)) is not None:
-                if plan.num_rows:
-                    duration_ns = model.duration_ns(plan, lane.num_tokens)
-                    longest_ns = max(longest_ns, duration_ns)
-                    site.results.append((lane, duration_ns))
-                    break
-        if site.results:
-            site.is_busy = True
+        for lane, plans in site.lanes.items():
+            if plans:
+                duration_ns = model.duration_ns(plans[0], lane.num_tokens)
+                longest_ns = max(longest_ns, duration_ns)
+                site.step.append((lane, duration_ns))
+        if site.step:
             site.busy_ns += longest_ns
-            self._num_events += 1
-            heapq.heappush(self._events, (self.now_ns + longest_ns, self._num_events, site))
+        elif len(site.lanes) > 1 and any(lane.prefilling for lane in site.lanes):
+            longest_ns = int(model.base_s * 1e9)
+        else:
+            return
+        site.is_busy = True
+        self._num_events += 1
+        heapq.heappush(self._events, (self.now_ns + longest_ns, self._num_events, site))
 
     def _on_first_token(self, sequence: Sequence) -> None:
         assert isinstance(sequence.trace, tuple)
-        self._first_ns[sequence.trace[0]] = self.now_ns
+        index = sequence.trace[0]
+        if self._first_ns[index]:
+            return
+        self._first_ns[index] = self.now_ns
         self.outcome.num_prompt_tokens += sequence.num_prompt_tokens
         self.outcome.num_cached_tokens += sequence.num_cached_tokens
         self._served[sequence.tenant] += sequence.num_prompt_tokens
@@ -391,9 +485,18 @@ class Simulation:
         for tenant, served in self._served.items():
             counts = line.served.setdefault(tenant, [0] * (len(line.seconds) - 1))
             counts.append(served)
-        # Who has nothing waiting gets all it asks for.
-        are_several = len(self._served) > 1
-        line.all_had_work.append(are_several and {sequence.tenant for sequence in core.queue} == self._served.keys())
+        line.all_had_work.append(self._have_all_work())
         for passed in core.groups.take_outcomes():
             name = passed.decision.reason or "none"
             self.outcome.delayer[name] = self.outcome.delayer.get(name, 0) + 1
+
+    def _have_all_work(self) -> bool:
+        """Whether each of several tenants has something waiting: who has nothing gets all it asks for."""
+        missing = set(self._served)
+        if len(missing) < 2:
+            return False
+        for sequence in self.core.queue:
+            missing.discard(sequence.tenant)
+            if not missing:
+                return True
+        return False

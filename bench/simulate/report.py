@@ -10,6 +10,8 @@ from rich.table import Table
 
 from bench.simulate.engine import Outcome
 
+_LINE_STYLES = ("-", "--", ":", "-.")
+
 
 def _percentiles(values: Any, *, scale: float = 1.0) -> list[float] | None:
     if not len(values):
@@ -17,11 +19,17 @@ def _percentiles(values: Any, *, scale: float = 1.0) -> list[float] | None:
     return [round(float(one) * scale, 4) for one in np.percentile(np.frombuffer(values), (50, 90, 99))]
 
 
+def _gaps(outcome: Outcome) -> list[float] | None:
+    gaps = [outcome.gaps.percentile(percent) for percent in (50, 90, 99)]
+    return [round(gap * 1e3, 4) for gap in gaps if gap is not None] or None
+
+
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """The figures; percentiles are p50, p90, p99."""
     return {
         "ttft_s": _percentiles(outcome.ttft_s),
         "itl_ms": _percentiles(outcome.itl_s, scale=1e3),
+        "gap_ms": _gaps(outcome),
         "e2e_s": _percentiles(outcome.e2e_s),
         "output_tokens_per_s": round(outcome.output_tokens_per_s, 1),
         "hit_rate": round(outcome.hit_rate, 4),
@@ -31,6 +39,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "num_rejected": outcome.num_rejected,
         "num_failed": outcome.num_failed,
         "num_preemptions": outcome.num_preemptions,
+        "num_requeued": outcome.num_requeued,
         "num_held": outcome.num_held,
         "num_steps": outcome.num_steps,
         "max_waiting": outcome.max_waiting,
@@ -73,6 +82,9 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 3, figsize=(17, 9), constrained_layout=True)
     ((ttft, itl, queue), (hits, served, usage)) = axes
+    preemptions = usage.twinx()
+    preemptions.set_ylabel("preemptions so far (dotted)")
+    preemptions.set_visible(any(outcome.num_preemptions for outcome in outcomes.values()))
     for index, (name, outcome) in enumerate(outcomes.items()):
         line, color = outcome.timeline, f"C{index}"
         _cdf(ttft, outcome.ttft_s, name, scale=1)
@@ -81,9 +93,12 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
         queue.plot(line.seconds, line.num_running, color=color, linestyle="--", label=f"{name}: running")
         share = np.array(line.num_cached_tokens) / np.maximum(1, line.num_prompt_tokens)
         hits.plot(line.seconds, share, label=name)
-        for tenant, counts in line.served.items():
-            served.plot(line.seconds, counts, label=f"{name}: {tenant}" if tenant else name)
-        usage.plot(line.seconds, line.kv_usage, label=f"{name} ({outcome.num_preemptions} preemptions)")
+        for number, (tenant, counts) in enumerate(line.served.items()):
+            label = f"{name}: {tenant}" if tenant else name
+            served.plot(line.seconds, counts, color=color, linestyle=_LINE_STYLES[number % len(_LINE_STYLES)], label=label)
+        usage.plot(line.seconds, line.kv_usage, color=color, label=name)
+        if outcome.num_preemptions:
+            preemptions.plot(line.seconds, line.num_preemptions, color=color, linestyle=":")
     for axis, title, x_label, y_label in (
         (ttft, "Time to first token", "seconds", "share of requests"),
         (itl, "Time per output token", "ms", "share of requests"),

@@ -2,14 +2,15 @@
 
 The file form is that of Mooncake's published traces: one JSON object a line with `timestamp` (ms), `input_length` and
 `output_length` (tokens) and `hash_ids`, where each id names the tokens of one block of the prompt; equal ids mean equal tokens.
-Optional here: `tenant` (text) and `priority` (number).
+`hash_ids` may be missing or empty: such a prompt is like no other. Optional here: `tenant` (text) and `priority` (whole number).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -88,19 +89,30 @@ def read_trace(lines: Iterable[str], *, block_tokens: int = 512) -> Iterator[Sim
         if not line.strip():
             continue
         entry = _parse(line, number)
-        arrival_ms = _number(entry, "timestamp", number, least=0)
+        arrival_ms = _time_ms(entry, number)
         if arrival_ms < last_ms:
             raise TraceError(f"line {number}: timestamp {arrival_ms:g} is before that of the line above, {last_ms:g}")
         last_ms = arrival_ms
-        num_input = int(_number(entry, "input_length", number, least=1))
-        num_output = int(_number(entry, "output_length", number, least=1))
-        yield SimRequest(
-            int(arrival_ms * 1e6),
-            _prompt_of_blocks(entry, num_input, block_tokens, number),
-            num_output,
-            str(entry.get("tenant", "")),
-            int(entry.get("priority", 0)),
-        )
+        num_input = _integer(entry, "input_length", number, least=1)
+        num_output = _integer(entry, "output_length", number, least=1)
+        tenant = entry.get("tenant", "")
+        if not isinstance(tenant, str):
+            raise TraceError(f"line {number}: tenant must be a text, is {tenant!r}")
+        priority = _integer({"priority": 0, **entry}, "priority", number)
+        prompt = _prompt_of_blocks(entry, num_input, block_tokens, number)
+        yield SimRequest(int(arrival_ms * 1e6), prompt, num_output, tenant, priority)
+
+
+def last_arrival_s(lines: Sequence[str]) -> float:
+    """When the last request of a trace file's lines arrives; 0 without any.
+
+    Raises:
+        TraceError: The last line cannot be used.
+    """
+    for number in range(len(lines), 0, -1):
+        if lines[number - 1].strip():
+            return _time_ms(_parse(lines[number - 1], number), number) / 1e3
+    return 0.0
 
 
 def _parse(line: str, number: int) -> dict[str, Any]:
@@ -115,21 +127,35 @@ def _parse(line: str, number: int) -> dict[str, Any]:
     return entry
 
 
-def _number(entry: dict[str, Any], name: str, number: int, *, least: float) -> float:
-    value = entry.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-        raise TraceError(f"line {number}: {name} must be a number of at least {least}, is {value!r}")
+def _field(entry: dict[str, Any], name: str, number: int) -> Any:
+    if name not in entry:
+        raise TraceError(f"line {number}: {name} is missing")
+    return entry[name]
+
+
+def _time_ms(entry: dict[str, Any], number: int) -> float:
+    value = _field(entry, "timestamp", number)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise TraceError(f"line {number}: timestamp must be a number of at least 0, is {value!r}")
     return float(value)
+
+
+def _integer(entry: dict[str, Any], name: str, number: int, *, least: int | None = None) -> int:
+    value = _field(entry, name, number)
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise TraceError(f"line {number}: {name} must be a whole number{bound}, is {value!r}")
+    return value
 
 
 def _prompt_of_blocks(entry: dict[str, Any], num_tokens: int, block_tokens: int, number: int) -> array[int]:
     ids = entry.get("hash_ids", [])
-    if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
-        raise TraceError(f"line {number}: hash_ids must be a list of integers")
+    if not isinstance(ids, list) or not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise TraceError(f"line {number}: hash_ids must be a list of whole numbers of at least 0")
     if len(ids) * block_tokens < num_tokens and ids:
         raise TraceError(f"line {number}: {len(ids)} hash_ids of {block_tokens} tokens are fewer than input_length {num_tokens}")
-    # A prompt without blocks is like no other.
-    ids = ids or [-number * 10_000 - index for index in range(-(-num_tokens // block_tokens))]
+    if not ids:
+        return _random_tokens(np.random.default_rng([number, num_tokens]), num_tokens)
     prompt = array("i")
     for one in ids:
         prompt.frombytes(_block(one, block_tokens))
@@ -138,7 +164,7 @@ def _prompt_of_blocks(entry: dict[str, Any], num_tokens: int, block_tokens: int,
 
 @lru_cache(maxsize=100_000)
 def _block(block_id: int, num_tokens: int) -> bytes:
-    return _random_tokens(np.random.default_rng(block_id % 2**63), num_tokens).tobytes()
+    return _random_tokens(np.random.default_rng(block_id), num_tokens).tobytes()
 
 
 def _random_tokens(random: np.random.Generator, num_tokens: int) -> array[int]:
