@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--sigma", type=_at_least_0, default=0.8, help="spread of both: of the logarithm")
     trace.add_argument("--prefixes", type=_natural, default=0, help="shared beginnings")
     trace.add_argument("--prefix-tokens", type=_natural, default=1024, help="their length")
-    trace.add_argument("--tenant-load", default="1", help="shares of the requests by tenant: 10,1")
+    trace.add_argument("--tenant-load", type=_shares, default="1", help="shares of the requests by tenant: 10,1")
     trace.add_argument("--seed", type=_natural, default=0)
     lanes = parser.add_argument_group("lanes")
     lanes.add_argument("--lanes", type=_at_least_1, default=1)
@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     scheduler = parser.add_argument_group("scheduler")
     scheduler.add_argument("--policy", choices=POLICIES, default="fcfs")
     scheduler.add_argument("--prefix-cache", choices=_EVICTIONS, default="lru")
-    scheduler.add_argument("--run-ahead", action="store_true", help="plan a step as soon as the one before it begins")
+    scheduler.add_argument(
+        "--run-ahead", choices=("off", "on"), default="off", help="plan a step as soon as the one before it begins"
+    )
     scheduler.add_argument("--max-waiting-requests", type=_at_least_1, default=10**7, help="further ones are refused")
     scheduler.add_argument("--fixed-share", type=_at_least_0, help="admit by this share of what is asked for [default: measured]")
     scheduler.add_argument("--asked-tokens", type=_at_least_1, help="output every request allows [default: what it will get]")
@@ -116,7 +118,7 @@ def _requests(options: argparse.Namespace) -> tuple[Iterator[SimRequest], float]
             burst=options.burst,
             num_prefixes=options.prefixes,
             prefix_tokens=options.prefix_tokens if options.prefixes else 0,
-            tenant_load=tuple(_above_0(share) for share in options.tenant_load.split(",")),
+            tenant_load=options.tenant_load,
             seed=options.seed,
         )
         return generate(workload), num_requests / options.rate
@@ -136,7 +138,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         policy=options.policy,
         eviction=None if options.prefix_cache == "off" else options.prefix_cache,
         step_model=_step_model(options.step_model),
-        run_ahead=options.run_ahead,
+        run_ahead=options.run_ahead == "on",
         max_waiting_requests=options.max_waiting_requests,
         fixed_share=options.fixed_share,
         asked_tokens=options.asked_tokens,
@@ -184,6 +186,10 @@ def _above_0(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
     return value
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(_above_0(share) for share in text.split(","))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Plays a trace against lanes on paper: the real scheduler core, a simulated clock, and workers that only take time.
 
-Two kinds of events move the clock: a request arrives, a step ends. A worker takes plans in order, and may hold several. Usually the
-plan of the next step leaves when a step ends, which is what running ahead at the ideal moment amounts to; with `run_ahead` it leaves as
-soon as the core gives one, while the step before it runs. Lanes of one group begin their steps together and wait for the slowest; a
-pass in which all of a group's prompts are put off, and nothing else is there to compute, takes the base time of a step.
+Two kinds of events move the clock: a request arrives, a step ends. A worker takes plans in order, and may hold several. Usually
+the plan of the next step leaves when a step ends, which is what running ahead at the ideal moment amounts to; with `run_ahead` it
+leaves as soon as the core gives one, while the step before it runs. Lanes of one group begin their steps together and wait for the
+slowest; where all prompts of a group are put off and nothing else can be computed, its lanes ask again after a step's base time.
 """
 
 from __future__ import annotations
@@ -336,7 +336,8 @@ class Simulation:
             stream_id=index,
             owner=1,
             model="m",
-            tokens=request.prompt,
+            # A copy: outputs are appended to it.
+            tokens=request.prompt[:],
             num_prompt_tokens=len(request.prompt),
             stopping=self._stopping(request),
             target=self._target,
@@ -416,17 +417,15 @@ class Simulation:
     def _take_plans(self, site: _Site) -> None:
         """Bring the workers all plans that they can have now."""
         began_s = time.perf_counter()
-        # A pass that one lane's question sets off makes plans for all.
-        while True:
-            num_plans = 0
+        is_asking = True
+        while is_asking:
             for lane, plans in site.lanes.items():
                 while len(plans) < lane.max_in_flight and (plan := self.core.plan(lane, self.now_ns)) is not None:
                     # One without rows only frees slots and is not answered; another may follow it.
                     if plan.num_rows:
                         plans.append(plan)
-                        num_plans += 1
-            if not num_plans or len(site.lanes) == 1:
-                break
+            # In a group one lane's question may have made plans for others.
+            is_asking = any(len(plans) < len(lane.in_flight) for lane, plans in site.lanes.items())
         self.outcome.core_s += time.perf_counter() - began_s
 
     def _begin_step(self, site: _Site) -> None:

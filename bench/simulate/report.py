@@ -78,12 +78,13 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(2, 3, figsize=(17, 9), constrained_layout=True)
     ((ttft, itl, queue), (hits, served, usage)) = axes
     preemptions = usage.twinx()
     preemptions.set_ylabel("preemptions so far (dotted)")
+    preemptions.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     preemptions.set_visible(any(outcome.num_preemptions for outcome in outcomes.values()))
     for index, (name, outcome) in enumerate(outcomes.items()):
         line, color = outcome.timeline, f"C{index}"
@@ -114,7 +115,9 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
         axis.legend(fontsize="small")
     for axis in (ttft, itl):
         axis.set_xscale("log")
-        axis.tick_params(axis="x", which="minor", labelsize=6)
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+        axis.tick_params(axis="x", which="minor", labelsize=7)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench.simulate import report
 from bench.simulate.__main__ import main
-from bench.simulate.engine import Cluster, Simulation, StepModel
+from bench.simulate.engine import Cluster, GapHistogram, Outcome, Simulation, StepModel, Timeline
 from bench.simulate.trace import TraceError, Workload, generate, read_trace
 from services.scheduler.prefill_delayer import DelayerLimits
 
@@ -23,16 +23,26 @@ def line(**changes: object) -> str:
     return json.dumps({"timestamp": 0, "input_length": 4, "output_length": 2, "hash_ids": [1, 2], **changes})
 
 
+def comparable(outcome: Outcome) -> dict[str, object]:
+    return {name: value for name, value in report.as_json(outcome).items() if name not in ("wall_s", "core_s")}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "line 2: no JSON"),
         ("[]", "line 2: must be an object, is list"),
         (line(model="m"), "line 2: unknown field 'model'; known: hash_ids"),
+        ('{"timestamp": 1}', "line 2: input_length is missing"),
         (line(timestamp=-1), "line 2: timestamp must be a number of at least 0, is -1"),
-        (line(input_length=0), "line 2: input_length must be a number of at least 1, is 0"),
-        (line(output_length="2"), "line 2: output_length must be a number of at least 1, is '2'"),
-        (line(hash_ids="1"), "line 2: hash_ids must be a list of integers"),
+        (line(timestamp=float("nan")), "line 2: timestamp must be a number of at least 0, is nan"),
+        (line(input_length=0), "line 2: input_length must be a whole number of at least 1, is 0"),
+        (line(input_length=4.5), "line 2: input_length must be a whole number of at least 1, is 4.5"),
+        (line(output_length="2"), "line 2: output_length must be a whole number of at least 1, is '2'"),
+        (line(tenant=1), "line 2: tenant must be a text, is 1"),
+        (line(priority="high"), "line 2: priority must be a whole number, is 'high'"),
+        (line(hash_ids="1"), "line 2: hash_ids must be a list of whole numbers of at least 0"),
+        (line(hash_ids=[1, -1]), "line 2: hash_ids must be a list of whole numbers of at least 0"),
         (line(hash_ids=[1]), "line 2: 1 hash_ids of 2 tokens are fewer than input_length 4"),
         (line(timestamp=5), "line 3: timestamp 0 is before that of the line above, 5"),
     ],
@@ -82,17 +92,72 @@ def test_by_hand() -> None:
     assert outcome.simulated_s == pytest.approx(1 + sum(chunk_s) + 0.022)
 
 
+def test_a_worker_holds_the_next_plan_while_a_step_runs() -> None:
+    """The same three chunks and two further tokens, as the plans leave earlier and nobody comes in between."""
+    trace = [json.dumps({"timestamp": 0, "input_length": 20, "output_length": 3})]
+    figures = []
+    for run_ahead in (False, True):
+        simulation = Simulation(Cluster(max_num_batched_tokens=8, step_model=MODEL, run_ahead=run_ahead))
+        (lane,) = simulation.core.lanes
+        assert lane.max_in_flight == 1 + run_ahead
+        figures.append(comparable(simulation.run(read_trace(trace), expected_s=1)))
+    assert figures[0] == figures[1]
+
+
+def test_who_comes_while_two_plans_are_made_waits_for_both() -> None:
+    trace = [json.dumps({"timestamp": at, "input_length": 4, "output_length": out}) for at, out in ((0, 40), (100, 1))]
+    ttft_s = {}
+    for run_ahead in (False, True):
+        outcome = Simulation(Cluster(step_model=MODEL, run_ahead=run_ahead)).run(read_trace(trace), expected_s=1)
+        ttft_s[run_ahead] = outcome.ttft_s[0]
+    # Steps end at 11.3 and every further 11 ms; the one under way at 100 ms ends at 110.3.
+    step_s = 0.01 + 2 * 0.001 + 3 * 0.0001
+    assert ttft_s[False] == pytest.approx(0.0103 - 0.0 + step_s)
+    assert ttft_s[True] == pytest.approx(0.0103 + 0.011 + step_s)
+
+
+def test_gaps_are_counted_by_step() -> None:
+    """One request decodes for ten steps; in one of them another's prompt of 51 tokens is computed, too."""
+    trace = [
+        json.dumps({"timestamp": 0, "input_length": 1, "output_length": 11}),
+        json.dumps({"timestamp": 50, "input_length": 51, "output_length": 1}),
+    ]
+    gaps = Simulation(Cluster(step_model=MODEL)).run(read_trace(trace), expected_s=1).gaps
+    assert gaps.percentile(50) == pytest.approx(0.011, rel=0.02)
+    assert gaps.percentile(90) == pytest.approx(0.011, rel=0.02)
+    assert gaps.percentile(91) == pytest.approx(0.01 + 2 * 0.001 + 50 * 0.0001, rel=0.02)
+    assert GapHistogram().percentile(50) is None
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("policy", ["fcfs", "fair", "priority"])
-def test_nothing_is_lost_and_a_run_can_be_repeated(policy: str) -> None:
+def test_nothing_is_lost_and_a_run_can_be_repeated(policy: str, run_ahead: bool, group_size: int) -> None:
     def run() -> dict[str, object]:
-        cluster = replace(CLUSTER, policy=policy, num_pages=64)
-        figures = report.as_json(Simulation(cluster).run(generate(WORKLOAD), expected_s=5))
-        return {name: value for name, value in figures.items() if name not in ("wall_s", "core_s")}
+        cluster = replace(CLUSTER, policy=policy, num_pages=64, run_ahead=run_ahead, group_size=group_size)
+        return comparable(Simulation(cluster).run(generate(WORKLOAD), expected_s=5))
 
     first = run()
     assert first == run()
     assert first["num_finished"] == first["num_requests"] == 200
     assert first["num_failed"] == first["num_rejected"] == 0
+
+
+def test_preempted_requests_have_one_first_token() -> None:
+    """Important ones push others out while their steps are under way; every prompt is counted once all the same."""
+    requests = [replace(one, priority=20 * (index % 2)) for index, one in enumerate(generate(WORKLOAD))]
+    outcome = Simulation(replace(CLUSTER, policy="priority", num_pages=64, run_ahead=True)).run(iter(requests), expected_s=5)
+    assert outcome.num_preemptions
+    assert outcome.num_prompt_tokens == sum(len(one.prompt) for one in requests)
+    assert outcome.num_output_tokens == sum(one.num_output_tokens for one in requests)
+    assert all(first <= last for first, last in zip(outcome.ttft_s, outcome.e2e_s, strict=True))
+
+
+def test_refused_requests_are_counted() -> None:
+    trace = [json.dumps({"timestamp": 0, "input_length": length, "output_length": 5}) for length in (20, 20, 20, 500)]
+    cluster = Cluster(max_num_seqs=1, max_waiting_requests=1, max_model_len=100, step_model=MODEL)
+    outcome = Simulation(cluster).run(read_trace(trace), expected_s=1)
+    assert (outcome.num_requests, outcome.num_rejected, len(outcome.e2e_s)) == (4, 2, 2)
 
 
 def test_all_output_is_counted_and_no_more_is_cached_than_asked() -> None:
@@ -133,6 +198,26 @@ def test_lanes_of_a_group_wait_for_the_slowest() -> None:
     assert itl_s[2] == pytest.approx((35 * 0.011 + 4 * (0.011 + 0.0099)) / 39, rel=0.01)
 
 
+def test_a_prompt_alone_in_its_group_is_put_off_for_as_many_idle_steps_as_the_limit_allows() -> None:
+    trace = [json.dumps({"timestamp": 0, "input_length": 4, "output_length": 2})]
+    ttft_s = []
+    for num_passes in (0, 30):
+        cluster = Cluster(num_lanes=2, group_size=2, step_model=MODEL, delayer_limits=DelayerLimits(num_passes))
+        ttft_s.append(Simulation(cluster).run(read_trace(trace), expected_s=1).ttft_s[0])
+    assert ttft_s[0] == pytest.approx(0.0113)
+    assert ttft_s[0] < ttft_s[1] <= ttft_s[0] + 29 * 0.01 + 1e-6
+
+
+def test_fairness_is_that_of_the_time_in_which_all_have_work() -> None:
+    line = Timeline(
+        seconds=[0, 1, 2, 3, 4],
+        served={"a": [0, 100, 300, 500, 900], "b": [0, 0, 100, 200, 200]},
+        all_had_work=[False, True, True, True, False],
+    )
+    assert Outcome(timeline=line).fairness == pytest.approx(400 / 200)
+    assert Outcome(timeline=replace(line, all_had_work=[False] * 5)).fairness is None
+
+
 def test_fair_policy_evens_tenants_out() -> None:
     # All come at about the same time, so that both tenants have work until the smaller one's is done.
     workload = replace(WORKLOAD, num_requests=800, rate_per_s=10_000, tenant_load=(4, 1))
@@ -157,10 +242,49 @@ def test_command_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "options", ["--compare policies=a", "--lanes 0", "--rate 0", "--step-model none.json", "--compare policy=x"]
+    "options",
+    [
+        "--compare policies=a",
+        "--lanes 0",
+        "--rate 0",
+        "--step-model none.json",
+        "--compare policy=x",
+        "--tenant-load 1,0",
+        "--prefixes -1",
+        "--trace none.jsonl",
+    ],
 )
 def test_bad_options_end_with_status_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--num-requests", "1", *options.split()])
     assert end.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "must be an object, is list"),
+        ({"base_s": 0.01, "row_s": 0.001}, "token_s is missing"),
+        ({"base_s": 0.01, "row_s": 0.001, "token_s": 0, "page_s": 1}, "unknown field 'page_s'"),
+        ({"base_s": 0.01, "row_s": -1, "token_s": 0}, "row_s must be a number of at least 0, is -1"),
+        ({"base_s": 0, "row_s": 1, "token_s": 0}, "base_s must be above 0"),
+    ],
+)
+def test_a_bad_step_model_is_named(fields: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(fields))
+    with pytest.raises(SystemExit):
+        main(["--num-requests", "1", "--step-model", str(model)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_is_played_whole_unless_asked_otherwise(tmp_path: Path) -> None:
+    trace, figures, model = tmp_path / "trace.jsonl", tmp_path / "runs.json", tmp_path / "model.json"
+    trace.write_text("\n".join(line(timestamp=10 * index) for index in range(1200)) + "\n\n")
+    model.write_text(json.dumps({"base_s": 0.001, "row_s": 0, "token_s": 0}))
+    common = ["--trace", str(trace), "--block-tokens", "2", "--step-model", str(model), "--json", str(figures)]
+    for further, num_requests in (([], 1200), (["--num-requests", "7"], 7)):
+        assert main([*common, *further]) == 0
+        (run,) = json.loads(figures.read_text())["runs"].values()
+        assert run["num_finished"] == num_requests
