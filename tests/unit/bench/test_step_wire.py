@@ -1,4 +1,4 @@
-"""The bench of a step's messages measures what it says."""
+"""The bench of a step's messages drives the core into each of its cases, and counts the bytes of a link."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import pytest
 from bench.micro import step_wire
 
 
-@pytest.mark.parametrize("case", step_wire.CASES)
-def test_each_case_is_measured(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_wire, "NUM_REPEATS", 2)
-    line = step_wire.measure(case, 64)
-    assert (line["running"], line["case"]) == (64, case)
-    assert all(value > 0 for name, value in line.items() if name not in ("running", "case"))
+@pytest.mark.parametrize("num_running", [16, 64])
+def test_each_case_is_reached_and_measured(num_running: int) -> None:
+    lines = step_wire.measure(num_running, num_steps=3)
+    assert [line["case"] for line in lines] == list(step_wire.CASES)
+    for line in lines:
+        assert line["num_steps"] == 3
+        assert all(line[f"{part}_us"] > 0 for part in step_wire.PARTS)
 
 
-def test_a_steady_plan_is_small_whatever_runs_and_a_prompt_carries_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_wire, "NUM_REPEATS", 1)
-    steady = {step_wire.measure("steady", num_running)["plan_bytes"] for num_running in (64, 1024)}
-    assert len(steady) == 1
-    assert max(steady) < 32
+def test_a_steady_plan_is_small_whatever_runs_and_a_prompt_carries_its_tokens() -> None:
+    few, many = ({line["case"]: line for line in step_wire.measure(num, num_steps=2)} for num in (16, 128))
+    assert few["steady"]["plan_bytes"] == many["steady"]["plan_bytes"] < 64
+    assert few["rows"]["plan_bytes"] < many["rows"]["plan_bytes"]
     prompt_bytes = 4 * step_wire.PROMPT_TOKENS
-    assert prompt_bytes < step_wire.measure("prefill", 64)["plan_bytes"] < prompt_bytes + 400
+    assert prompt_bytes < few["prefill"]["plan_bytes"] < prompt_bytes + 500
