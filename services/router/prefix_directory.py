@@ -15,6 +15,9 @@ STORED, REMOVED, CLEARED = 1, 2, 3
 CACHE_LOAD_SLACK: Final = 8
 """A scheduler that has more requests than the least busy one and this is not chosen for its cache."""
 
+BLOCKS_MAX: Final = 1_000_000
+"""Blocks remembered of a lane. Of one that has more cached, some are not known, and count as not cached."""
+
 _HASH_BYTES: Final = 8
 _TOKEN_BYTES: Final = 4
 
@@ -40,7 +43,7 @@ class LaneNews:
         lane_id: Which.
         page_size: Tokens a block.
         first_number: Number of the first event; of a snapshot, that of the first event after it.
-        events: Kind and block hashes, in order.
+        events: Kind and block hashes, in order; a snapshot without any is of a lane that is gone.
         is_snapshot: What was known before is to be forgotten.
     """
 
@@ -68,6 +71,9 @@ class PrefixDirectory:
         """Take news in; False when some were missed before: a snapshot is needed."""
         lanes = self._schedulers.setdefault(scheduler, {})
         if news.is_snapshot:
+            if not news.events:
+                lanes.pop(news.lane_id, None)
+                return True
             lanes[news.lane_id] = _LaneView(news.page_size, news.first_number)
         view = lanes.get(news.lane_id)
         if view is None:
@@ -79,7 +85,7 @@ class PrefixDirectory:
             view.next_number += len(news.events)
         for kind, hashes in news.events:
             if kind == STORED:
-                view.blocks.update(hashes)
+                view.blocks.update(hashes[: max(0, BLOCKS_MAX - len(view.blocks))])
             elif kind == REMOVED:
                 view.blocks.difference_update(hashes)
             elif kind == CLEARED:

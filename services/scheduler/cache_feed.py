@@ -16,9 +16,9 @@ class CacheNews:
 
     Attributes:
         lane_id: Which.
-        page_size: Tokens a block.
+        page_size: Tokens a block; 0 of a lane that is gone.
         first_number: Number of the first event; of a snapshot, that of the first event after it.
-        events: In order; a snapshot is one that stores everything.
+        events: In order; a snapshot is one that stores everything, and that of a lane that is gone has none.
         is_snapshot: What was known of the lane before is to be forgotten.
     """
 
@@ -30,7 +30,7 @@ class CacheNews:
 
 
 class CacheFeed:
-    """The subscribers, each with the lanes of which it needs a snapshot."""
+    """The subscribers, each with the lanes of which it needs a snapshot; some of them may be gone."""
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
@@ -58,11 +58,15 @@ class CacheFeed:
         """News since the last call, and whom they are for."""
         if not self._subscribers:
             return
-        for lane_id in self._watched.keys() - {lane.lane_id for lane in self._lanes}:
-            gone = self._watched.pop(lane_id)
-            for owner, wanted in self._subscribers.items():
+        present = {lane.lane_id for lane in self._lanes}
+        for lane_id in self._watched.keys() - present:
+            del self._watched[lane_id]
+            for wanted in self._subscribers.values():
+                wanted.add(lane_id)
+        for owner, wanted in self._subscribers.items():
+            for lane_id in wanted - present:
                 wanted.discard(lane_id)
-                yield owner, CacheNews(lane_id, gone.capacity.page_size, 0, (), is_snapshot=True)
+                yield owner, CacheNews(lane_id, 0, 0, (), is_snapshot=True)
         for lane in self._lanes:
             yield from self._of(lane)
 

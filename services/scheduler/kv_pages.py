@@ -85,7 +85,7 @@ class KvPages:
             return
         node, _ = self.tree.insert(tokens, sequence.pages[:num_pages], sequence.namespace, sequence.priority)
         assert node is not None
-        self.tree.lock_node(node)
+        self.tree.lock_node(node, sequence.priority)
         if sequence.prefix is not None:
             self.tree.unlock(sequence.prefix)
         sequence.prefix = node

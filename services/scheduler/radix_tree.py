@@ -172,7 +172,7 @@ class RadixTree:
             above = above.parent
         return node, [page for run in reversed(runs) for page in run]
 
-    def lock_node(self, node: Node, priority: int = 0) -> None:
+    def lock_node(self, node: Node, priority: int) -> None:
         """Use the prefix that ends with a node given by `insert`."""
         self._now += 1
         while node.parent is not None:

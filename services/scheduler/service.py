@@ -87,7 +87,8 @@ class RouterLink:
         self._hub.wake()
 
     def on_heartbeat(self, peer: Peer) -> None:
-        """Rejections that a full queue refused go again."""
+        """Rejections and news of caches that a full queue refused go again."""
+        self.tell_caches()
         unsent = self._unsent.pop(peer.incarnation, None)
         while unsent:
             rejected = unsent.popleft()

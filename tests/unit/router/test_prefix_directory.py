@@ -8,7 +8,7 @@ import pytest
 
 from headrace.errors import InvalidRequestError, ProtocolError
 from headrace.v1 import router_pb2 as router
-from services.router import messages
+from services.router import messages, prefix_directory
 from services.router.directory import Directory, Instance, Report
 from services.router.generation import ModelOffer
 from services.router.limits import check_cache_salt
@@ -54,6 +54,26 @@ def test_the_lane_with_most_of_it_counts_and_not_the_sum_of_lanes() -> None:
     known.update(1, snapshot(all_blocks[0], lane=1))
     known.update(1, snapshot(*all_blocks[1:], lane=2))
     assert known.num_cached_tokens(1, prompt(1, 2, 3, 4, 5, 6)) == 2
+
+
+def test_no_more_than_so_many_blocks_of_a_lane_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_directory, "BLOCKS_MAX", 3)
+    known = PrefixDirectory()
+    all_blocks = blocks(1, 2, 3, 4, 5, 6, 7, 8)
+    known.update(1, snapshot(*all_blocks[:2]))
+    assert known.update(1, news(0, (STORED, all_blocks[2:])))
+    assert known.num_cached_tokens(1, prompt(1, 2, 3, 4, 5, 6, 7, 8)) == 6
+    # What is given up makes room.
+    assert known.update(1, news(1, (REMOVED, all_blocks[2:]), (STORED, all_blocks[2:3])))
+    assert known.num_cached_tokens(1, prompt(1, 2, 3, 4, 5, 6, 7, 8)) == 6
+
+
+def test_a_lane_that_is_gone_is_dropped() -> None:
+    known = PrefixDirectory()
+    known.update(1, snapshot(*blocks(1, 2)))
+    assert known.update(1, LaneNews(7, 0, 0, (), is_snapshot=True))
+    assert known.num_cached_tokens(1, prompt(1, 2)) == 0
+    assert not known.update(1, news(1, (STORED, blocks(1, 2)))), "it must begin with a snapshot"
 
 
 def test_events_follow_the_snapshot_and_a_gap_is_noticed() -> None:

@@ -151,6 +151,21 @@ def test_what_unimportant_requests_used_goes_first() -> None:
 # On a lane.
 
 
+def test_the_pages_of_an_unimportant_request_go_before_those_of_a_plain_one() -> None:
+    system = System(builders.scheduler(policy="priority", eviction="priority"))
+    site = system.join(builders.capacity(max_num_batched_tokens=64, num_pages=16, page_size=4))
+    plain, unimportant = list(range(1, 21)), list(range(31, 51))
+    # The plain one is older: by age it would go first.
+    system.submit(builders.sequence(system.core, "plain", plain, max_tokens=4))
+    system.run()
+    system.submit(builders.sequence(system.core, "unimportant", unimportant, max_tokens=4, priority=-5))
+    system.run()
+    tree = site.lane.kv.tree
+    tree.evict(5)
+    assert tree.match(as_bytes(plain), 5).num_pages == 5
+    assert tree.match(as_bytes(unimportant), 5).num_pages < 5
+
+
 def start() -> tuple[System, Site]:
     system = System(builders.scheduler())
     return system, system.join(builders.capacity(max_num_batched_tokens=128))

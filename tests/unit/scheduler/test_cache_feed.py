@@ -72,6 +72,26 @@ async def test_a_lane_that_is_gone_is_forgotten_and_a_new_one_is_told(tmp_path: 
     assert follower.num_cached([*PROMPT, 3]) == 20
 
 
+async def test_news_that_a_full_queue_refused_come_with_a_heartbeat(tmp_path: Path) -> None:
+    world = await World.make(tmp_path)
+    worker = await world.join()
+    follower = Follower(world)
+    world.scheduler_peer().send("subscribe_cache", scheduler.SubscribeCache())
+    await world.submit("r", PROMPT)
+    assert follower.num_cached([*PROMPT, 3]) == 20
+    world.network.full_towards.add("router-0")
+    await worker.wire.close()
+    await world.settle()
+    assert world.service.load().num_lanes == 0
+    assert follower.num_cached([*PROMPT, 3]) == 20
+    world.network.full_towards.clear()
+    await world.advance(2)
+    assert follower.num_cached([*PROMPT, 3]) == 0
+    num_told = len(world.router.bodies("cache_events"))
+    await world.advance(2)
+    assert len(world.router.bodies("cache_events")) == num_told, "once is enough"
+
+
 def test_who_missed_something_gets_a_snapshot_and_the_others_the_events() -> None:
     system = System(builders.scheduler())
     site = system.join(builders.capacity(max_num_batched_tokens=64))
