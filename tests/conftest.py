@@ -15,9 +15,10 @@ MODEL_NAME = "smollm2-135m-instruct"
 
 
 def pytest_configure() -> None:
-    """A shell starts its background jobs with SIGINT ignored, and children would inherit that; tests send it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Children inherit ignored signals, but no handlers. A shell's background jobs ignore SIGINT, nohup SIGHUP, and tests send both."""
+    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")
