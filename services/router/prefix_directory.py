@@ -41,7 +41,7 @@ class LaneNews:
 
     Attributes:
         lane_id: Which.
-        page_size: Tokens a block.
+        page_size: Tokens a block; 0 of a lane that is gone.
         first_number: Number of the first event; of a snapshot, that of the first event after it.
         events: Kind and block hashes, in order; a snapshot without any is of a lane that is gone.
         is_snapshot: What was known before is to be forgotten.

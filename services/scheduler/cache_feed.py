@@ -38,8 +38,9 @@ class CacheFeed:
         self._watched: dict[int, Lane] = {}
 
     def subscribe(self, owner: int) -> None:
-        """Somebody wants to know from now on, beginning with snapshots."""
-        self._subscribers[owner] = {lane.lane_id for lane in self._lanes}
+        """Somebody wants to know from now on, beginning with snapshots; again, when something was missed."""
+        # Lanes that are gone and of which it could not yet be told stay due.
+        self._subscribers.setdefault(owner, set()).update(lane.lane_id for lane in self._lanes)
 
     def unsubscribe(self, owner: int) -> None:
         """Somebody is gone. With the last one nothing is recorded any more."""

@@ -10,7 +10,7 @@ from services.router import messages as router_messages
 from services.router.prefix_directory import CachePrompt, PrefixDirectory
 from services.scheduler.cache_feed import CacheFeed
 from tests.unit.scheduler import builders
-from tests.unit.scheduler.network import World
+from tests.unit.scheduler.network import WorkerEnd, World
 from tests.unit.scheduler.system import System
 
 PROMPT = list(range(1, 21))
@@ -31,6 +31,17 @@ class Follower:
         self._num_seen = len(events)
         tokens = b"".join(token.to_bytes(4, "little") for token in prompt)
         return self.known.num_cached_tokens(1, CachePrompt(tokens))
+
+
+async def followed(tmp_path: Path) -> tuple[World, WorkerEnd, Follower]:
+    """A follower that knows of a worker's cache with the prompt in it."""
+    world = await World.make(tmp_path)
+    worker = await world.join()
+    follower = Follower(world)
+    world.scheduler_peer().send("subscribe_cache", scheduler.SubscribeCache())
+    await world.submit("r", PROMPT)
+    assert follower.num_cached([*PROMPT, 3]) == 20
+    return world, worker, follower
 
 
 async def test_a_subscriber_gets_a_snapshot_and_then_every_change(tmp_path: Path) -> None:
@@ -58,12 +69,7 @@ async def test_a_subscriber_gets_a_snapshot_and_then_every_change(tmp_path: Path
 
 
 async def test_a_lane_that_is_gone_is_forgotten_and_a_new_one_is_told(tmp_path: Path) -> None:
-    world = await World.make(tmp_path)
-    worker = await world.join()
-    follower = Follower(world)
-    world.scheduler_peer().send("subscribe_cache", scheduler.SubscribeCache())
-    await world.submit("r", PROMPT)
-    assert follower.num_cached([*PROMPT, 3]) == 20
+    world, worker, follower = await followed(tmp_path)
     worker.wire.kill()
     await world.advance(6)
     await world.join("worker-1")
@@ -73,12 +79,7 @@ async def test_a_lane_that_is_gone_is_forgotten_and_a_new_one_is_told(tmp_path: 
 
 
 async def test_news_that_a_full_queue_refused_come_with_a_heartbeat(tmp_path: Path) -> None:
-    world = await World.make(tmp_path)
-    worker = await world.join()
-    follower = Follower(world)
-    world.scheduler_peer().send("subscribe_cache", scheduler.SubscribeCache())
-    await world.submit("r", PROMPT)
-    assert follower.num_cached([*PROMPT, 3]) == 20
+    world, worker, follower = await followed(tmp_path)
     world.network.full_towards.add("router-0")
     await worker.wire.close()
     await world.settle()
@@ -112,3 +113,17 @@ def test_who_missed_something_gets_a_snapshot_and_the_others_the_events() -> Non
     assert site.lane.kv.tree.log is not None
     feed.unsubscribe(2)
     assert site.lane.kv.tree.log is None
+
+
+def test_a_lane_that_is_gone_stays_due_when_somebody_subscribes_again() -> None:
+    system = System(builders.scheduler())
+    lane = system.join(builders.capacity()).lane
+    feed = CacheFeed(system.core.lanes)
+    feed.subscribe(1)
+    assert [owner for owner, _ in feed.collect()] == [1]
+    system.core.lane_lost(lane.lane_id, 0)
+    (told,) = feed.collect()
+    feed.missed(1, lane.lane_id)
+    feed.subscribe(1)
+    assert list(feed.collect()) == [told]
+    assert list(feed.collect()) == []
