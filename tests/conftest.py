@@ -15,7 +15,7 @@ MODEL_NAME = "smollm2-135m-instruct"
 
 
 def pytest_configure() -> None:
-    """Children inherit ignored signals, but no handlers. A shell's background jobs ignore SIGINT, nohup SIGHUP, and tests send both."""
+    """Handle the signals that tests send: children inherit ignored ones (a background job's SIGINT), but no handlers."""
     for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, handler)
