@@ -162,10 +162,6 @@ class BatchInputs:
             return np.zeros((0, 0), dtype=np.int64)
         return self._page_table[slots, : _table_width(int(self._num_pages[slots].max()))]
 
-    def pages(self, slot: int, *, num_tokens: int) -> Int64Array:
-        """The pages that hold a slot's first `num_tokens` tokens."""
-        return self._page_table[slot, : -(-num_tokens // self.limits.page_size)]
-
     def unsettled_pages(self, slot: int) -> Int64Array:
         """A slot's pages without those that were full at its last good token or its entry: these may be shared by now."""
         return self._page_table[slot, self._num_settled_pages[slot] : self._num_pages[slot]]

@@ -18,6 +18,7 @@ from services.worker.attention.torch_cpu import TorchCpuAttention
 from services.worker.batch_inputs import Limits
 from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, plan_memory
 from services.worker.layers.linear import can_pack_bfloat16
+from services.worker.layers.torch_ops import TorchNetwork, TorchOps
 from services.worker.model_runner import ModelRunner
 from services.worker.models.registry import build_model
 from services.worker.weights import MapParts, WeightLoader
@@ -103,8 +104,9 @@ def load_runner(
     dtype_name, dtype_reason = choose_dtype(options.dtype, cpu_flags)
     dtype = _DTYPES[dtype_name]
     weights = WeightLoader(options.directory, dtype=dtype, map_parts=map_parts)
-    attention = TorchCpuAttention(page_size=options.page_size, dtype=dtype)
-    model = build_model(config, weights, attention, max_model_len=max_model_len)
+    ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype))
+    model = build_model(config, ops, max_model_len=max_model_len)
+    weights.check_all_taken()
     shape = PageShape(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -128,5 +130,5 @@ def load_runner(
         page_size=options.page_size,
         vocab_size=config.vocab_size,
     )
-    runner = ModelRunner(model, KvCache(shape, num_pages=memory.num_pages), limits)
-    return runner, LoadReport(config=config, dtype=dtype_name, dtype_reason=dtype_reason, memory=memory)
+    network = TorchNetwork(model, ops, KvCache(shape, num_pages=memory.num_pages))
+    return ModelRunner(network, limits), LoadReport(config=config, dtype=dtype_name, dtype_reason=dtype_reason, memory=memory)

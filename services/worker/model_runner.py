@@ -1,6 +1,6 @@
-"""Owns weights and KV pages; turns a step plan into a step result.
+"""Owns the network and the state of sequences; turns a step plan into a step result.
 
-Plan → `BatchInputs` (arrays) → `StepTensors` → model → logits of the rows that sample → sampler → result. No I/O, no clock, one
+Plan → `BatchInputs` (arrays) → `StepTensors` → network → logits of the rows that sample → sampler → result. No I/O, no clock, one
 thread. See `rank.py` for where plans come from.
 """
 
@@ -13,10 +13,8 @@ import torch
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
-from services.worker.attention.backend import ExtendRow, StepTensors
 from services.worker.batch_inputs import BatchInputs, Limits, StepInputs
-from services.worker.kv_cache import KvCache
-from services.worker.models.registry import Model
+from services.worker.layers.ops import Network, StepTensors
 from services.worker.runner import step_result
 from services.worker.sampler import sample
 
@@ -28,14 +26,12 @@ class ModelRunner:
     """Computes steps.
 
     Args:
-        model: The network.
-        kv_cache: Its pages.
-        limits: Sizes; `num_pages` and `page_size` are those of the cache.
+        network: The model with its pages.
+        limits: Sizes; `num_pages` and `page_size` are those of the pages.
     """
 
-    def __init__(self, model: Model, kv_cache: KvCache, limits: Limits) -> None:
-        self._model = model
-        self._kv_cache = kv_cache
+    def __init__(self, network: Network, limits: Limits) -> None:
+        self._network = network
         self._inputs = BatchInputs(limits)
 
     @property
@@ -65,7 +61,7 @@ class ModelRunner:
         if len(step.token_ids) == 0:
             return step_result(plan, step, _NO_TOKEN_IDS, _ALL_FINITE)
         with torch.inference_mode():
-            logits = self._model.forward(self._tensors(step), self._kv_cache.layers)
+            logits = self._network.forward(self._tensors(step))
             sampled, is_finite = sample(logits, step.sampled)
         self._inputs.commit(step, sampled, is_finite)
         if not is_finite.all():
@@ -99,31 +95,18 @@ class ModelRunner:
         self.reset()
 
     def _tensors(self, step: StepInputs) -> StepTensors:
-        num_decode_rows = step.num_decode_rows
-        decode_slots = step.row_slots[:num_decode_rows]
         return StepTensors(
             token_ids=torch.from_numpy(step.token_ids),
             positions=torch.from_numpy(step.positions),
             slot_mapping=torch.from_numpy(step.slot_mapping),
-            decode_page_tables=torch.from_numpy(self._inputs.page_tables(decode_slots)),
-            decode_lengths=torch.from_numpy(step.row_starts[:num_decode_rows] + 1),
-            extends=self._extend_rows(step),
+            row_starts=torch.from_numpy(step.row_starts),
+            row_counts=torch.from_numpy(step.row_counts),
+            page_tables=torch.from_numpy(self._inputs.page_tables(step.row_slots)),
+            num_decode_rows=step.num_decode_rows,
             sampled_tokens=torch.from_numpy(step.sampled_tokens),
         )
-
-    def _extend_rows(self, step: StepInputs) -> tuple[ExtendRow, ...]:
-        first_token = step.num_decode_rows
-        rows: list[ExtendRow] = []
-        for row in range(step.num_decode_rows, len(step.row_slots)):
-            slot, start, count = int(step.row_slots[row]), int(step.row_starts[row]), int(step.row_counts[row])
-            pages = torch.from_numpy(self._inputs.pages(slot, num_tokens=start + count))
-            rows.append(ExtendRow(first_token=first_token, num_new_tokens=count, num_cached_tokens=start, pages=pages))
-            first_token += count
-        return tuple(rows)
 
     def _clear_pages(self, slots: list[int]) -> None:
         """Wipe the pages of failed rows: a NaN left behind would spoil the page's next owner, even where a mask hides it."""
         for slot in slots:
-            pages = torch.from_numpy(self._inputs.unsettled_pages(slot))
-            for layer_pages in self._kv_cache.layers:
-                layer_pages[pages] = 0
+            self._network.clear_pages(torch.from_numpy(self._inputs.unsettled_pages(slot)))

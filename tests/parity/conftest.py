@@ -15,7 +15,7 @@ from headrace.models.model_config import load_model_config
 from headrace.models.weights import open_weights
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
-from services.worker.attention.backend import StepTensors
+from services.worker.layers.ops import Network, StepTensors
 from services.worker.loading import LoadOptions, load_runner
 from services.worker.model_runner import ModelRunner
 
@@ -33,16 +33,19 @@ TINY = {
 }
 
 
-class RecordingModel:
+class RecordingNetwork:
     """Passes steps on and keeps the logits of the last one."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, network: Network) -> None:
+        self._network = network
         self.logits = torch.empty(0)
 
-    def forward(self, step: StepTensors, kv_layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        self.logits = self._model.forward(step, kv_layers)
+    def forward(self, step: StepTensors) -> torch.Tensor:
+        self.logits = self._network.forward(step).clone()
         return self.logits
+
+    def clear_pages(self, pages: torch.Tensor) -> None:
+        self._network.clear_pages(pages)
 
 
 class Driver:
@@ -50,8 +53,8 @@ class Driver:
 
     def __init__(self, runner: ModelRunner, *, seed: int = 0) -> None:
         self.runner = runner
-        self.model = RecordingModel(runner._model)
-        runner._model = self.model
+        self.network = RecordingNetwork(runner._network)
+        runner._network = self.network
         self._free_pages = np.random.default_rng(seed).permutation(runner.limits.num_pages).tolist()
         self._plan = StepPlan()
         self._entering: list[int] = []
@@ -91,7 +94,7 @@ class Driver:
         self._entering = []
         result = self.runner.step(plan, token_ids)
         assert not result.failed_slots
-        logits = dict(zip(result.slots, self.model.logits, strict=True))
+        logits = dict(zip(result.slots, self.network.logits, strict=True))
         return dict(zip(result.slots, result.token_ids, strict=True)), logits
 
     def generate(self, prompts: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:

@@ -1,7 +1,7 @@
 """Rotary position embedding: tables of cosines and sines for every position, and their application.
 
-The first half of a head turns against the second (the Hugging Face layout). A table row serves queries and keys alike, and the
-sign of the rotation lies in the sine table, so that applying it is one roll, one product and one fused multiply-add.
+The first half of what is turned of a head turns against the second (the Hugging Face layout). A table row serves queries and keys
+alike.
 
 Source: Su et al., RoFormer (2021); linear scaling: Chen et al. (2023); llama3 scaling: Llama 3.1's reference code.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -17,37 +18,60 @@ import torch
 from headrace.errors import ModelError
 
 
-class Rotary:
-    """Tables for positions `0 … max_position - 1`.
+@dataclass(frozen=True, slots=True, eq=False)
+class RotaryTables:
+    """Cosines and sines for positions `0 … max_position - 1`, whatever computes with them.
+
+    Attributes:
+        cos: float32 `[max_position, num_pairs]`; value `i` of a head turns against value `i + num_pairs`.
+        sin: The same shape. Values from `2 * num_pairs` on are not turned.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def rotary_tables(rotary_dim: int, *, max_position: int, theta: float, scaling: Mapping[str, Any] | None) -> RotaryTables:
+    """Make tables.
 
     Args:
-        head_dim: Size of a head; even.
+        rotary_dim: How many values at the start of a head are turned; even.
         max_position: Number of positions, in tokens.
         theta: Base of the frequencies.
         scaling: The model's `rope_scaling` with its `rope_type`, or None for plain rotary embedding.
-        dtype: Type of the tables, that of the activations. Angles are computed in float32.
 
     Raises:
         ModelError: The rope type is not supported, or a parameter is missing or out of range.
     """
+    frequencies = _inverse_frequencies(rotary_dim, theta=theta, scaling=scaling)
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
+    return RotaryTables(cos=angles.cos(), sin=angles.sin())
 
-    def __init__(
-        self, head_dim: int, *, max_position: int, theta: float, scaling: Mapping[str, Any] | None, dtype: torch.dtype
-    ) -> None:
-        frequencies = _inverse_frequencies(head_dim, theta=theta, scaling=scaling)
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
-        self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(dtype)
-        self._signed_sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(dtype)
-        self._half = head_dim // 2
+
+class Rotary:
+    """Rotary embedding in torch.
+
+    The sign of the rotation lies in the sine table, so that applying it is one roll, one product and one fused multiply-add.
+
+    Args:
+        tables: Angles are computed in float32 and rounded here.
+        dtype: Type of the tables, that of the activations.
+    """
+
+    def __init__(self, tables: RotaryTables, dtype: torch.dtype) -> None:
+        self._cos = torch.cat((tables.cos, tables.cos), dim=-1).to(dtype)
+        self._signed_sin = torch.cat((-tables.sin, tables.sin), dim=-1).to(dtype)
+        self._half = tables.cos.shape[-1]
 
     def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pick the table rows of a step once, for all layers: two tensors `[num_tokens, 1, head_dim]`."""
+        """Pick the table rows of a step once, for all layers: two tensors `[num_tokens, 1, rotary_dim]`."""
         return self._cos.index_select(0, positions).unsqueeze(1), self._signed_sin.index_select(0, positions).unsqueeze(1)
 
     def apply_(self, heads: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Turn `heads: [num_tokens, num_heads, head_dim]` in place; it may be a view into a larger tensor."""
         cos, signed_sin = rows
-        torch.addcmul(heads * cos, heads.roll(self._half, dims=-1), signed_sin, out=heads)
+        turned = heads[..., : 2 * self._half]
+        torch.addcmul(turned * cos, turned.roll(self._half, dims=-1), signed_sin, out=turned)
 
 
 def _inverse_frequencies(head_dim: int, *, theta: float, scaling: Mapping[str, Any] | None) -> torch.Tensor:

@@ -6,111 +6,75 @@ multiplication, gate and up another.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from headrace.models.model_config import ModelConfig
-from services.worker.attention.backend import AttentionBackend, StepTensors
-from services.worker.layers.embedding import Embedding
-from services.worker.layers.linear import Linear
-from services.worker.layers.mlp import GatedMlp
-from services.worker.layers.rms_norm import RmsNorm
-from services.worker.layers.rotary import Rotary
-from services.worker.weights import WeightLoader
+from services.worker.layers.ops import AttentionSpec, Ops, Rotary, Value, check_activation, stacked_matrix
+from services.worker.layers.rotary import rotary_tables
 
 
 class LlamaForCausalLM:
-    """The network; holds weights, knows nothing of sequences.
+    """See `Model`.
 
     Args:
         config: Shape of the model.
-        weights: Where its tensors come from; their type is the type of the computation.
-        attention: The attention backend.
+        ops: Where weight handles come from.
         max_model_len: Positions to prepare for, in tokens.
 
     Raises:
-        ModelError: A tensor is missing, has another shape, or is left over; or the model needs what is not supported.
+        ModelError: A tensor is missing or has another shape, or the model needs what is not supported.
     """
 
-    def __init__(self, config: ModelConfig, weights: WeightLoader, attention: AttentionBackend[Any], *, max_model_len: int) -> None:
-        self._attention = attention
-        self._rotary = Rotary(
-            config.head_dim,
-            max_position=max_model_len,
-            theta=config.rope_theta,
-            scaling=config.rope_scaling,
-            dtype=weights.dtype,
-        )
-        table_shape = (config.vocab_size, config.hidden_size)
-        prefixes = [f"model.layers.{layer}" for layer in range(config.num_layers)]
-        layers = weights.map(lambda prefix: _Layer(config, weights, attention, prefix=prefix), prefixes)
+    def __init__(self, config: ModelConfig, ops: Ops, *, max_model_len: int) -> None:
+        tables = rotary_tables(config.head_dim, max_position=max_model_len, theta=config.rope_theta, scaling=config.rope_scaling)
+        rotary = ops.rotary(tables)
+        self._eps = config.rms_norm_eps
+        layers = ops.map_layers(lambda layer: _Layer(config, ops, rotary, layer=layer), config.num_layers)
         # Where the layers are loaded by threads, these are at it by now.
-        self._embedding = Embedding(weights.take("model.embed_tokens.weight", table_shape))
+        table_shape = (config.vocab_size, config.hidden_size)
+        self._embedding = ops.table("model.embed_tokens.weight", table_shape)
         self._layers = list(layers)
-        self._norm = RmsNorm(weights.take("model.norm.weight", (config.hidden_size,)), eps=config.rms_norm_eps)
+        self._norm = ops.vector("model.norm.weight", config.hidden_size)
         if config.tie_word_embeddings:
             # Some files store the tied matrix a second time.
-            weights.skip("lm_head.weight")
-            self._lm_head = Linear(self._embedding.weight)
+            ops.skip("lm_head.weight")
+            self._lm_head = ops.tied(self._embedding)
         else:
-            self._lm_head = Linear(weights.take("lm_head.weight", table_shape))
+            self._lm_head = ops.matrix([("lm_head.weight", table_shape)])
 
-    def forward(self, step: StepTensors, kv_layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Compute one step; writes its keys and values.
-
-        Returns:
-            float32 logits `[num_sampled, vocab_size]` of the step's sampled tokens.
-        """
-        prepared = self._attention.prepare(step)
-        rotary_rows = self._rotary.rows(step.positions)
-        hidden = self._embedding(step.token_ids)
-        for layer, layer_pages in zip(self._layers, kv_layers, strict=True):
-            hidden = layer.forward(hidden, rotary_rows, self._rotary, prepared, layer_pages)
-        return self._lm_head(self._norm(hidden.index_select(0, step.sampled_tokens))).float()
+    def forward(self, ops: Ops) -> Value:
+        """See `Model.forward`."""
+        hidden = ops.embed(self._embedding)
+        for layer in self._layers:
+            hidden = layer.forward(ops, hidden)
+        return ops.linear(ops.rms_norm(ops.sampled(hidden), self._norm, eps=self._eps), self._lm_head)
 
 
 class _Layer:
-    def __init__(self, config: ModelConfig, weights: WeightLoader, attention: AttentionBackend[Any], *, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, rotary: Rotary, *, layer: int) -> None:
         hidden, intermediate = config.hidden_size, config.intermediate_size
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self._attention = attention
-        self._num_heads = config.num_heads
-        self._num_kv_heads = config.num_kv_heads
-        self._head_dim = config.head_dim
-        self._input_norm = RmsNorm(weights.take(f"{prefix}.input_layernorm.weight", (hidden,)), eps=config.rms_norm_eps)
-        self._post_norm = RmsNorm(weights.take(f"{prefix}.post_attention_layernorm.weight", (hidden,)), eps=config.rms_norm_eps)
-        attn = f"{prefix}.self_attn"
+        prefix = f"model.layers.{layer}"
+        attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        self._eps = config.rms_norm_eps
+        self._activation = check_activation(config.hidden_act)
+        self._input_norm = ops.vector(f"{prefix}.input_layernorm.weight", hidden)
+        self._post_norm = ops.vector(f"{prefix}.post_attention_layernorm.weight", hidden)
         projections = {f"{attn}.q_proj": query_size, f"{attn}.k_proj": kv_size, f"{attn}.v_proj": kv_size}
-        self._qkv = _stacked_linear(weights, projections, hidden, bias=config.attention_bias)
-        self._o_proj = _stacked_linear(weights, {f"{attn}.o_proj": hidden}, query_size, bias=config.attention_bias)
-        gates = {f"{prefix}.mlp.gate_proj": intermediate, f"{prefix}.mlp.up_proj": intermediate}
-        self._mlp = GatedMlp(
-            _stacked_linear(weights, gates, hidden, bias=config.mlp_bias),
-            _stacked_linear(weights, {f"{prefix}.mlp.down_proj": hidden}, intermediate, bias=config.mlp_bias),
-            activation=config.hidden_act,
+        self._qkv = stacked_matrix(ops, projections, hidden, bias=config.attention_bias)
+        self._o_proj = stacked_matrix(ops, {f"{attn}.o_proj": hidden}, query_size, bias=config.attention_bias)
+        gates = {f"{mlp}.gate_proj": intermediate, f"{mlp}.up_proj": intermediate}
+        self._gate_up = stacked_matrix(ops, gates, hidden, bias=config.mlp_bias)
+        self._down = stacked_matrix(ops, {f"{mlp}.down_proj": hidden}, intermediate, bias=config.mlp_bias)
+        self._attention = AttentionSpec(
+            layer=layer,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            rotary=rotary,
         )
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        rotary_rows: tuple[torch.Tensor, torch.Tensor],
-        rotary: Rotary,
-        prepared: Any,
-        layer_pages: torch.Tensor,
-    ) -> torch.Tensor:
-        num_rotated = self._num_heads + self._num_kv_heads
-        heads = self._qkv(self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
-        rotary.apply_(heads[:, :num_rotated], rotary_rows)
-        keys_values = heads[:, self._num_heads :].unflatten(1, (2, self._num_kv_heads))
-        attended = self._attention.attend(prepared, layer_pages, heads[:, : self._num_heads], keys_values)
-        hidden = hidden + self._o_proj(attended)
-        return hidden + self._mlp(self._post_norm(hidden))
-
-
-def _stacked_linear(weights: WeightLoader, out_features: dict[str, int], in_features: int, *, bias: bool) -> Linear:
-    """Read projections of one input as a single matrix; `out_features` maps names to sizes, in order."""
-    matrix = weights.take_stacked([(f"{name}.weight", (size, in_features)) for name, size in out_features.items()])
-    if not bias:
-        return Linear(matrix)
-    return Linear(matrix, weights.take_stacked([(f"{name}.bias", (size,)) for name, size in out_features.items()]))
+    def forward(self, ops: Ops, hidden: Value) -> Value:
+        qkv = ops.linear(ops.rms_norm(hidden, self._input_norm, eps=self._eps), self._qkv)
+        hidden = ops.add(hidden, ops.linear(ops.attend(qkv, self._attention), self._o_proj))
+        gate_up = ops.linear(ops.rms_norm(hidden, self._post_norm, eps=self._eps), self._gate_up)
+        return ops.add(hidden, ops.linear(ops.gated(gate_up, self._activation), self._down))

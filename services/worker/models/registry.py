@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
-
-import torch
+from typing import Final, Protocol
 
 from headrace.errors import ModelError
 from headrace.models.model_config import ModelConfig
-from services.worker.attention.backend import AttentionBackend, StepTensors
+from services.worker.layers.ops import Model, Ops
 from services.worker.models.llama import LlamaForCausalLM
-from services.worker.weights import WeightLoader
-
-
-class Model(Protocol):
-    """A network: one step in, logits out."""
-
-    def forward(self, step: StepTensors, kv_layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Compute one step; gives float32 logits `[num_sampled, vocab_size]`."""
-        ...
 
 
 class ModelClass(Protocol):
     """What the registry holds."""
 
-    def __call__(
-        self, config: ModelConfig, weights: WeightLoader, attention: AttentionBackend[Any], *, max_model_len: int
-    ) -> Model:
-        """Build the network and load its weights."""
+    def __call__(self, config: ModelConfig, ops: Ops, *, max_model_len: int) -> Model:
+        """Ask for the network's weights."""
         ...
 
 
@@ -38,8 +25,8 @@ ARCHITECTURES: Final[Mapping[str, ModelClass]] = {
 """Supported architectures."""
 
 
-def build_model(config: ModelConfig, weights: WeightLoader, attention: AttentionBackend[Any], *, max_model_len: int) -> Model:
-    """Build the model that config.json names, and check that all of its weights were used.
+def build_model(config: ModelConfig, ops: Ops, *, max_model_len: int) -> Model:
+    """Build the model that config.json names.
 
     Raises:
         ModelError: The architecture is not supported, or the weights do not fit it.
@@ -50,6 +37,4 @@ def build_model(config: ModelConfig, weights: WeightLoader, attention: Attention
             f"architecture {config.architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}: take another model",
             param="architectures",
         )
-    model = model_class(config, weights, attention, max_model_len=max_model_len)
-    weights.check_all_taken()
-    return model
+    return model_class(config, ops, max_model_len=max_model_len)

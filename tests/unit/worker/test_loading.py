@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from headrace.errors import ConfigError, ModelError
 from services.worker.kv_cache import PageShape, plan_memory
 from services.worker.layers.linear import Linear, can_pack_bfloat16
-from services.worker.layers.rotary import Rotary
+from services.worker.layers.rotary import Rotary, rotary_tables
 from services.worker.loading import LoadOptions, choose_dtype, load_runner
 
 CONFIG = {
@@ -186,7 +186,7 @@ def test_linear_is_a_product_with_the_transposed_weight(dtype: torch.dtype, num_
 
 
 def test_rotary_keeps_lengths_and_leaves_position_zero() -> None:
-    rotary = Rotary(8, max_position=32, theta=10000.0, scaling=None, dtype=torch.float32)
+    rotary = Rotary(rotary_tables(8, max_position=32, theta=10000.0, scaling=None), torch.float32)
     heads = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(3))
     turned = heads.clone()
     rotary.apply_(turned, rotary.rows(torch.tensor([0, 7, 31])))

@@ -9,10 +9,10 @@ import torch
 
 from headrace.v1.scheduler_pb2 import RowError
 from headrace.v1.worker_pb2 import StepPlan
-from services.worker.attention.backend import StepTensors
 from services.worker.attention.torch_cpu import padded_pages
 from services.worker.batch_inputs import Limits
 from services.worker.kv_cache import KvCache, PageShape
+from services.worker.layers.ops import StepTensors
 from services.worker.model_runner import ModelRunner
 
 NAN_TOKEN = 13
@@ -21,9 +21,16 @@ NAN_TOKEN = 13
 class StandIn:
     """The next token is the last one plus 1; a sequence that ends in `NAN_TOKEN` leaves NaN in its pages and logits."""
 
-    def forward(self, step: StepTensors, kv_layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def __init__(self, kv_cache: KvCache) -> None:
+        self._kv_layers = kv_cache.layers
+
+    def clear_pages(self, pages: torch.Tensor) -> None:
+        for layer_pages in self._kv_layers:
+            layer_pages[pages] = 0
+
+    def forward(self, step: StepTensors) -> torch.Tensor:
         is_spoiled = step.token_ids == NAN_TOKEN
-        for layer_pages in kv_layers:
+        for layer_pages in self._kv_layers:
             flat = layer_pages.view(-1, *layer_pages.shape[2:])
             flat[step.slot_mapping] = torch.where(is_spoiled, torch.nan, 1.0)[:, None, None, None]
         last = step.token_ids[step.sampled_tokens]
@@ -35,7 +42,7 @@ class StandIn:
 def make_runner(limits: Limits) -> tuple[ModelRunner, KvCache]:
     shape = PageShape(num_layers=2, num_kv_heads=1, head_dim=2, page_size=limits.page_size, dtype=torch.float32)
     kv_cache = KvCache(shape, num_pages=limits.num_pages)
-    return ModelRunner(StandIn(), kv_cache, limits), kv_cache
+    return ModelRunner(StandIn(kv_cache), limits), kv_cache
 
 
 def test_result_holds_one_token_a_sampled_row_in_plan_order(limits: Limits, plan: Callable[..., StepPlan]) -> None:
