@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.errors import ModelError
 from headrace.models.weights import Weights, open_weights
 from services.worker.dequantize import BLOCK_TYPES, dequantize_into
+from services.worker.quantization.gguf_blocks import BLOCK_LAYOUTS, unpack_blocks
+from services.worker.quantization.quantized_matrix import QuantizedMatrix
 
 MapParts = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+RAW_BLOCK_TYPES: Final = ("q4_0", "q4_1", "q8_0")
+"""GGUF types whose blocks `take_blocks` gives."""
 
 # Tables that old checkpoints stored; they follow from config.json.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -80,6 +86,39 @@ class WeightLoader:
             first_row += shape[0]
         self._sizes_bytes.append(stacked.nbytes)
         return stacked
+
+    def take_quantized(self, name: str, shape: tuple[int, int]) -> QuantizedMatrix | None:
+        """Read one matrix in the form in which it is quantised; None, and nothing taken, where it is stored as plain numbers.
+
+        Raises:
+            ModelError: As for `take`.
+        """
+        self._check(name, shape)
+        dtype_name = self._weights.info(name).dtype_name
+        if dtype_name not in BLOCK_LAYOUTS:
+            return None
+        self._left.remove(name)
+        matrix = unpack_blocks(self._weights.load_packed(name), dtype_name)
+        self._sizes_bytes.append(matrix.num_bytes)
+        return matrix
+
+    def take_blocks(self, name: str, shape: tuple[int, int]) -> tuple[str, npt.NDArray[np.uint8]] | None:
+        """Read one matrix as the blocks that a GGUF file holds; None, and nothing taken, for a type not in `RAW_BLOCK_TYPES`.
+
+        Returns:
+            The type, for example `q4_1`, and `[num_rows, bytes_per_row]` in memory of its own, rows in Hugging Face order.
+
+        Raises:
+            ModelError: As for `take`.
+        """
+        self._check(name, shape)
+        dtype_name = self._weights.info(name).dtype_name
+        if dtype_name not in RAW_BLOCK_TYPES:
+            return None
+        self._left.remove(name)
+        rows = self._weights.load_packed(name)
+        self._sizes_bytes.append(rows.nbytes)
+        return dtype_name, rows
 
     def skip(self, name: str) -> None:
         """Leave a tensor that the model does not need, if it is there."""

@@ -90,6 +90,46 @@ def block_q6_k(b: bytes) -> list[float]:
     return values
 
 
+def block_q2_k(b: bytes) -> list[float]:
+    scales, q, d, dmin = b[:16], b[16:80], half(b[80:82]), half(b[82:84])
+    values = []
+    for group in range(16):
+        half_index, part, side = group // 8, group // 2 % 4, group % 2
+        for x in q[half_index * 32 + side * 16 : half_index * 32 + side * 16 + 16]:
+            values.append(d * (scales[group] & 15) * ((x >> 2 * part) & 3) - dmin * (scales[group] >> 4))
+    return values
+
+
+def block_q3_k(b: bytes) -> list[float]:
+    high, q, scales, d = b[:32], b[32:96], b[96:108], half(b[108:110])
+    values = []
+    for group in range(16):
+        half_index, part, side = group // 8, group // 2 % 4, group % 2
+        low = scales[group] & 15 if group < 8 else scales[group - 8] >> 4
+        scale = (low | (scales[8 + group % 4] >> 2 * (group // 4) & 3) << 4) - 32
+        for index in range(side * 16, side * 16 + 16):
+            value = (q[half_index * 32 + index] >> 2 * part) & 3
+            values.append(d * scale * (value - (0 if high[index] >> (half_index * 4 + part) & 1 else 4)))
+    return values
+
+
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def block_iq4_nl(b: bytes) -> list[float]:
+    return [half(b[:2]) * IQ4[x & 15] for x in b[2:]] + [half(b[:2]) * IQ4[x >> 4] for x in b[2:]]
+
+
+def block_iq4_xs(b: bytes) -> list[float]:
+    d, high, low, q = half(b[:2]), int.from_bytes(b[2:4], "little"), b[4:8], b[8:]
+    values = []
+    for group in range(8):
+        scale = ((low[group // 2] >> 4 * (group % 2)) & 15 | ((high >> 2 * group) & 3) << 4) - 32
+        part = q[group * 16 : group * 16 + 16]
+        values += [d * scale * IQ4[x & 15] for x in part] + [d * scale * IQ4[x >> 4] for x in part]
+    return values
+
+
 # Type → values and bytes of a block, places of its float16 fields, scalar reference.
 BLOCKS: dict[str, tuple[int, int, tuple[int, ...], Callable[[bytes], list[float]]]] = {
     "Q4_0": (32, 18, (0,), block_q4_0),
@@ -97,9 +137,13 @@ BLOCKS: dict[str, tuple[int, int, tuple[int, ...], Callable[[bytes], list[float]
     "Q5_0": (32, 22, (0,), block_q5_0),
     "Q5_1": (32, 24, (0, 2), block_q5_1),
     "Q8_0": (32, 34, (0,), block_q8_0),
+    "Q2_K": (256, 84, (80, 82), block_q2_k),
+    "Q3_K": (256, 110, (108,), block_q3_k),
     "Q4_K": (256, 144, (0, 2), block_q4_k),
     "Q5_K": (256, 176, (0, 2), block_q5_k),
     "Q6_K": (256, 210, (208,), block_q6_k),
+    "IQ4_NL": (32, 18, (0,), block_iq4_nl),
+    "IQ4_XS": (256, 136, (0,), block_iq4_xs),
 }
 
 
@@ -199,13 +243,13 @@ def test_alignment_of_the_file_is_used(gguf_builder, tmp_path):
 
 
 def test_unsupported_types_are_all_named(gguf_builder, tmp_path):
-    gguf_builder.add("a", (1, 256), "Q2_K", bytes(84))
+    gguf_builder.add("a", (1, 256), "IQ2_XXS", bytes(66))
     gguf_builder.add("b", (1, 256), 9999, bytes(32))
     file = GgufFile(gguf_builder.write(tmp_path / "a.gguf"))
 
-    with pytest.raises(ModelError, match=r"not supported: Q2_K, type 9999; .*Q4_K"):
+    with pytest.raises(ModelError, match=r"not supported: IQ2_XXS, type 9999; .*Q4_K"):
         file.check_types(["a", "b"])
-    with pytest.raises(ModelError, match="Q2_K"):
+    with pytest.raises(ModelError, match="IQ2_XXS"):
         file.packed("a")
 
 
