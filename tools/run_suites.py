@@ -3,15 +3,18 @@
     python tools/run_suites.py [SUITE...]        (default: all)
 
 One suite that fails or hangs does not keep the others from running; the exit status is 0 only when every suite passed. A
-suite without a limit below is an error, so none is forgotten.
+suite without a limit below is an error, so none is forgotten, and so is one that should be there and holds no test. A status of
+0 is believed only with a report that says that tests ran, and all that were selected (see `suite_process.py`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +31,9 @@ LIMITS_S = {
 }
 """Suite folder -> seconds until it is stopped. In the order in which they run: what fails fastest comes first."""
 
+REQUIRED = LIMITS_S.keys() - {"chaos"}
+"""Suites that must hold a test."""
+
 NOT_HERE = {"compose"}
 """Needs a Docker engine: `make compose-test`."""
 
@@ -35,19 +41,44 @@ MEASURED = {"unit", "contract"}
 """Suites under coverage; the others spend their time in child processes."""
 
 STOPPED = 124
+UNPROVEN = 125
+"""A status of 0 that the report does not bear out."""
 
 
 def find_suites(tests: Path) -> list[str]:
-    """Return the suites that hold a test, in running order; refuse one that has no limit."""
+    """Return the suites that hold a test, in running order; refuse one that has no limit, and the lack of a required one."""
     found = {path.name for path in tests.iterdir() if path.is_dir() and any(path.rglob("test_*.py"))} - NOT_HERE
     if unknown := found - LIMITS_S.keys():
         sys.exit(f"run_suites: no time limit for tests/{min(unknown)}: add it to LIMITS_S in {__file__}")
+    if missing := REQUIRED - found:
+        sys.exit(f"run_suites: tests/{min(missing)} holds no test")
     return [name for name in LIMITS_S if name in found]
 
 
 def run_suite(name: str, limit_s: float) -> int:
-    """Run one suite in a session of its own; past the limit its whole process group is killed and the status is 124."""
-    command = [sys.executable, "-m", "pytest", f"tests/{name}"]
+    """Run one suite; 0 only when its tests ran and passed, 124 past the limit, 125 for a status of 0 without proof."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        status = _run(name, limit_s, report)
+        if status == 0 and (doubt := doubt_of(report)):
+            print(f"run_suites: tests/{name} ended with status 0, but {doubt}", file=sys.stderr)
+            return UNPROVEN
+        return status
+
+
+def doubt_of(report: Path) -> str | None:
+    """Say why a status of 0 is not to be believed, or None."""
+    if not report.exists():
+        return "its process left before its session was over"
+    counts = json.loads(report.read_text())
+    if counts["ended"] < counts["selected"]:
+        return f"only {counts['ended']} of {counts['selected']} tests ran"
+    return None if counts["passed"] else f"none of its {counts['selected']} tests passed"
+
+
+def _run(name: str, limit_s: float, report: Path) -> int:
+    """Run one suite in a session of its own; past the limit its whole process group is killed."""
+    command = [sys.executable, str(Path(__file__).with_name("suite_process.py")), str(report), f"tests/{name}"]
     if name in MEASURED:
         command += ["--cov", "--cov-append", "--cov-report="]
     process = subprocess.Popen(command, start_new_session=True)

@@ -16,7 +16,21 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ["help", "setup", "up", "test", "lint", "typecheck", "proto", "check", "fmt", "bench", "compose-test", "clean"]
+TARGETS = [
+    "help",
+    "setup",
+    "up",
+    "test",
+    "lint",
+    "typecheck",
+    "proto",
+    "check",
+    "fmt",
+    "kernels-report",
+    "bench",
+    "compose-test",
+    "clean",
+]
 SERVER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
@@ -105,6 +119,43 @@ def test_a_suite_over_its_limit_is_killed_and_fails(tmp_path: Path, monkeypatch:
     assert suites.run_suite("hangs", 5) == suites.STOPPED
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "said"),
+    [
+        ("def test_passes(): pass", 0, ""),
+        ("def test_fails(): assert False", 1, ""),
+        ("", 5, ""),
+        ("import os\ndef test_leaves(): os._exit(0)", 125, "its process left before its session was over"),
+        (
+            "import pytest\ndef test_stops(): pytest.exit('enough', returncode=0)\ndef test_never(): pass",
+            125,
+            "only 0 of 2 tests ran",
+        ),
+        ("import pytest\ndef test_skips(): pytest.skip('no GPU')", 125, "none of its 1 tests passed"),
+        ("import sys\nsys.exit(0)", 3, ""),
+    ],
+    ids=["passes", "fails", "collects-nothing", "leaves", "stops-early", "skips-all", "leaves-at-import"],
+)
+def test_a_suite_passes_only_when_its_tests_ran(
+    source: str, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Goal: no failure is swallowed. Method: suites that end with status 0 for a wrong reason, run as CI runs them."""
+    (tmp_path / "tests" / "kernels").mkdir(parents=True)
+    (tmp_path / "tests" / "kernels" / "test_it.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert load("run_suites").run_suite("kernels", 50) == status
+    assert said in capfd.readouterr().err
+
+
+def test_a_suite_that_should_be_there_is_missed(tmp_path: Path) -> None:
+    suites = load("run_suites")
+    for name in suites.REQUIRED - {"kernels"}:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test_it.py").touch()
+    with pytest.raises(SystemExit, match="tests/kernels holds no test"):
+        suites.find_suites(tmp_path)
 
 
 def test_a_suite_without_a_limit_is_refused(tmp_path: Path) -> None:
