@@ -11,10 +11,10 @@ MODEL ?= smollm2-135m-instruct
 # Where pip finds torch's CPU build; empty takes torch from pip's own index (on Linux the CUDA build).
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup up test lint typecheck proto check fmt bench compose-test clean
+.PHONY: help setup up test lint typecheck proto check fmt kernels-report bench compose-test clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.setup .venv/.proto ## make .venv and install everything into it; quick when nothing changed
 	@:
@@ -45,6 +45,9 @@ check: ## everything that CI runs
 fmt: setup ## format and sort imports in place
 	$(BIN)/ruff check --quiet --select I --fix .
 	$(BIN)/ruff format .
+
+kernels-report: setup ## compile every kernel for every GPU architecture and write kernels/RESOURCES.md
+	$(BIN)/python -m kernels.aot report
 
 bench: setup ## measure the server at 127.0.0.1:8000: TTFT, ITL, throughput (start it first: make up)
 	@exec $(BIN)/headrace bench serve --model $(MODEL) --concurrency 1,4,16 --num-requests 16 --ignore-eos --worker-metrics http://127.0.0.1:9103/metrics

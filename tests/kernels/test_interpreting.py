@@ -1,0 +1,66 @@
+"""The interpreter computes what a GPU would where the project relies on it, and is not left switched on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from kernels.architecture import ARCHITECTURES, INTERPRETED, UnsupportedArchitectureError, architecture_of
+from kernels.interpreting import is_interpreted
+from tests.kernels.comparing import normal
+
+
+@triton.jit
+def cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(c_ptr + offsets, tl.dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_casts_round_to_nearest_even_and_back_exactly(dtype: torch.dtype) -> None:
+    x = torch.cat((normal(2000), torch.tensor([0.0, -0.0, 1e-30, 2.0**-9, 448.0, 1.00390625, 1.01171875]), normal(41, scale=1e-4)))
+    narrow = torch.empty(2048, dtype=dtype)
+    cast_kernel[(1,)](x, narrow, N=2048)
+    assert torch.equal(narrow.float(), x.to(dtype).float())
+    wide = torch.empty(2048)
+    cast_kernel[(1,)](narrow, wide, N=2048)
+    assert torch.equal(wide, narrow.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_matrix_products_are_of_the_numbers(dtype: torch.dtype) -> None:
+    a, b, c = normal(16, 16, dtype=dtype), normal(16, 16, dtype=dtype), torch.empty(16, 16)
+    dot_kernel[(1,)](a, b, c, N=16)
+    torch.testing.assert_close(c, a.float() @ b.float())
+
+
+def test_child_processes_do_not_interpret_unless_asked() -> None:
+    """The tests' own environment has the variable, compiling processes must not."""
+    assert is_interpreted()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", "from kernels.interpreting import is_interpreted; print(is_interpreted())"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_cpu_stands_for_one_architecture_and_unknown_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert architecture_of(torch.device("cpu")) is INTERPRETED
+    with pytest.raises(UnsupportedArchitectureError, match="device type 'meta'"):
+        architecture_of(torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UnsupportedArchitectureError, match="sm_75; the kernels are compiled and checked for sm_80"):
+        architecture_of(torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert architecture_of(torch.device("cuda:0")) is ARCHITECTURES["sm_100"]
