@@ -137,6 +137,7 @@ class SchedulerMetrics:
             buckets=names.BUCKETS_DELAY_S,
             registry=registry,
         )
+        self.forks = Counter("headrace_scheduler_forks", "Sequences that took over a running one's prompt.", registry=registry)
         self.held = Counter(
             "headrace_scheduler_held", "Waits for the same prefix to be computed for another sequence.", registry=registry
         )

@@ -15,6 +15,7 @@ class Counts:
         num_output_tokens: Tokens sampled and taken.
         num_preemptions: Times a running sequence lost its place, for want of pages or to one of a higher class.
         num_requeued: Times one lost its lane or was unknown to its worker.
+        num_forked: Sequences that took a running one's prompt over.
         num_held: Times a sequence waited for the same prefix to be computed for another.
         num_ignored_results: Results of steps that nobody waited for.
         num_ignored_rows: Rows of slots that no plan had.
@@ -25,6 +26,7 @@ class Counts:
     num_output_tokens: int = 0
     num_preemptions: int = 0
     num_requeued: int = 0
+    num_forked: int = 0
     num_held: int = 0
     num_ignored_results: int = 0
     num_ignored_rows: int = 0

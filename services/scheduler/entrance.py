@@ -2,8 +2,8 @@
 
 The next sequence of the queue enters the lane that suits it best among those that can take it and whose pages are expected to last.
 Where none can, running sequences of lower classes may have to leave (`policies/priority.py`). A sequence whose beginning is just
-being computed for another one waits aside until that is done, and takes it from the cache: the same prefix is not computed twice,
-and several samples of one prompt fork from one prefill. Those behind it go on meanwhile.
+being computed for another one waits aside until that is done, and takes it from the cache: the same prefix is not computed twice.
+Choices of one request fork from one prefill (`forks.py`). Those behind go on meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from services.scheduler.counts import Counts
+from services.scheduler.forks import Forks
 from services.scheduler.future_need import is_future_sound
 from services.scheduler.lane import Lane
 from services.scheduler.lanes import Lanes
@@ -62,6 +63,7 @@ class Entrance:
         # Sequences admitted to a lane, by the first page of their tokens; those whose prefill is over are dropped when met.
         self._prefills: dict[tuple[int, str, bytes], list[Sequence]] = {}
         self._num_prefills_max = 64
+        self._forks = Forks()
 
     def next(self) -> Sequence | None:
         """The waiting sequence to decide on; None when none waits or surely none could enter."""
@@ -82,27 +84,48 @@ class Entrance:
 
     def admit(self, sequence: Sequence, now_ns: int) -> bool:
         """Bring the next sequence into a lane, or aside. False when it has to wait where it is."""
+        sources = self._forks.sources(sequence)
+        sound = [source for source in sources if source.is_sound]
+        if sources and not sound:
+            return self._hold(sequence, sources[0])
         among = self._touched if self._stuck is not None and self._stuck[1] is sequence else None
-        choice = self._lanes.choose(sequence, self._can_enter, among) or self._make_room(sequence)
+        choice = self._beside(sound, sequence) or self._lanes.choose(sequence, self._can_enter, among) or self._make_room(sequence)
         if choice is None:
             self._set_stuck(sequence)
             return False
         self._stuck = None
         lane, match = choice
-        sibling = self._sibling(lane, sequence, match)
-        if sibling is not None:
-            self._counts.num_held += 1
-            self._queue.hold(sequence, sibling)
-            return True
+        source = next((source for source in sound if source.lane is lane), None)
+        if source is None and (sibling := self._sibling(lane, sequence, match)) is not None:
+            return self._hold(sequence, sibling)
+        self._enter(lane, sequence, match, source=source, now_ns=now_ns)
+        return True
+
+    def _enter(self, lane: Lane, sequence: Sequence, match: Match, *, source: Sequence | None, now_ns: int) -> None:
         self._queue.remove(sequence, now_ns)
         if self._threshold is not None:
             sequence.promoted_priority = promoted(sequence, now_ns)
-        lane.admit(sequence, match)
+        self._counts.num_forked += source is not None
+        lane.admit(sequence, match, source if lane.capacity.copies_pages else None)
+        self._forks.entered(sequence)
         self._lanes.took(lane, sequence)
         if lane.kv.keeps_prefixes:
             self._prefills.setdefault(_first_page(lane, sequence), []).append(sequence)
             self._drop_finished_prefills()
+
+    def _hold(self, sequence: Sequence, sibling: Sequence) -> bool:
+        self._counts.num_held += 1
+        self._queue.hold(sequence, sibling)
         return True
+
+    def _beside(self, sources: list[Sequence], sequence: Sequence) -> tuple[Lane, Match] | None:
+        """The lane of a source, where the sequence finds its whole prompt, if it can enter there."""
+        for source in sources:
+            assert source.lane is not None
+            match = source.lane.kv.match(sequence)
+            if self._can_enter(source.lane, sequence, match):
+                return source.lane, match
+        return None
 
     def take_back(self, preempted: list[Sequence]) -> None:
         """Sequences that ran have lost their place and wait again, the last of them first."""

@@ -40,6 +40,7 @@ class Gauges:
         metrics.kv_usage.set(num_running_pages / load.num_total_pages if load.num_total_pages else 0.0)
         metrics.lanes.set(load.num_lanes)
         metrics.preemptions.inc(counts.num_preemptions - self._seen.num_preemptions)
+        metrics.forks.inc(counts.num_forked - self._seen.num_forked)
         metrics.held.inc(counts.num_held - self._seen.num_held)
         metrics.requeues.inc(counts.num_requeued - self._seen.num_requeued)
         num_ignored = counts.num_ignored_results + counts.num_ignored_rows

@@ -28,6 +28,8 @@ class KvPages:
         self.tree = RadixTree(pool.page_size, eviction or "lru")
         self.keeps_prefixes = eviction is not None
         self._num_flushes = 0
+        # By the sequence that has entered, the pages that the next plan shall have copied, and where to.
+        self._copies: dict[Sequence, list[tuple[int, int]]] = {}
 
     @property
     def num_usable(self) -> int:
@@ -49,8 +51,15 @@ class KvPages:
         num_new = self.pool.pages_for(sequence.num_tokens) - match.num_pages
         return self.num_usable - match.num_evictable_pages - num_new
 
-    def enter(self, sequence: Sequence, match: Match) -> None:
-        """Give a sequence the prefix found for it and pages for its other tokens; `num_left` must not be negative."""
+    def enter(self, sequence: Sequence, match: Match, source: Sequence | None = None) -> None:
+        """Give a sequence the prefix found for it and pages for its other tokens; `num_left` must not be negative.
+
+        Args:
+            sequence: Who enters.
+            match: The prefix.
+            source: A running sequence that begins with all of its tokens, computed and sound, from which it forks: what it does not
+                share of those pages is copied. None for none.
+        """
         if match.node is not None:
             sequence.prefix, sequence.pages = self.tree.lock(match, sequence.priority)
         pages = self.allocate(self.pool.pages_for(sequence.num_tokens) - match.num_pages)
@@ -58,11 +67,25 @@ class KvPages:
         sequence.pages += pages
         sequence.num_shared_pages = match.num_pages
         sequence.num_reused_tokens = match.num_pages * self.pool.page_size
-        # What a sequence finds of its own when it comes back is no saving to its client.
+        # What a sequence finds of its own, or of its source, is no saving to its client.
         if not sequence.num_admissions:
-            sequence.num_cached_tokens = min(sequence.num_reused_tokens, sequence.num_prompt_tokens)
+            found = sequence.num_reused_tokens if source is None else source.num_cached_tokens
+            sequence.num_cached_tokens = min(found, sequence.num_prompt_tokens)
         sequence.num_admissions += 1
         sequence.num_flushes_before = self._num_flushes
+        if source is not None:
+            # Its last token is computed, for the output's sake.
+            sequence.num_reused_tokens = sequence.num_tokens - 1
+            sequence.fork_source = source
+            own = slice(match.num_pages, self.pool.pages_for(sequence.num_reused_tokens))
+            self._copies[sequence] = list(zip(source.pages[own], sequence.pages[own], strict=True))
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Pages to copy, each with its target: in the next plan, before anything is computed, while what they hold is there."""
+        if not self._copies:
+            return []
+        copies, self._copies = self._copies, {}
+        return [pair for pairs in copies.values() for pair in pairs]
 
     def allocate(self, num_pages: int) -> list[int] | None:
         """Take pages, evicting cached ones where too few are free; None when there are not as many."""
@@ -76,6 +99,7 @@ class KvPages:
     def publish(self, sequence: Sequence) -> None:
         """The sequence's known tokens are all computed and sound: others may use its full pages from now on."""
         sequence.is_sound = True
+        sequence.fork_source = None
         num_pages = sequence.num_tokens // self.pool.page_size
         if not self._is_kept(sequence) or num_pages == sequence.num_shared_pages:
             return
@@ -93,6 +117,8 @@ class KvPages:
 
     def leave(self, sequence: Sequence, num_computed: int) -> None:
         """Take a sequence's pages back; the tree keeps those of its `num_computed` first tokens if they are sound."""
+        # Its pages may go to another before the next plan.
+        self._copies.pop(sequence, None)
         pages, num_kept = sequence.pages, sequence.num_shared_pages
         if sequence.is_sound and self._is_kept(sequence):
             num_full = num_computed // self.pool.page_size
@@ -114,9 +140,13 @@ class KvPages:
         self.pool.free(pages)
         return len(pages)
 
+    def is_current(self, sequence: Sequence) -> bool:
+        """Whether nothing was flushed since a sequence entered."""
+        return sequence.num_flushes_before == self._num_flushes
+
     def _is_kept(self, sequence: Sequence) -> bool:
         """Whether what a sequence has computed may be shared."""
-        return self.keeps_prefixes and sequence.num_flushes_before == self._num_flushes
+        return self.keeps_prefixes and self.is_current(sequence)
 
 
 def _bytes(tokens: array[int], num_tokens: int) -> bytes:

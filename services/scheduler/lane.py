@@ -35,6 +35,7 @@ class LaneCapacity:
         max_num_batched_tokens: Most tokens it computes in a step: the token budget.
         pool_name: Which of its pools the pages belong to.
         group: Lanes of one group step together; empty for one that steps alone.
+        copies_pages: It copies pages where a plan says so.
     """
 
     model: str
@@ -46,6 +47,7 @@ class LaneCapacity:
     max_num_batched_tokens: int
     pool_name: str = "full"
     group: str = ""
+    copies_pages: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "vocab_size", "num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -124,7 +126,7 @@ class Lane:
     def has_new_prompt(self) -> bool:
         """Whether the next step could begin a prompt."""
         has_budget = len(self.decoding) < self.capacity.max_num_batched_tokens
-        return has_budget and any(not sequence.is_announced for sequence in self.prefilling)
+        return has_budget and any(sequence.is_new_prompt for sequence in self.prefilling)
 
     @property
     def has_prompt_budget(self) -> bool:
@@ -158,9 +160,12 @@ class Lane:
             return False
         return self.kv.num_left(sequence, match) >= self.num_running
 
-    def admit(self, sequence: Sequence, match: Match = NO_MATCH) -> None:
-        """Give the sequence a slot, the prefix found for it and pages for all other tokens; `can_admit` must hold."""
-        self.kv.enter(sequence, match)
+    def admit(self, sequence: Sequence, match: Match = NO_MATCH, source: Sequence | None = None) -> None:
+        """Give the sequence a slot, the prefix found for it and pages for all other tokens; `can_admit` must hold.
+
+        With a `source` here, whose prompt is the same and computed, it takes that over: only its last token is computed again.
+        """
+        self.kv.enter(sequence, match, source)
         self._num_admissions += 1
         sequence.status = Status.RUNNING
         sequence.lane = self

@@ -56,6 +56,7 @@ def lane_capacity(capacity: control.Capacity | None) -> LaneCapacity:
             max_num_batched_tokens=capacity.max_num_batched_tokens,
             pool_name=pool.name,
             group=capacity.lane_group,
+            copies_pages=capacity.copies_pages,
         )
     except ValueError as error:
         raise ProtocolError(str(error)) from error
@@ -124,6 +125,7 @@ def sequence(
         tenant=submit.tenant,
         priority=submit.priority,
         namespace=submit.cache_namespace,
+        fork_group=submit.fork_group,
         # Zero would mean none.
         deadline_ns=max(1, now_ns + deadline_unix_ns - now_unix_ns) if deadline_unix_ns else 0,
     )
@@ -140,6 +142,8 @@ def step_plan(plan: StepPlan, works: Items[common.WorkHeader]) -> tuple[worker.S
         row_slots=plan.row_slots,
         row_num_new_tokens=plan.row_num_new_tokens,
         same_rows=plan.same_rows,
+        copied_pages=plan.copied_pages,
+        page_copies=plan.page_copies,
     )
     if not plan.new_sequences:
         return body, []

@@ -32,11 +32,14 @@ def plan_step(lane: Lane, *, may_begin: bool = True) -> StepPlan | None:
     """
     if not can_plan(lane):
         return None
-    has_rows = lane.decoding or any(may_begin or sequence.is_announced for sequence in lane.prefilling)
+    has_rows = lane.decoding or any(may_begin or not sequence.is_new_prompt for sequence in lane.prefilling)
     if not has_rows and not lane.slots.has_freed:
         return None
     lane.last_step_id += 1
     plan = StepPlan(lane.last_step_id)
+    for page, copy in lane.kv.take_copies():
+        plan.copied_pages.append(page)
+        plan.page_copies.append(copy)
     if not has_rows:
         plan.freed_slots = lane.slots.take_freed()
         return plan
@@ -125,9 +128,9 @@ def _extend(
     for sequence in list(lane.prefilling):
         if budget == 0:
             break
+        if not may_begin and sequence.is_new_prompt:
+            continue
         if not sequence.is_announced:
-            if not may_begin:
-                continue
             sequence.is_announced = True
             plan.new_sequences.append(sequence)
             plan.add_pages(sequence.slot, sequence.pages)

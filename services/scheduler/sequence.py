@@ -68,6 +68,7 @@ class Sequence:
         trace: Trace state of the shell, never looked at here.
         tenant: Whose it is; only compared. Empty for all who did not say.
         namespace: Prefixes are shared only inside one. Empty for all who did not say.
+        fork_group: Sequences of one group have the same prompt and fork from one prefill. Empty for one alone.
         priority: The larger, the more important.
         deadline_ns: Monotonic time at which it is ended; zero means none.
         queued_ns: Monotonic time at which it was submitted.
@@ -85,6 +86,7 @@ class Sequence:
     trace: object = None
     tenant: str = ""
     namespace: str = ""
+    fork_group: str = ""
     priority: int = 0
     deadline_ns: int = 0
     queued_ns: int = 0
@@ -115,6 +117,8 @@ class Sequence:
     num_flushes_before: int = 0
     # Tokens whose KV was there when it entered.
     num_reused_tokens: int = 0
+    # Whose pages some of its own are copies of.
+    fork_source: Sequence | None = None
     # Its prompt's result is back and good: what is computed may be shared.
     is_sound: bool = False
     admission: int = 0
@@ -139,6 +143,11 @@ class Sequence:
         """Output tokens over all lives: also the output position of the next one."""
         return len(self.tokens) - self.num_prompt_tokens
 
+    @property
+    def is_new_prompt(self) -> bool:
+        """Whether it waits in its lane to begin a prefill; one token is a row like that of a decode, and no prefill."""
+        return not self.is_announced and self.num_tokens - self.num_scheduled > 1
+
     def token_limit(self, max_model_len: int) -> int:
         """Most tokens, prompt and outputs together, that its own rules and the model allow."""
         if self.stopping.max_tokens is None:
@@ -160,6 +169,7 @@ class Sequence:
         self.pages = []
         self.num_shared_pages = 0
         self.prefix = None
+        self.fork_source = None
         self.is_sound = False
         self.is_announced = False
         self.num_scheduled = 0

@@ -25,6 +25,8 @@ class StepPlan:
         row_slots: Slots that compute; empty with `same_rows`.
         row_num_new_tokens: Tokens each computes; empty means one each.
         same_rows: The rows are those of the last plan, one token each.
+        copied_pages: Pages to copy before anything is computed; all are read before any is written.
+        page_copies: Where the copies go.
         num_rows: Rows, also with `same_rows`.
         num_tokens: Tokens computed, at most the token budget.
         preempted: Sequences that lost their pages to this plan, in that order.
@@ -39,6 +41,8 @@ class StepPlan:
     row_slots: list[int] = field(default_factory=list)
     row_num_new_tokens: list[int] = field(default_factory=list)
     same_rows: bool = False
+    copied_pages: list[int] = field(default_factory=list)
+    page_copies: list[int] = field(default_factory=list)
     num_rows: int = 0
     num_tokens: int = 0
     preempted: list[Sequence] = field(default_factory=list)

@@ -149,7 +149,17 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
             rows.append(sequence)
             token_ids.append(tokens[0])
     outcome.num_ignored_rows = len(reasons) + len(tokens_by_slot) + len(unknown)
+    outcome.lost += _forks_of_failed(lane, outcome, rows)
     return rows, token_ids
+
+
+def _forks_of_failed(lane: Lane, outcome: StepOutcome, rows: list[Sequence]) -> list[Sequence]:
+    """Who forked from one that failed and has no result yet: the worker has wiped pages that it was to copy."""
+    failed = {sequence for sequence, _ in outcome.failed}
+    if not failed:
+        return []
+    known = failed.union(outcome.lost, rows)
+    return [sequence for sequence in lane.running() if sequence.fork_source in failed and sequence not in known]
 
 
 def _tokens_by_slot(result: StepResult) -> tuple[dict[int, list[int]], str | None]:

@@ -336,6 +336,21 @@ class BatchInputs:
         )
 
 
+def page_copies(plan: StepPlan, limits: Limits) -> tuple[Int64Array, Int64Array]:
+    """Pages to copy before anything is computed, and where the copies go.
+
+    Raises:
+        ProtocolError: The arrays do not match, or a page does not exist.
+    """
+    sources = np.fromiter(plan.copied_pages, dtype=np.int64)
+    targets = np.fromiter(plan.page_copies, dtype=np.int64)
+    if len(sources) != len(targets) or len(np.unique(targets)) != len(targets):
+        raise ProtocolError(f"step plan: {len(sources)} copied_pages for {len(targets)} page_copies, or one of these twice")
+    if len(sources) and (last := max(int(sources.max()), int(targets.max()))) >= limits.num_pages:
+        raise ProtocolError(f"step plan: page {last} cannot be copied; there are {limits.num_pages} pages")
+    return sources, targets
+
+
 def _table_width(num_pages: int) -> int:
     """Columns a page table needs so that attention may round a row up by half and to at least four pages."""
     return num_pages + num_pages // 2 + 4

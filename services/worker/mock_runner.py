@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import StepPlan
-from services.worker.batch_inputs import BatchInputs, Int64Array, Limits
+from services.worker.batch_inputs import BatchInputs, Int64Array, Limits, page_copies
 from services.worker.runner import step_result
 
 _MULTIPLIER: Final = 6364136223846793005
@@ -54,6 +54,8 @@ class MockRunner:
             ProtocolError: The plan contradicts what is held.
         """
         step = self._inputs.apply(plan, token_ids)
+        # It has no pages; what is wrong with a plan shall be found here, too.
+        page_copies(plan, self.limits)
         self._sleep(self._step_s + self._token_s * len(step.token_ids))
         sampled = mock_tokens(self._inputs.last_tokens(step.sampled.slots), step.sampled.positions, self.limits.vocab_size)
         is_finite = np.ones(len(sampled), dtype=np.bool_)

@@ -13,7 +13,7 @@ import torch
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
-from services.worker.batch_inputs import BatchInputs, Limits, StepInputs
+from services.worker.batch_inputs import BatchInputs, Limits, StepInputs, page_copies
 from services.worker.layers.ops import Network, StepTensors
 from services.worker.runner import step_result
 from services.worker.sampler import sample
@@ -58,6 +58,9 @@ class ModelRunner:
             ProtocolError: The plan contradicts what is held; nothing was computed.
         """
         step = self._inputs.apply(plan, token_ids)
+        if plan.copied_pages or plan.page_copies:
+            sources, targets = page_copies(plan, self.limits)
+            self._network.copy_pages(torch.from_numpy(sources), torch.from_numpy(targets))
         if len(step.token_ids) == 0:
             return step_result(plan, step, _NO_TOKEN_IDS, _ALL_FINITE)
         with torch.inference_mode():

@@ -381,6 +381,7 @@ class WorkerService:
             work_kinds=[WorkKind.WORK_KIND_GENERATE],
             vocab_size=limits.vocab_size,
             lane_group=self._settings.lane_group,
+            copies_pages=True,
         )
 
     def _make_mock(self) -> Runner:

@@ -44,6 +44,9 @@ class RecordingNetwork:
         self.logits = self._network.forward(step).clone()
         return self.logits
 
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        self._network.copy_pages(sources, targets)
+
     def clear_pages(self, pages: torch.Tensor) -> None:
         self._network.clear_pages(pages)
 
@@ -67,6 +70,21 @@ class Driver:
         self._plan.new_sequences.append(NewSequence(slot=slot, work=work, num_tokens=len(token_ids), sampling=params))
         self._entering += token_ids
         self._num_computed[slot] = self._num_pages[slot] = 0
+
+    def fork(self, slot: int, source: int, token_ids: list[int]) -> None:
+        """Enter a sequence whose tokens are the first of another: it shares full pages and has a copy of the last one."""
+        self.enter(slot, token_ids)
+        num_cached = self._num_computed[slot] = self._plan.new_sequences[-1].num_cached_tokens = len(token_ids) - 1
+        page_size = self.runner.limits.page_size
+        pages = self.runner._inputs._page_table[source, : -(-num_cached // page_size)].tolist()
+        if num_cached % page_size:
+            self._plan.copied_pages.append(pages[-1])
+            pages[-1] = self._free_pages.pop()
+            self._plan.page_copies.append(pages[-1])
+        self._plan.page_slots.append(slot)
+        self._plan.num_new_pages.append(len(pages))
+        self._plan.new_pages.extend(pages)
+        self._num_pages[slot] = len(pages)
 
     def free(self, slot: int) -> None:
         self._plan.freed_slots.append(slot)

@@ -104,6 +104,27 @@ def test_mixed_batches_of_prefill_chunks_and_decode_give_the_logits_of_transform
     assert {slot: len(history) for slot, history in histories.items()} == {0: 94, 1: 6, 2: 42, 5: 3, 9: 64}
 
 
+@pytest.mark.parametrize("num_tokens", [17, 20, 24, 25], ids=str)
+def test_a_fork_goes_on_from_the_prompt_of_another(num_tokens: int, tiny_llama: Callable[..., Any], make_driver: Any) -> None:
+    """The source has outputs of its own in the last page by then, and goes on beside its forks."""
+    directory, model = tiny_llama()
+    driver = make_driver(directory)
+    prompt = tokens(num_tokens, seed=5)
+    driver.enter(0, prompt)
+    sampled, _ = driver.step({0: num_tokens})
+    histories = {0: [*prompt, sampled[0]], 1: prompt, 2: prompt}
+    for slot in (1, 2):
+        driver.fork(slot, 0, prompt)
+    for step in range(5):
+        sampled, logits = driver.step({0: 1, 1: 1, 2: 1})
+        for slot, history in histories.items():
+            assert_close(logits[slot], reference_logits(model, history))
+            # Each goes another way.
+            token_id = (sampled[slot] + slot * (step + 1)) % 251
+            driver.force(slot, token_id)
+            histories[slot] = [*history, token_id]
+
+
 def test_a_freed_slot_and_its_pages_serve_the_next_sequence(tiny_llama: Callable[..., Any], make_driver: Any) -> None:
     directory, model = tiny_llama()
     driver = make_driver(directory, kv_cache_tokens=256)

@@ -232,6 +232,10 @@ class Network(Protocol):
         """
         ...
 
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy pages in all layers, int64 `[num_copies]` each; all are read before any is written."""
+        ...
+
     def clear_pages(self, pages: torch.Tensor) -> None:
         """Zero some pages in all layers: int64 `[num_pages]`."""
         ...

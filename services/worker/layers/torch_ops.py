@@ -162,6 +162,11 @@ class TorchNetwork:
         logits: torch.Tensor = self._model.forward(self._ops)
         return logits.float()
 
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """See `Network.copy_pages`."""
+        for layer_pages in self._kv_layers:
+            layer_pages[targets] = layer_pages[sources]
+
     def clear_pages(self, pages: torch.Tensor) -> None:
         """See `Network.clear_pages`."""
         for layer_pages in self._kv_layers:

@@ -29,6 +29,7 @@ def capacity(
     vocab_size: int = 50,
     model: str = MODEL,
     group: str = "",
+    copies_pages: bool = True,
 ) -> LaneCapacity:
     """A small worker group."""
     return LaneCapacity(
@@ -40,6 +41,7 @@ def capacity(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         group=group,
+        copies_pages=copies_pages,
     )
 
 
@@ -103,6 +105,7 @@ def sequence(
     model: str = MODEL,
     priority: int = 0,
     namespace: str = "",
+    fork_group: str = "",
 ) -> Sequence:
     """A sequence, not submitted; its stream id follows from its request id when none is given."""
     known = array("i", tokens)
@@ -118,4 +121,5 @@ def sequence(
         deadline_ns=deadline_ns,
         priority=priority,
         namespace=namespace,
+        fork_group=fork_group,
     )

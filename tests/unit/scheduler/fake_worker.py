@@ -23,10 +23,12 @@ def next_token(tokens: array[int], vocab_size: int) -> int:
 class HeldSequence:
     """What the worker knows of a slot."""
 
-    def __init__(self, tokens: array[int], num_cached_tokens: int) -> None:
+    def __init__(self, tokens: array[int], num_cached_tokens: int, page_size: int) -> None:
         self.tokens = tokens
-        self.num_cached_tokens = self.num_computed = num_cached_tokens
+        self.num_computed = num_cached_tokens
         self.pages: list[int] = []
+        # What it found cached it reads only; the pages from here on are its own.
+        self.first_own_page = num_cached_tokens // page_size
 
 
 class FakeWorker:
@@ -44,6 +46,8 @@ class FakeWorker:
         self._last_step_id = 0
         self._last_rows: list[int] = []
         self._kv: dict[tuple[int, int], int] = {}
+        # Copied into, and their owner has not entered yet.
+        self._copies: set[int] = set()
 
     def apply(self, plan: StepPlan) -> StepResult | None:
         """Run a plan. Returns its result, or None for a plan without rows."""
@@ -81,17 +85,35 @@ class FakeWorker:
         for sequence in plan.new_sequences:
             assert sequence.slot not in self.held, f"slot {sequence.slot} entered twice"
             assert 0 <= sequence.slot < self.capacity.max_num_seqs
-            self.held[sequence.slot] = HeldSequence(sequence.tokens[:], sequence.num_reused_tokens)
+            self.held[sequence.slot] = HeldSequence(sequence.tokens[:], sequence.num_reused_tokens, self.capacity.page_size)
+        self._copy_pages(plan)
         assert len(plan.page_slots) == len(plan.num_new_pages)
         assert sum(plan.num_new_pages) == len(plan.new_pages)
         pages = iter(plan.new_pages)
         for slot, num_new_pages in zip(plan.page_slots, plan.num_new_pages, strict=True):
             assert slot in self.held, f"pages for slot {slot}, which is not held"
-            self.held[slot].pages += [next(pages) for _ in range(num_new_pages)]
-        # What it found cached it reads only; the pages that it writes are its own.
-        own = [page for held in self.held.values() for page in held.pages[held.num_cached_tokens // self.capacity.page_size :]]
+            held = self.held[slot]
+            held.pages += [next(pages) for _ in range(num_new_pages)]
+            copied = [index for index, page in enumerate(held.pages) if page in self._copies]
+            held.first_own_page = min([held.first_own_page, *copied])
+            self._copies.difference_update(held.pages)
+        own = [page for held in self.held.values() for page in held.pages[held.first_own_page :]]
         assert len(own) == len(set(own)), "a page is in two places"
         assert all(0 <= page < self.capacity.num_pages for held in self.held.values() for page in held.pages)
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        assert len(plan.copied_pages) == len(plan.page_copies) == len(set(plan.page_copies))
+        assert self.capacity.copies_pages or not plan.copied_pages
+        read = [
+            (target, place, self._kv.get((source, place)))
+            for source, target in zip(plan.copied_pages, plan.page_copies, strict=True)
+            for place in range(self.capacity.page_size)
+        ]
+        for target, place, token in read:
+            self._kv.pop((target, place), None)
+            if token is not None:
+                self._kv[target, place] = token
+        self._copies.update(plan.page_copies)
 
     def _rows(self, plan: StepPlan) -> tuple[list[int], list[int]]:
         if plan.same_rows:

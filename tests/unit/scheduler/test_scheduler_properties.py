@@ -57,8 +57,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 24),
         group=st.sampled_from(["", "together"]),
+        copies_pages=st.booleans(),
     )
-    def join(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, group: str) -> None:
+    def join(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, group: str, copies_pages: bool) -> None:
         self.system.join(
             builders.capacity(
                 num_pages=num_pages,
@@ -68,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_model_len=MAX_MODEL_LEN,
                 vocab_size=VOCAB_SIZE,
                 group=group,
+                copies_pages=copies_pages,
             )
         )
 
@@ -128,16 +130,20 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         num_samples=st.integers(2, 4),
-        num_tokens=st.integers(33, MAX_MODEL_LEN - 1),
+        num_tokens=st.integers(1, MAX_MODEL_LEN - 1),
         family=st.integers(0, 2),
         max_tokens=st.integers(1, 8),
         owner=st.integers(1, 3),
+        is_group=st.booleans(),
+        is_honest=st.booleans(),
     )
-    def fork(self, num_samples: int, num_tokens: int, family: int, **how: int) -> None:
-        """Several samples of one prompt."""
-        for _ in range(num_samples):
+    def fork(self, num_samples: int, num_tokens: int, family: int, is_group: bool, is_honest: bool, **how: object) -> None:
+        """Several samples of one prompt, as choices of one request or on their own; of a group some may lie about their prompt."""
+        how["fork_group"] = f"group-{self.num_submitted}" if is_group else ""
+        for index in range(num_samples):
+            num_shared = num_tokens if is_honest or not index else num_tokens - 1
             self.submit(
-                num_tokens=num_tokens, num_former=0, family=family, num_shared=num_tokens, timeout_ms=None, priority=0, **how
+                num_tokens=num_tokens, num_former=0, family=family, num_shared=num_shared, timeout_ms=None, priority=0, **how
             )
 
     def live(self) -> list[Stream]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 
+from headrace.errors import ProtocolError
 from headrace.v1.scheduler_pb2 import RowError
 from headrace.v1.worker_pb2 import StepPlan
 from services.worker.attention.torch_cpu import padded_pages
@@ -23,6 +25,10 @@ class StandIn:
 
     def __init__(self, kv_cache: KvCache) -> None:
         self._kv_layers = kv_cache.layers
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        for layer_pages in self._kv_layers:
+            layer_pages[targets] = layer_pages[sources]
 
     def clear_pages(self, pages: torch.Tensor) -> None:
         for layer_pages in self._kv_layers:
@@ -101,3 +107,29 @@ def test_padded_pages_cover_the_row_and_waste_less_than_half() -> None:
     assert widths == sorted(widths)
     assert all(num_pages <= width <= max(4, num_pages * 3 // 2) for num_pages, width in enumerate(widths, start=1))
     assert len(set(widths)) < 25
+
+
+def test_pages_are_copied_before_anything_is_computed_and_all_are_read_first(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    """Goal: a fork goes on in a copy of the last page, with the tokens before its own as they were."""
+    runner, kv_cache = make_runner(limits)
+    runner.step(plan(new={0: 3}, pages={0: [5]}, rows={0: 3}), np.array([1, 2, 3], dtype=np.int32))
+    for layer, pages in enumerate(kv_cache.layers):
+        pages[5, :3] = torch.arange(3.0)[:, None, None, None] + 10 * layer
+        pages[7] = 99.0
+    # Slot 1 has the same prompt; page 5 goes to it, and what was in page 7 to page 5's own next owner.
+    fork = plan(new={1: 3}, pages={1: [6]}, rows={0: 1, 1: 1}, cached=2)
+    fork.copied_pages.extend([5, 7])
+    fork.page_copies.extend([6, 5])
+    result = runner.step(fork, np.array([1, 2, 3], dtype=np.int32))
+    assert (list(result.slots), list(result.token_ids)) == ([0, 1], [5, 4])
+    for layer, pages in enumerate(kv_cache.layers):
+        # Of page 6 the third token was computed here, of page 5 the fourth.
+        assert pages[6, :, 0, 0, 0].tolist() == [10.0 * layer, 1 + 10.0 * layer, 1.0, 0.0]
+        assert pages[5, :, 0, 0, 0].tolist() == [99.0, 99.0, 99.0, 1.0]
+
+
+def test_copies_that_make_no_sense_are_refused(limits: Limits) -> None:
+    runner, _ = make_runner(limits)
+    for copied, copies in ([[0], []], [[0, 1], [2, 2]], [[0], [limits.num_pages]], [[limits.num_pages], [0]]):
+        with pytest.raises(ProtocolError, match=r"step plan: .* cop"):
+            runner.step(StepPlan(copied_pages=copied, page_copies=copies), None)
