@@ -66,3 +66,10 @@ def lazy_zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros that take memory only where they are touched: for offsets past 2³¹ without gigabytes."""
     num_bytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def far_rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[3, *shape]`, zeros, 2³⁰ + 8 elements apart: the last row's offset is past 2³¹ while row and stride fit into 32 bits."""
+    apart, size = 2**30 + 8, math.prod(shape)
+    storage = lazy_zeros(2 * apart + size, dtype=dtype)
+    return storage.as_strided((3, *shape), (apart, *torch.empty(shape, device="meta").stride()))
