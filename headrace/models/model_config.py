@@ -80,7 +80,7 @@ def load_model_config(directory: Path) -> ModelConfig:
     Raises:
         ModelError: A file is missing or damaged, or a value is missing, of the wrong kind, or contradicts another.
     """
-    raw = _read_object(directory / CONFIG_FILE)
+    raw = read_json_object(directory / CONFIG_FILE)
     values = _Values(raw, directory / CONFIG_FILE)
     num_heads = values.size("num_attention_heads")
     num_kv_heads = values.size("num_key_value_heads", default=num_heads)
@@ -126,7 +126,7 @@ def load_generation_defaults(directory: Path) -> dict[str, Any]:
     path = directory / GENERATION_CONFIG_FILE
     if not path.is_file():
         return {}
-    raw = _read_object(path)
+    raw = read_json_object(path)
     defaults: dict[str, Any] = {}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "max_new_tokens"):
         value = raw.get(name)
@@ -145,7 +145,7 @@ def load_tokenizer_config(directory: Path) -> TokenizerConfig:
         ModelError: A file is damaged, or the template is not text.
     """
     path = directory / TOKENIZER_CONFIG_FILE
-    raw = _read_object(path) if path.is_file() else {}
+    raw = read_json_object(path) if path.is_file() else {}
     special_tokens: dict[str, str] = {}
     for name, value in raw.items():
         # A token is its text, or an object that holds the text with flags.
@@ -234,7 +234,7 @@ def _rope(values: _Values) -> tuple[float, dict[str, Any] | None]:
 def _eos_token_ids(directory: Path, values: _Values, vocab_size: int) -> tuple[int, ...]:
     path = directory / GENERATION_CONFIG_FILE
     if path.is_file():
-        ids = _Values(_read_object(path), path).token_ids("eos_token_id", vocab_size)
+        ids = _Values(read_json_object(path), path).token_ids("eos_token_id", vocab_size)
         if ids:
             return ids
     return values.token_ids("eos_token_id", vocab_size)
@@ -257,7 +257,12 @@ def _chat_template(directory: Path, raw: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of bounded size.
+
+    Raises:
+        ModelError: It is missing, too large, not JSON, or not an object.
+    """
     try:
         if path.stat().st_size > _JSON_BYTES_MAX:
             raise ModelError(f"{path}: larger than {_JSON_BYTES_MAX} bytes; {_PULL_AGAIN}")

@@ -1,7 +1,8 @@
 """Reader of safetensors files, one or sharded, without the framework-bound library.
 
 A file is: header length (8 bytes, little-endian), JSON header, then the data. The header is bounded and each tensor's place is
-checked against the file before anything is allocated. bfloat16, which numpy lacks, is read as raw uint16 with the tag `bf16`.
+checked against the file before anything is allocated. What numpy lacks is read as raw bits with a tag: bfloat16 as uint16 (`bf16`),
+eight-bit floats as uint8 (`f8_e4m3`, `f8_e5m2`).
 
 Source: the format's description, github.com/huggingface/safetensors.
 """
@@ -35,6 +36,8 @@ _DTYPES: Final[Mapping[str, tuple[str, str]]] = {
     "F32": ("f32", "<f4"),
     "F16": ("f16", "<f2"),
     "BF16": ("bf16", "<u2"),
+    "F8_E4M3": ("f8_e4m3", "<u1"),
+    "F8_E5M2": ("f8_e5m2", "<u1"),
     "I64": ("i64", "<i8"),
     "I32": ("i32", "<i4"),
     "I16": ("i16", "<i2"),

@@ -1,14 +1,14 @@
 """A model directory's weights under their Hugging Face names, whatever file format holds them.
 
-`open_weights` reads headers only; `Weights.load` reads one tensor. Nothing here knows torch: arrays are numpy, and bfloat16, which
-numpy lacks, is raw uint16 under the dtype name `bf16`. Used by the worker to load and by `headrace models show` to count.
+`open_weights` reads headers only; `Weights.load` reads one tensor. Nothing here knows torch: arrays are numpy, and what numpy lacks
+is raw bits under a dtype name (`bf16`, `f8_e4m3`, `f8_e5m2`). A matrix that a quantised safetensors checkpoint stores as several
+tensors is one here, and says what it is made of. Used by the worker to load and by `headrace models show` to count.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,11 @@ import numpy.typing as npt
 from headrace.errors import ModelError
 from headrace.models import gguf_llama
 from headrace.models.gguf_file import GgufFile
+from headrace.models.model_config import CONFIG_FILE, read_json_object
+from headrace.models.quantization_config import read_scheme
+from headrace.models.quantized_layout import StoredMatrix, group_tensors
 from headrace.models.safetensors_file import SINGLE_FILE, SafetensorsFile, shard_files
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What is known of a tensor without reading it.
-
-    Attributes:
-        name: Hugging Face name, for example `model.layers.0.self_attn.q_proj.weight`.
-        shape: Row-major shape.
-        dtype_name: How it is stored: `f32`, `f16`, `bf16`, an integer type, or a GGUF quantisation such as `q4_1`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype_name: str
+from headrace.models.tensor_info import TensorInfo
 
 
 class Weights(ABC):
@@ -56,12 +45,25 @@ class Weights(ABC):
             ModelError: There is no such tensor.
         """
 
+    def stored_matrix(self, name: str) -> StoredMatrix | None:
+        """What a matrix of several tensors is made of; None for a tensor that is stored as it is."""
+        return None
+
+    def stored_info(self, name: str) -> TensorInfo:
+        """Describe a tensor or a part of a stored matrix, as it is stored.
+
+        Raises:
+            ModelError: There is no such tensor.
+        """
+        return self.info(name)
+
     @abstractmethod
     def load(self, name: str) -> npt.NDArray[Any]:
-        """Read a tensor into fresh, writable, contiguous memory.
+        """Read a tensor, or a part of a stored matrix, into fresh, writable, contiguous memory.
 
         Returns:
-            float32 for `f32` and for every quantised type, float16 for `f16`, raw uint16 for `bf16`, integers as stored.
+            float32 for `f32` and for every GGUF quantisation, float16 for `f16`, raw uint16 for `bf16`, raw uint8 for eight-bit
+            floats, integers as stored.
 
         Raises:
             ModelError: There is no such tensor, or its type is not supported.
@@ -116,6 +118,7 @@ class _SafetensorsWeights(Weights):
     def __init__(self, files: Mapping[str, SafetensorsFile], directory: Path) -> None:
         self._files = files
         self._directory = directory
+        self._matrices, self._parts = self._group()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -125,11 +128,16 @@ class _SafetensorsWeights(Weights):
         return merged
 
     def names(self) -> list[str]:
-        return list(self._files)
+        return [name for name in self._files if name not in self._parts] + list(self._matrices)
 
     def info(self, name: str) -> TensorInfo:
-        tensor = self._file(name).tensors[name]
-        return TensorInfo(name=name, shape=tensor.shape, dtype_name=tensor.dtype_name)
+        matrix = self._matrices.get(name)
+        if matrix is not None:
+            return TensorInfo(name=name, shape=matrix.shape, dtype_name=matrix.dtype_name)
+        return self.stored_info(name)
+
+    def stored_matrix(self, name: str) -> StoredMatrix | None:
+        return self._matrices.get(name)
 
     def load(self, name: str) -> npt.NDArray[Any]:
         return self._file(name).load(name)
@@ -139,6 +147,19 @@ class _SafetensorsWeights(Weights):
         shape = file.tensors[name].shape
         num_rows = shape[0] if len(shape) > 1 else 1
         return np.array(file.packed(name)).reshape(num_rows, -1)
+
+    def stored_info(self, name: str) -> TensorInfo:
+        tensor = self._file(name).tensors[name]
+        return TensorInfo(name=name, shape=tensor.shape, dtype_name=tensor.dtype_name)
+
+    def _group(self) -> tuple[dict[str, StoredMatrix], set[str]]:
+        config_path = self._directory / CONFIG_FILE
+        config = read_json_object(config_path) if config_path.is_file() else {}
+        stored = {name: self.stored_info(name) for name in self._files}
+        try:
+            return group_tensors(stored, read_scheme(config), self.load)
+        except ModelError as error:
+            raise ModelError(f"{self._directory}: {error.message}", param=error.param) from error
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:

@@ -18,6 +18,7 @@ import torch
 from headrace.errors import ModelError
 from headrace.models.weights import Weights, open_weights
 from services.worker.dequantize import BLOCK_TYPES, dequantize_into
+from services.worker.quantization.checkpoint_matrices import FP8_DTYPES, read_into, read_quantized
 from services.worker.quantization.gguf_blocks import BLOCK_LAYOUTS, unpack_blocks
 from services.worker.quantization.quantized_matrix import QuantizedMatrix
 
@@ -48,6 +49,8 @@ class WeightLoader:
         self.map = map_parts
         # One entry a tensor given: appending is safe from several threads, adding up is not.
         self._sizes_bytes: list[int] = []
+        self.unpacked_names: list[str] = []
+        """Matrices of integer codes that could be given as plain numbers only, since their groups are not of neighbours."""
         self._directory = directory
         self._weights: Weights = open_weights(directory)
         self._left = {name for name in self._weights.names() if not name.endswith(_DERIVED_SUFFIXES)}
@@ -94,11 +97,16 @@ class WeightLoader:
             ModelError: As for `take`.
         """
         self._check(name, shape)
-        dtype_name = self._weights.info(name).dtype_name
-        if dtype_name not in BLOCK_LAYOUTS:
+        stored, dtype_name = self._weights.stored_matrix(name), self._weights.info(name).dtype_name
+        if stored is not None:
+            matrix = read_quantized(self._weights, stored)
+            if matrix is None and stored.layout != "fp8":
+                self.unpacked_names.append(name)
+        else:
+            matrix = unpack_blocks(self._weights.load_packed(name), dtype_name) if dtype_name in BLOCK_LAYOUTS else None
+        if matrix is None:
             return None
         self._left.remove(name)
-        matrix = unpack_blocks(self._weights.load_packed(name), dtype_name)
         self._sizes_bytes.append(matrix.num_bytes)
         return matrix
 
@@ -153,6 +161,10 @@ class WeightLoader:
             )
 
     def _read_into(self, name: str, place: torch.Tensor) -> None:
+        stored = self._weights.stored_matrix(name)
+        if stored is not None:
+            read_into(self._weights, stored, place)
+            return
         dtype_name = self._weights.info(name).dtype_name
         if dtype_name in BLOCK_TYPES:
             dequantize_into(self._weights.load_packed(name), dtype_name, place)
@@ -160,6 +172,8 @@ class WeightLoader:
         values = self._weights.load(name)
         if dtype_name == "bf16":
             place.copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
+        elif dtype_name in FP8_DTYPES:
+            place.copy_(torch.from_numpy(values).view(FP8_DTYPES[dtype_name]))
         elif values.dtype.kind == "f":
             place.copy_(torch.from_numpy(values))
         else:

@@ -19,6 +19,16 @@ BITS: Final = (4, 5, 6, 8)
 """Sizes of codes; what a file packs smaller still is given in the next larger one."""
 
 
+def narrowed(values: Floats) -> Floats:
+    """Give numbers as float16 where that loses nothing, else as float32."""
+    if values.dtype == np.float16:
+        return values
+    wide = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float16)
+    return narrow if np.array_equal(narrow.astype(np.float32), wide) else wide
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedMatrix:
     """A matrix `[num_rows, num_columns]` as codes, scales and offsets.

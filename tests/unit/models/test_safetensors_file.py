@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from headrace.errors import ModelError
 from headrace.models.safetensors_file import INDEX_FILE, SafetensorsFile
-from headrace.models.weights import TensorInfo, open_weights
+from headrace.models.tensor_info import TensorInfo
+from headrace.models.weights import open_weights
 
 
 def raw_file(header: Any, data: bytes = b"", *, header_bytes: int | None = None) -> bytes:
@@ -126,7 +127,7 @@ LIES = {
     "three offsets": raw_file({"x": entry(place=(0, 8, 8))}, bytes(8)),
     "overlap": raw_file({"x": entry(), "y": entry()}, bytes(8)),
     "hole": raw_file({"x": entry(place=(4, 12))}, bytes(12)),
-    "unknown type": raw_file({"x": entry(dtype="F8_E4M3", shape=(8,))}, bytes(8)),
+    "unknown type": raw_file({"x": entry(dtype="F4", shape=(8,))}, bytes(8)),
     "list for a type": raw_file({"x": entry(dtype=["F32"])}, bytes(8)),
 }
 

@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from headrace.errors import ModelError
-from headrace.models.weights import TensorInfo, open_weights
+from headrace.models.tensor_info import TensorInfo
+from headrace.models.weights import open_weights
 
 
 def test_gguf_tensors_appear_under_hugging_face_names(llama_builder, tmp_path):
