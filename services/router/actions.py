@@ -61,6 +61,13 @@ class SendCloseStream:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareTokens:
+    """The prompt's tokens are known: the other choices of the request can begin with them."""
+
+    request: OpenRequest
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
     """Give the client new output."""
 
@@ -79,4 +86,4 @@ class End:
 
 
 SendWork = SendTokenize | SendOpenStream | SendSubmit | SendRedirect
-Action = SendWork | SendAbort | SendCloseStream | Deliver | End
+Action = SendWork | SendAbort | SendCloseStream | ShareTokens | Deliver | End

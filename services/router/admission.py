@@ -18,28 +18,30 @@ class Admission:
         self._ended_ns: deque[int] = deque(maxlen=_WINDOW)
         self.num_open = 0
 
-    def admit(self, now_ns: int) -> None:
-        """Count a request in.
+    def admit(self, now_ns: int, num_choices: int = 1) -> None:
+        """Count a request in, each of its choices as one.
 
         Raises:
-            OverloadedError: As many as may be are open; it says when one should have ended.
+            OverloadedError: Too many are open; it says when enough should have ended.
         """
-        if self.num_open >= self._max_open:
+        num_missing = self.num_open + num_choices - self._max_open
+        if num_missing > 0:
+            asked = "" if num_choices == 1 else f", this one has {num_choices} choices"
             raise OverloadedError(
-                f"router: {self.num_open} requests are open, the limit max_open_requests is {self._max_open}; retry later",
-                retry_after_s=self.retry_after_s(now_ns),
+                f"router: {self.num_open} requests are open{asked}, the limit max_open_requests is {self._max_open}; retry later",
+                retry_after_s=self.retry_after_s(now_ns, num_missing),
             )
-        self.num_open += 1
+        self.num_open += num_choices
 
-    def release(self, now_ns: int) -> None:
+    def release(self, now_ns: int, num_choices: int = 1) -> None:
         """Count a request out."""
-        self.num_open -= 1
-        self._ended_ns.append(now_ns)
+        self.num_open -= num_choices
+        self._ended_ns.extend([now_ns] * num_choices)
 
-    def retry_after_s(self, now_ns: int) -> float:
-        """Mean time between the last endings, which is when a place should be free; the time since the last one counts too."""
+    def retry_after_s(self, now_ns: int, num_places: int = 1) -> float:
+        """When so many places should be free, by the mean time between the last endings; the time since the last one counts too."""
         if not self._ended_ns:
             return _LEAST_RETRY_S
         # With one ending only, the wait since then is all that is known.
         interval_s = (now_ns - self._ended_ns[0]) / 1e9 / len(self._ended_ns)
-        return min(_MOST_RETRY_S, max(_LEAST_RETRY_S, interval_s))
+        return min(_MOST_RETRY_S, max(_LEAST_RETRY_S, num_places * interval_s))

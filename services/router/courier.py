@@ -28,6 +28,7 @@ from services.router.actions import (
     SendSubmit,
     SendTokenize,
     SendWork,
+    ShareTokens,
 )
 from services.router.directory import Directory
 from services.router.open_request import OpenRequest
@@ -54,6 +55,10 @@ class Reader(Protocol):
 
     def on_arrival(self, edge: str, *, num_tokens: int, enqueued_unix_ns: int, now_ns: int) -> None:
         """An answer for the request has come."""
+        ...
+
+    def share_tokens(self) -> None:
+        """The prompt's tokens are known; called only for a request of several choices."""
         ...
 
     def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
@@ -90,6 +95,10 @@ class Courier:
                 self.readers[action.request.request_id].deliver(action.text, action.token_ids, action.finish_reason)
             elif isinstance(action, End):
                 self.readers.pop(action.request.request_id).end(action.error)
+            elif isinstance(action, ShareTokens):
+                # An action before this one may have ended the request.
+                if (reader := self.readers.get(action.request.request_id)) is not None:
+                    reader.share_tokens()
             elif isinstance(action, (SendAbort, SendCloseStream)):
                 self._send_release(action)
             else:

@@ -101,12 +101,16 @@ class Directory:
         """The instance with that incarnation."""
         return self._instances.get(incarnation)
 
-    def take(self, role: int, model: str, *, avoid: int | None, prompt: LookUp | None = None) -> int | None:
+    def take(
+        self, role: int, model: str, *, avoid: int | None, prompt: LookUp | None = None, near: int | None = None
+    ) -> int | None:
         """Choose an instance for a piece of work and count it there.
 
-        Among schedulers that are not much busier than the least busy one, those that have most of the prompt cached come first.
+        `near` is it if it can serve. Among schedulers that are not much busier than the least busy one, those that have most of the
+        prompt cached come first.
         """
         candidates = [instance for instance in self._serving(role, model) if instance.incarnation != avoid]
+        candidates = [instance for instance in candidates if instance.incarnation == near] or candidates
         if not candidates:
             return None
         if prompt is not None and self.is_cache_aware and len(candidates) > 1:

@@ -41,45 +41,83 @@ _FLUSH_WAIT_S = 10.0
 _SPAN_NAMES = {"http": names.SPAN_ROUTER_HTTP, "grpc": names.SPAN_ROUTER_GRPC}
 
 
-class ClientStream:
-    """One open request and the client call that reads it. Implements `OutputStream` above and `Reader` below."""
+class _Choice:
+    """One choice of a client's request: reads an open request for its stream. Implements `Reader`."""
 
-    def __init__(
-        self, gateway: Gateway, request: OpenRequest, call: Call, observation: Observation, *, buffer: OutputBuffer
-    ) -> None:
-        self.call = call
+    def __init__(self, stream: ClientStream, request: OpenRequest, index: int, *, seed: int) -> None:
         self.request = request
+        self.finish_reason: str | None = None
+        self.seed = seed
+        self.context: Context = stream.observation.context
+        self.deadline_unix_ns = stream.call.started_unix_ns + (request.deadline_ns - stream.call.started_ns)
+        self._stream = stream
+        self._index = index
+
+    def on_arrival(self, edge: str, *, num_tokens: int, enqueued_unix_ns: int, now_ns: int) -> None:
+        """An answer has come from a link."""
+        observation = self._stream.observation
+        if num_tokens:
+            now_unix_ns = time.time_ns() if observation.is_traced else 0
+            observation.on_tokens(
+                self._index, num_tokens, enqueued_unix_ns=enqueued_unix_ns, now_ns=now_ns, now_unix_ns=now_unix_ns
+            )
+        elif observation.is_traced:
+            observation.record_queue(edge, enqueued_unix_ns, time.time_ns())
+
+    def share_tokens(self) -> None:
+        """The prompt's tokens are known."""
+        self._stream.open_others()
+
+    def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+        """New output from the core."""
+        self.finish_reason = finish_reason
+        self._stream.put(text, token_ids, finish_reason, self._index)
+
+    def end(self, error: HeadraceError | None) -> None:
+        """The request is over."""
+        self._stream.on_choice_end(error)
+
+
+class ClientStream:
+    """The open requests of one client call, one a choice, and what came of them. Implements `OutputStream`."""
+
+    def __init__(self, gateway: Gateway, requests: list[OpenRequest], call: Call, observation: Observation, buffer: OutputBuffer):
+        self.call = call
         self.buffer = buffer
-        self.seed = messages.drawn_seed(request.generation.sampling.seed, secrets.randbits(64))
-        self.context: Context = observation.context
-        self.deadline_unix_ns = call.started_unix_ns + (request.deadline_ns - call.started_ns)
+        self.observation = observation
         self._gateway = gateway
-        self._observation = observation
+        asked, drawn = requests[0].generation.sampling.seed, secrets.randbits(64)
+        self._choices = [
+            _Choice(self, request, index, seed=messages.drawn_seed(asked, drawn, index)) for index, request in enumerate(requests)
+        ]
+        self._num_running = 0
+        self._error: HeadraceError | None = None
+        self._is_over = False
         self._wake: asyncio.Future[None] | None = None
-        self._finish_reason: str | None = None
 
     @property
     def model(self) -> str:
         """The model that answers."""
-        return self.request.generation.model
+        return self._choices[0].request.generation.model
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt; known with the first output."""
-        return 0 if self.request.encoded is None else int(self.request.encoded.token_ids.size)
+        encoded = self._choices[0].request.encoded
+        return 0 if encoded is None else int(encoded.token_ids.size)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens made so far."""
-        return len(self.request.output_tokens)
+        """Tokens made so far, over all choices."""
+        return sum(len(choice.request.output_tokens) for choice in self._choices)
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens whose KV was reused."""
-        return self.request.num_cached_tokens
+        """Prompt tokens whose KV was reused, for whichever choice they were fewest: those of others may be the first one's."""
+        return min(choice.request.num_cached_tokens for choice in self._choices)
 
     async def next(self) -> OutputPiece:
-        """All output since the last call, waiting for some."""
+        """All output of one choice since it was last given, waiting for some."""
         self.buffer.come_back()
         while not self.buffer.is_ready:
             self._wake = asyncio.get_running_loop().create_future()
@@ -90,30 +128,50 @@ class ClientStream:
         """The reader leaves."""
         self._gateway.close_stream(self, RequestAbortedError("the client went away"))
 
-    def on_arrival(self, edge: str, *, num_tokens: int, enqueued_unix_ns: int, now_ns: int) -> None:
-        """An answer has come from a link."""
-        if num_tokens:
-            now_unix_ns = time.time_ns() if self._observation.is_traced else 0
-            self._observation.on_tokens(num_tokens, enqueued_unix_ns=enqueued_unix_ns, now_ns=now_ns, now_unix_ns=now_unix_ns)
-        elif self._observation.is_traced:
-            self._observation.record_queue(edge, enqueued_unix_ns, time.time_ns())
+    def open_first(self) -> None:
+        """Begin; the other choices follow when the prompt's tokens are known."""
+        self._open(self._choices[0])
 
-    def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
-        """New output from the core."""
-        self._finish_reason = finish_reason
-        self.buffer.put(text, token_ids, finish_reason)
+    def open_others(self) -> None:
+        """The first choice has the prompt's tokens: the others begin with them."""
+        first = self._choices[0].request
+        for choice in self._choices[1:]:
+            if self._error is None:
+                choice.request.begin_beside(first)
+                self._open(choice)
+
+    def end_all(self, error: HeadraceError) -> None:
+        """End what still runs, from our side."""
+        for choice in self._choices:
+            self._gateway.backplane.end(choice.request.request_id, error)
+
+    def put(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None, choice: int) -> None:
+        """New output of a choice."""
+        self.buffer.put(text, token_ids, finish_reason, choice)
         self._wake_reader()
         if self.buffer.is_over_limit:
             self._gateway.cut_off(self)
 
-    def end(self, error: HeadraceError | None) -> None:
-        """The request is over."""
-        now_ns = time.monotonic_ns()
-        self._gateway.turnstile.leave(now_ns)
-        self._observation.end(self.request, error, finish_reason=self._finish_reason, now_ns=now_ns)
-        if error is not None:
+    def on_choice_end(self, error: HeadraceError | None) -> None:
+        """A choice is over; with an error, all are: a client cannot be told of one alone."""
+        self._num_running -= 1
+        if error is not None and self._error is None:
+            self._error = error
             self.buffer.fail(error)
+            self.end_all(RequestAbortedError("another choice of the request failed"))
+        # Ending the others may have brought us here before.
+        if not self._num_running and not self._is_over:
+            self._is_over = True
+            now_ns = time.monotonic_ns()
+            self._gateway.turnstile.leave(now_ns, len(self._choices))
+            requests = [choice.request for choice in self._choices]
+            reasons = [choice.finish_reason for choice in self._choices]
+            self.observation.end(requests, self._error, finish_reasons=reasons, now_ns=now_ns)
         self._wake_reader()
+
+    def _open(self, choice: _Choice) -> None:
+        self._num_running += 1
+        self._gateway.backplane.open(choice.request, choice)
 
     def _wake_reader(self) -> None:
         if self._wake is not None and not self._wake.done():
@@ -136,6 +194,9 @@ class _TokenizerCall:
         self._gateway.tracer.record_queue(
             edge, parent=self.context, enqueued_unix_ns=enqueued_unix_ns, taken_unix_ns=time.time_ns()
         )
+
+    def share_tokens(self) -> None:
+        """There are no choices here."""
 
     def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
         """The text of a detokenize call."""
@@ -165,14 +226,14 @@ class Turnstile:
         """Open requests."""
         return self._admission.num_open
 
-    def enter(self, now_ns: int) -> None:
-        """Count a request in, or refuse it."""
-        self._admission.admit(now_ns)
+    def enter(self, now_ns: int, num_choices: int = 1) -> None:
+        """Count a request in, each of its choices as one, or refuse it."""
+        self._admission.admit(now_ns, num_choices)
         self._is_idle.clear()
 
-    def leave(self, now_ns: int) -> None:
+    def leave(self, now_ns: int, num_choices: int = 1) -> None:
         """Count a request out."""
-        self._admission.release(now_ns)
+        self._admission.release(now_ns, num_choices)
         if not self._admission.num_open:
             self._is_idle.set()
 
@@ -190,7 +251,7 @@ class Gateway:
         self.tracer = tracer
         self.turnstile = Turnstile(Admission(settings.max_open_requests))
         self.is_draining = False
-        self._backplane = backplane
+        self.backplane = backplane
         self._settings = settings
         self._metrics = metrics
         self._registry = registry
@@ -237,21 +298,20 @@ class Gateway:
         """Start a generation."""
         request = replace(
             request,
-            model=self._backplane.directory.resolve_model(request.model),
+            model=self.backplane.directory.resolve_model(request.model),
             tenant=call.tenant,
             cache_namespace=cache_namespace(request.cache_salt, call.tenant if self._settings.isolate_tenants else None),
         )
         opened = self._admit(Kind.GENERATE, request, call)
         observation = Observation(call, request, tracer=self.tracer, metrics=self._metrics)
-        buffer = OutputBuffer(self._settings.client_buffer_bytes)
-        stream = ClientStream(self, opened, call, observation, buffer=buffer)
+        stream = ClientStream(self, opened, call, observation, OutputBuffer(self._settings.client_buffer_bytes))
         self._streams.add(stream)
-        self._backplane.open(opened, stream)
+        stream.open_first()
         return stream
 
     async def tokenize(self, model: str, prompt: Prompt, call: Call) -> EncodedPrompt:
         """Tokens of a prompt."""
-        generation = GenerationRequest(self._backplane.directory.resolve_model(model), prompt)
+        generation = GenerationRequest(self.backplane.directory.resolve_model(model), prompt)
         request, _ = await self._ask_tokenizer(Kind.TOKENIZE, generation, call)
         if request.encoded is None:
             raise RequestFailedError("the tokenizer answered without tokens")
@@ -261,7 +321,7 @@ class Gateway:
         """Text of tokens."""
         prompt = TokenPrompt(np.asarray(token_ids, dtype=np.int32))
         generation = GenerationRequest(
-            self._backplane.directory.resolve_model(model), prompt, skip_special_tokens=skip_special_tokens
+            self.backplane.directory.resolve_model(model), prompt, skip_special_tokens=skip_special_tokens
         )
         return (await self._ask_tokenizer(Kind.DETOKENIZE, generation, call))[1]
 
@@ -273,28 +333,28 @@ class Gateway:
         """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         try:
-            self._backplane.caches.flush(call.request_id, done.set_result)
+            self.backplane.caches.flush(call.request_id, done.set_result)
             async with asyncio.timeout(_FLUSH_WAIT_S):
                 return await done
         except TimeoutError:
             raise UnavailableError(f"router: a scheduler did not answer the flush within {_FLUSH_WAIT_S:g} s") from None
         finally:
-            self._backplane.caches.forget_flush(call.request_id)
+            self.backplane.caches.forget_flush(call.request_id)
 
     async def _ask_tokenizer(self, kind: Kind, generation: GenerationRequest, call: Call) -> tuple[OpenRequest, str]:
-        request = self._admit(kind, generation, call)
+        (request,) = self._admit(kind, generation, call)
         reader = _TokenizerCall(self, call, request)
-        self._backplane.open(request, reader)
+        self.backplane.open(request, reader)
         try:
             await reader.answer
         finally:
-            self._backplane.end(request.request_id, RequestAbortedError("the client went away"))
+            self.backplane.end(request.request_id, RequestAbortedError("the client went away"))
         return request, reader.text
 
     def close_stream(self, stream: ClientStream, error: HeadraceError) -> None:
         """The reader of a stream leaves; what still runs for it is aborted."""
         self._streams.discard(stream)
-        self._backplane.end(stream.request.request_id, error)
+        stream.end_all(error)
 
     def cut_off(self, stream: ClientStream) -> None:
         """The client does not read: stop its request and break its connection, so that it holds nothing of others."""
@@ -309,39 +369,45 @@ class Gateway:
         for stream in [stream for stream in self._streams if stream.buffer.is_reader_stuck(now_ns, timeout_ns)]:
             self.cut_off(stream)
 
-    def _admit(self, kind: Kind, generation: GenerationRequest, call: Call) -> OpenRequest:
+    def _admit(self, kind: Kind, generation: GenerationRequest, call: Call) -> list[OpenRequest]:
+        """One request for each choice."""
         if self.is_draining:
             raise UnavailableError("router: it is draining and takes no new requests; send this to another", retry_after_s=5.0)
         timeout_s = self._settings.default_timeout_s if call.timeout_s is None else call.timeout_s
         if not 0 < timeout_s <= self._settings.max_timeout_s:
             limit = self._settings.max_timeout_s
             raise InvalidRequestError(f"the deadline must be in (0, {limit:g}] seconds; got {timeout_s:g}", param="timeout")
-        self.turnstile.enter(time.monotonic_ns())
-        return OpenRequest(
-            call.request_id,
-            kind=kind,
-            generation=generation,
-            stream_id=secrets.randbits(64),
-            deadline_ns=call.started_ns + _ns(timeout_s),
-            placement=self._backplane.directory,
-            patience=self._patience,
-        )
+        num_choices = generation.num_choices
+        self.turnstile.enter(time.monotonic_ns(), num_choices)
+        return [
+            OpenRequest(
+                f"{call.request_id}-{choice}" if choice else call.request_id,
+                kind=kind,
+                generation=generation,
+                stream_id=secrets.randbits(64),
+                deadline_ns=call.started_ns + _ns(timeout_s),
+                placement=self.backplane.directory,
+                patience=self._patience,
+                fork_group=call.request_id if num_choices > 1 else "",
+            )
+            for choice in range(num_choices)
+        ]
 
     # Questions.
 
     def list_models(self) -> list[ModelOffer]:
         """Models that can be served now."""
-        return self._backplane.directory.offers()
+        return self.backplane.directory.offers()
 
     def not_ready_reason(self) -> str | None:
         """Why a request could not be served now."""
         if self.is_draining:
             return "the router is draining"
-        return self._backplane.directory.not_ready_reason(time.monotonic_ns())
+        return self.backplane.directory.not_ready_reason(time.monotonic_ns())
 
     def health(self) -> dict[str, object]:
         """What the router knows of every stage."""
-        stages = self._backplane.directory.stages(time.monotonic_ns(), time.time_ns())
+        stages = self.backplane.directory.stages(time.monotonic_ns(), time.time_ns())
         return {"draining": self.is_draining, "open_requests": self.turnstile.num_open, "stages": stages}
 
     def metrics(self) -> bytes:

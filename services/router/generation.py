@@ -78,7 +78,7 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A checked request for one sequence."""
+    """A checked request for one sequence, or several choices of the same prompt."""
 
     model: str
     prompt: Prompt
@@ -89,6 +89,7 @@ class GenerationRequest:
     cache_salt: str = ""
     tenant: str = ""
     cache_namespace: str = ""
+    num_choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +104,12 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class OutputPiece:
-    """New output of one sequence. The last piece has a finish reason, "stop" or "length"."""
+    """New output of one choice. Its last piece has a finish reason, "stop" or "length"."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class OutputStream(Protocol):
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens made so far."""
+        """Tokens made so far, over all choices."""
         ...
 
     @property
@@ -164,7 +166,7 @@ class OutputStream(Protocol):
         ...
 
     async def next(self) -> OutputPiece:
-        """All output that has come since the last call, waiting for some.
+        """All output of one choice that has come since it was last given, waiting for some.
 
         Raises:
             HeadraceError: The request ended without its full output.

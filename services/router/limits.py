@@ -20,6 +20,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
 MAX_MESSAGES = 16384
 MAX_SALT_CHARS = 256
+MAX_CHOICES = 128
 MAX_PROMPT_TOKENS = 4 * 1024 * 1024
 _SHOWN_CHARS = 60
 
@@ -40,6 +41,11 @@ def check_cache_salt(salt: str | None) -> str:
     if salt is not None and not 0 < len(salt) <= MAX_SALT_CHARS:
         refuse("cache_salt", f"a string of 1 to {MAX_SALT_CHARS} characters", salt)
     return salt or ""
+
+
+def check_num_choices(param: str, num_choices: int) -> None:
+    """Refuse a number of choices out of range."""
+    _check_int(param, num_choices, least=1, most=MAX_CHOICES)
 
 
 def check_priority(priority: int) -> None:

@@ -119,6 +119,7 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         tenant=request.generation.tenant,
         priority=request.generation.priority,
         cache_namespace=request.generation.cache_namespace,
+        fork_group=request.fork_group,
     )
     return "submit", body, [tokens]
 
@@ -224,9 +225,9 @@ def error_of(detail: common.ErrorDetail) -> HeadraceError:
     return error_from_code(detail.code, detail.message, param=detail.param or None, retry_after_s=retry_after_s)
 
 
-def drawn_seed(asked: int | None, random_bits: int) -> int:
-    """The seed a request runs with: the client's, or one drawn once so that a move goes on along the same path."""
-    return random_bits if asked is None else seed_bits(asked)
+def drawn_seed(asked: int | None, random_bits: int, choice: int) -> int:
+    """The seed a choice runs with: the client's, or one drawn once so that a move goes on along the same path; plus its number."""
+    return seed_bits((random_bits if asked is None else asked) + choice)
 
 
 def _encoded(request: OpenRequest) -> EncodedPrompt:

@@ -8,6 +8,9 @@ prompt, a scheduler prompt and outputs, a detokenizer the token history. `advanc
 and returns the actions that close the difference; a loss only takes something away and advances again. Output is taken strictly by
 position, so duplicates, repeats and two schedulers at once do no harm.
 
+Of a request for several choices each is one of these. The first asks for the tokens and shares them; the others begin with them, at
+the same scheduler, which has them fork from one prefill.
+
 Pure: time comes in, actions go out.
 """
 
@@ -40,6 +43,7 @@ from services.router.actions import (
     SendSubmit,
     SendTokenize,
     SendWork,
+    ShareTokens,
 )
 from services.router.generation import EncodedPrompt, GenerationRequest
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, Placement, Places
@@ -111,12 +115,14 @@ class OpenRequest:
         deadline_ns: int,
         placement: Placement,
         patience: Patience,
+        fork_group: str = "",
     ) -> None:
         self.request_id = request_id
         self.kind = kind
         self.generation = generation
         self.stream_id = stream_id
         self.deadline_ns = deadline_ns
+        self.fork_group = fork_group
         self.stage = Stage.TOKENIZING
         self.places = Places(placement, generation.model, move_delay_ns=patience.move_delay_ns)
         self.encoded: EncodedPrompt | None = None
@@ -124,6 +130,7 @@ class OpenRequest:
         self.num_sent_chars = 0
         self.num_cached_tokens = 0
         self.num_moves = 0
+        self._first: OpenRequest | None = None
         self._held = self.places.held
         self._patience = patience
         self._needs_redirect = False
@@ -142,6 +149,13 @@ class OpenRequest:
         else:
             due = min(self.deadline_ns, self.places.waiting_since_ns + self._patience.wait_ns(self.num_moves))
         return due if self.places.retry_at_ns is None else min(due, self.places.retry_at_ns)
+
+    def begin_beside(self, first: OpenRequest) -> None:
+        """Begin, when it is opened, with the tokens of another choice of the same client request, and near it."""
+        assert first.encoded is not None
+        self.encoded = first.encoded
+        self.stage = Stage.SUBMITTED
+        self._first = first
 
     # What the request needs, against what it has.
 
@@ -162,7 +176,8 @@ class OpenRequest:
                 actions.append(SendOpenStream(self, self._held[DETOKENIZER]))
                 self._needs_redirect = SCHEDULER in self._held
             if SCHEDULER not in self._held:
-                if places.take(SCHEDULER, now_ns, partial(_cache_prompt, self)):
+                near = None if self._first is None else self._first.places.held.get(SCHEDULER)
+                if places.take(SCHEDULER, now_ns, partial(_cache_prompt, self), near=near):
                     self._needs_redirect = False
                     actions.append(SendSubmit(self, self._held[SCHEDULER]))
             elif self._needs_redirect:
@@ -198,7 +213,8 @@ class OpenRequest:
         if self.kind is not Kind.GENERATE:
             return self.end(None)
         self.stage = Stage.SUBMITTED
-        return self.advance(now_ns)
+        actions = self.advance(now_ns)
+        return [*actions, ShareTokens(self)] if self.fork_group else actions
 
     def on_refused(self, role: int, peer: int, error: HeadraceError, now_ns: int) -> list[Action]:
         """A stage will not serve the request, or serve it no further; or it could not be sent there."""

@@ -1,13 +1,24 @@
 """What a client has not read yet of its output: merged while it is busy, bounded, and timed. Pure.
 
-The reader takes everything at once; while it is away, sending, new pieces run together, so a slow socket costs one chunk a turn
-and never a queue of them.
+The reader takes everything of a choice at once; while it is away, sending, new pieces run together, so a slow socket costs one
+chunk a turn and never a queue of them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from headrace.errors import HeadraceError, RequestAbortedError
 from services.router.generation import OutputPiece
+
+
+@dataclass(slots=True)
+class _Unread:
+    """What has come of one choice."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
 
 
 class OutputBuffer:
@@ -15,18 +26,16 @@ class OutputBuffer:
 
     def __init__(self, limit_chars: int) -> None:
         self._limit_chars = limit_chars
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
+        # By choice, the one that has been unread for longest first.
+        self._unread: dict[int, _Unread] = {}
         self._num_chars = 0
-        self._finish_reason: str | None = None
         self._error: HeadraceError | None = None
-        self._has_new = False
         self._busy_since_ns: int | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether `take` has something to give or to raise."""
-        return self._has_new or self._error is not None
+        return bool(self._unread) or self._error is not None
 
     @property
     def is_over_limit(self) -> bool:
@@ -37,14 +46,16 @@ class OutputBuffer:
         """Whether the reader took something long ago and has not come back since."""
         return self._busy_since_ns is not None and now_ns - self._busy_since_ns >= timeout_ns
 
-    def put(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+    def put(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None, choice: int = 0) -> None:
         """Add new output."""
+        unread = self._unread.get(choice)
+        if unread is None:
+            unread = self._unread[choice] = _Unread()
         if text:
-            self._texts.append(text)
+            unread.texts.append(text)
             self._num_chars += len(text)
-        self._token_ids.extend(token_ids)
-        self._finish_reason = finish_reason
-        self._has_new = True
+        unread.token_ids.extend(token_ids)
+        unread.finish_reason = finish_reason
 
     def fail(self, error: HeadraceError) -> None:
         """The request ended without its full output; what came before is still given."""
@@ -55,17 +66,16 @@ class OutputBuffer:
         self._busy_since_ns = None
 
     def take(self, now_ns: int) -> OutputPiece:
-        """Everything new, as one piece; the error after the last of it.
+        """Everything new of one choice, as one piece; the error after the last of all.
 
         Raises:
             HeadraceError: The request ended without its full output.
         """
-        if not self._has_new:
+        if not self._unread:
             raise self._error if self._error is not None else RequestAbortedError("the output was read to its end")
-        piece = OutputPiece("".join(self._texts), tuple(self._token_ids), self._finish_reason)
-        self._texts.clear()
-        self._token_ids.clear()
-        self._num_chars = 0
-        self._has_new = False
+        choice = next(iter(self._unread))
+        unread = self._unread.pop(choice)
+        text = "".join(unread.texts)
+        self._num_chars -= len(text)
         self._busy_since_ns = now_ns
-        return piece
+        return OutputPiece(text, tuple(unread.token_ids), unread.finish_reason, choice)

@@ -19,8 +19,10 @@ LookUp = Callable[[], CachePrompt]
 class Placement(Protocol):
     """Chooses instances and counts what they hold for us."""
 
-    def take(self, role: int, model: str, *, avoid: int | None, prompt: LookUp | None = None) -> int | None:
-        """Choose an instance that can serve the model and count one piece of work on it; None when there is none."""
+    def take(
+        self, role: int, model: str, *, avoid: int | None, prompt: LookUp | None = None, near: int | None = None
+    ) -> int | None:
+        """Choose an instance that can serve the model, `near` if it can; count one piece of work on it. None when there is none."""
         ...
 
     def give_back(self, incarnation: int) -> None:
@@ -41,13 +43,16 @@ class Places:
         self._move_delay_ns = move_delay_ns
         self._avoid: dict[int, tuple[int, int]] = {}
 
-    def take(self, role: int, now_ns: int, prompt: LookUp | None = None) -> bool:
-        """Find a place at a stage, best one that has most of a prompt cached; False starts, or goes on with, a wait for one."""
+    def take(self, role: int, now_ns: int, prompt: LookUp | None = None, *, near: int | None = None) -> bool:
+        """Find a place at a stage: `near` if it can be, else best one that has most of a prompt cached.
+
+        False starts, or goes on with, a wait for one.
+        """
         avoid, until_ns = self._avoid.get(role, (None, 0))
-        chosen = self._placement.take(role, self._model, avoid=avoid, prompt=prompt)
+        chosen = self._placement.take(role, self._model, avoid=avoid, prompt=prompt, near=near)
         if chosen is None and avoid is not None:
             if now_ns >= until_ns:
-                chosen = self._placement.take(role, self._model, avoid=None, prompt=prompt)
+                chosen = self._placement.take(role, self._model, avoid=None, prompt=prompt, near=near)
             else:
                 self.retry_at_ns = until_ns
         if chosen is None:

@@ -49,7 +49,7 @@ def still_answers(server: Server) -> None:
         ({"model": MODEL, "prompt": "x", "temperature": -0.5}, 400, ["temperature", "-0.5"]),
         ({"model": MODEL, "prompt": "x", "temperature": "hot"}, 400, ["temperature"]),
         ({"model": MODEL, "prompt": "x", "top_p": 1.5}, 400, ["top_p", "1.5"]),
-        ({"model": MODEL, "prompt": "x", "n": 2}, 400, ["n"]),
+        ({"model": MODEL, "prompt": "x", "n": 0}, 400, ["n must be in [1, 128]; got 0"]),
         ({"model": MODEL, "prompt": "word " * 12000, "max_tokens": 1}, 400, ["8192"]),
         ({"model": MODEL, "prompt": [1, 2, 10**7]}, 400, ["10000000"]),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.e2e.process_tree import wait_until
 from tests.e2e.server import Server, free_ports, get
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -122,6 +123,36 @@ def test_salts_keep_caches_apart_and_a_flush_empties_them(small_server: Server) 
     assert num_cached(client) == num_cached(client, cache_salt="mine") == 0
     with pytest.raises(openai.BadRequestError, match="priority is 5 and this scheduler does not go by priority"):
         num_cached(client, priority=5)
+
+
+def test_choices_fork_from_one_prefill(small_server: Server, scheduler_metrics: int) -> None:
+    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=120)
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Name an animal that nobody else would name."}],
+        "temperature": 1.2,
+        "seed": 11,
+        "max_tokens": 12,
+    }
+    alone = client.chat.completions.create(**asked)
+    num_forked = metric(scheduler_metrics, "headrace_scheduler_forks_total")
+    whole = client.chat.completions.create(**asked, n=4)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert len({choice.message.content for choice in whole.choices}) > 1
+    assert alone.usage is not None
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert whole.usage.completion_tokens > alone.usage.completion_tokens
+    wait_until(lambda: metric(scheduler_metrics, "headrace_scheduler_forks_total") == num_forked + 3, 10, "three forks")
+
+    texts = ["", "", "", ""]
+    chunks = list(client.chat.completions.create(**asked, n=4, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert all(texts)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens == alone.usage.prompt_tokens
 
 
 async def test_too_few_pages_end_no_request(small_server: Server, scheduler_metrics: int) -> None:

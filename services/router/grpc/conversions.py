@@ -34,6 +34,7 @@ from services.router.generation import (
 from services.router.limits import (
     MAX_MESSAGES,
     check_cache_salt,
+    check_num_choices,
     check_priority,
     check_sampling,
     check_stopping,
@@ -160,7 +161,11 @@ def _generation(
     check_stopping(stopping)
     check_priority(message.priority)
     salt = check_cache_salt(_optional(message, "cache_salt", None))
-    return GenerationRequest(message.model, prompt, sampling, stopping, skip_special_tokens, message.priority, salt)
+    num_choices = _optional(message, "num_choices", 1)
+    check_num_choices("num_choices", num_choices)
+    return GenerationRequest(
+        message.model, prompt, sampling, stopping, skip_special_tokens, message.priority, salt, num_choices=num_choices
+    )
 
 
 _Default = TypeVar("_Default")

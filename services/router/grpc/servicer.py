@@ -17,7 +17,7 @@ from headrace.errors import HeadraceError, RequestFailedError
 from headrace.telemetry import logs
 from headrace.v1 import inference_pb2 as inference
 from headrace.v1 import inference_pb2_grpc
-from services.router.generation import Call, Engine, GenerationRequest, OutputPiece, OutputStream
+from services.router.generation import Call, Engine, GenerationRequest, OutputPiece
 from services.router.grpc import conversions
 from services.router.limits import check_token_ids
 from services.router.messages import model_info
@@ -38,16 +38,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference.GenerateRequest, context: Context) -> AsyncIterator[inference.GenerateResponse]:
         """Text or token ids to text, streamed."""
         async with self._call("Generate", context) as call:
-            async for stream, piece in self._pieces(conversions.generate_request(request), call):
-                answer = inference.GenerateResponse(request_id=call.request_id, text=piece.text, token_ids=piece.token_ids)
-                yield _close_answer(answer, stream, piece)
+            async for piece, usage in self._pieces(conversions.generate_request(request), call):
+                yield inference.GenerateResponse(
+                    request_id=call.request_id,
+                    text=piece.text,
+                    token_ids=piece.token_ids,
+                    finish_reason=conversions.finish_reason_of(piece.finish_reason),
+                    usage=usage,
+                    choice=piece.choice,
+                )
 
     async def Chat(self, request: inference.ChatRequest, context: Context) -> AsyncIterator[inference.ChatResponse]:
         """A conversation to the assistant's next turn, streamed."""
         async with self._call("Chat", context) as call:
-            async for stream, piece in self._pieces(conversions.chat_request(request), call):
-                answer = inference.ChatResponse(request_id=call.request_id, content=piece.text, token_ids=piece.token_ids)
-                yield _close_answer(answer, stream, piece)
+            async for piece, usage in self._pieces(conversions.chat_request(request), call):
+                yield inference.ChatResponse(
+                    request_id=call.request_id,
+                    content=piece.text,
+                    token_ids=piece.token_ids,
+                    finish_reason=conversions.finish_reason_of(piece.finish_reason),
+                    usage=usage,
+                    choice=piece.choice,
+                )
 
     async def Tokenize(self, request: inference.TokenizeRequest, context: Context) -> inference.TokenizeResponse:
         """Text or a conversation to token ids."""
@@ -71,14 +83,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """The models that can be asked for."""
         return inference.ListModelsResponse(models=[model_info(offer) for offer in self._engine.list_models()])
 
-    async def _pieces(self, generation: GenerationRequest, call: Call) -> AsyncIterator[tuple[OutputStream, OutputPiece]]:
+    async def _pieces(self, generation: GenerationRequest, call: Call) -> AsyncIterator[tuple[OutputPiece, inference.Usage | None]]:
+        """Pieces of all choices; the usage with the last of them."""
         stream = self._engine.open_stream(generation, call)
+        num_unfinished = generation.num_choices
         try:
-            while True:
+            while num_unfinished:
                 piece = await stream.next()
-                yield stream, piece
-                if piece.finish_reason is not None:
-                    return
+                num_unfinished -= piece.finish_reason is not None
+                yield piece, None if num_unfinished else conversions.usage_of(stream)
         finally:
             stream.close()
 
@@ -114,17 +127,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             self._engine.end_call(call, status=status, error_code=None if failure is None else failure.code)
         if failure is not None:
             await context.abort(conversions.status_of(failure), failure.message, conversions.metadata_of(failure))
-
-
-Answer = inference.GenerateResponse | inference.ChatResponse
-
-
-def _close_answer(answer: Any, stream: OutputStream, piece: OutputPiece) -> Any:
-    """Add finish reason and usage to the last answer."""
-    if piece.finish_reason is not None:
-        answer.finish_reason = conversions.finish_reason_of(piece.finish_reason)
-        answer.usage.CopyFrom(conversions.usage_of(stream))
-    return answer
 
 
 def _timeout_s(context: Context) -> float | None:

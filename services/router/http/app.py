@@ -232,10 +232,8 @@ class HttpApp:
         )
         watcher = asyncio.create_task(_close_on_disconnect(exchange.receive, stream))
         try:
-            if parsed.is_streaming:
-                await _send_stream(exchange, stream, answer)
-            else:
-                await _send_whole(exchange, stream, answer)
+            send = _send_stream if parsed.is_streaming else _send_whole
+            await send(exchange, stream, answer, parsed.generation.num_choices)
         finally:
             watcher.cancel()
             stream.close()
@@ -301,14 +299,20 @@ class HttpApp:
         await exchange.respond(405, body, headers=[(b"allow", allowed.encode())])
 
 
-async def _send_stream(exchange: Exchange, stream: OutputStream, answer: ChatAnswer) -> None:
+async def _send_stream(exchange: Exchange, stream: OutputStream, answer: ChatAnswer, num_choices: int) -> None:
     piece = await stream.next()
     await exchange.start(200, sse.HEADERS)
-    chunk = answer.first_chunk()
+    chunk = b"".join(answer.first_chunk(choice) for choice in range(num_choices))
+    num_unfinished = num_choices
     try:
-        while piece.finish_reason is None:
+        while True:
             if piece.text:
-                chunk += answer.text_chunk(piece.text)
+                chunk += answer.text_chunk(piece.text, piece.choice)
+            if piece.finish_reason is not None:
+                chunk += answer.last_chunk(piece.finish_reason, piece.choice)
+                num_unfinished -= 1
+                if not num_unfinished:
+                    break
             if chunk:
                 await exchange.write(chunk)
                 chunk = b""
@@ -317,20 +321,19 @@ async def _send_stream(exchange: Exchange, stream: OutputStream, answer: ChatAns
         # The status is gone already: the error is the stream's last event.
         await exchange.write(sse.event(openai_answers.error_object(error)), is_last=True)
         raise
-    if piece.text:
-        chunk += answer.text_chunk(piece.text)
-    chunk += answer.last_chunk(piece.finish_reason) + answer.usage_chunk(_usage(stream)) + openai_answers.DONE
-    await exchange.write(chunk, is_last=True)
+    await exchange.write(chunk + answer.usage_chunk(_usage(stream)) + openai_answers.DONE, is_last=True)
 
 
-async def _send_whole(exchange: Exchange, stream: OutputStream, answer: ChatAnswer) -> None:
-    texts = []
-    while True:
+async def _send_whole(exchange: Exchange, stream: OutputStream, answer: ChatAnswer, num_choices: int) -> None:
+    texts: list[list[str]] = [[] for _ in range(num_choices)]
+    finish_reasons: dict[int, str] = {}
+    while len(finish_reasons) < num_choices:
         piece = await stream.next()
-        texts.append(piece.text)
+        texts[piece.choice].append(piece.text)
         if piece.finish_reason is not None:
-            break
-    await exchange.respond(200, answer.whole("".join(texts), piece.finish_reason, _usage(stream)))
+            finish_reasons[piece.choice] = piece.finish_reason
+    choices = [("".join(text), finish_reasons[choice]) for choice, text in enumerate(texts)]
+    await exchange.respond(200, answer.whole(choices, _usage(stream)))
 
 
 def _usage(stream: OutputStream) -> dict[str, object]:

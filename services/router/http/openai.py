@@ -29,6 +29,7 @@ from services.router.generation import (
 from services.router.limits import (
     MAX_MESSAGES,
     check_cache_salt,
+    check_num_choices,
     check_priority,
     check_sampling,
     check_stopping,
@@ -41,7 +42,6 @@ IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key",
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
 
 _NOT_YET: dict[str, tuple[object, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -105,6 +105,7 @@ class _StreamOptions(_Body):
 
 class _Shared(_Body):
     model: str | None = None
+    n: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     temperature: float | None = None
@@ -370,6 +371,8 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
     check_sampling(sampling)
     check_stopping(stopping, max_tokens_param=max_tokens_param)
     check_priority(body.priority or 0)
+    num_choices = 1 if body.n is None else body.n
+    check_num_choices("n", num_choices)
     options = body.stream_options
     if options is not None:
         if body.stream is not True:
@@ -384,5 +387,6 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
         body.skip_special_tokens is not False,
         body.priority or 0,
         check_cache_salt(body.cache_salt),
+        num_choices=num_choices,
     )
     return ParsedRequest(generation, body.user, body.stream is True, options is not None and options.include_usage)

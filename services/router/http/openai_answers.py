@@ -5,7 +5,7 @@ A stream's chunks differ only in their text, so what surrounds it is made once a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import orjson
 
@@ -83,8 +83,9 @@ class ChatAnswer:
         self._include_usage = include_usage
         # With include_usage OpenAI sends `"usage": null` in every chunk but the last.
         self._usage_null = b',"usage":null' if include_usage else b""
-        head = self._head(self.chunk_object_name)
-        self._prefix = b"data: " + orjson.dumps(head)[:-1] + b',"choices":[{"index":0,' + self._delta_open
+        self._chunk_head = b"data: " + orjson.dumps(self._head(self.chunk_object_name))[:-1] + b',"choices":[{"index":'
+        # By choice, made with its first text.
+        self._prefixes: dict[int, bytes] = {}
         self._suffix = self._delta_close + b',"logprobs":null,"finish_reason":null}]' + self._usage_null + b"}\n\n"
 
     _delta_open = b'"delta":{"content":'
@@ -94,17 +95,20 @@ class ChatAnswer:
     def _head(self, object_name: str) -> dict[str, object]:
         return {"id": self.id, "object": object_name, "created": self._created_unix_s, "model": self._model}
 
-    def first_chunk(self) -> bytes:
+    def first_chunk(self, choice: int = 0) -> bytes:
         """The chunk that opens the assistant's turn."""
-        return self._chunk(b'"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null')
+        return self._chunk(choice, b'"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null')
 
-    def text_chunk(self, text: str) -> bytes:
+    def text_chunk(self, text: str, choice: int = 0) -> bytes:
         """A chunk of text: the hot path."""
-        return self._prefix + orjson.dumps(text) + self._suffix
+        prefix = self._prefixes.get(choice)
+        if prefix is None:
+            prefix = self._prefixes[choice] = self._chunk_head + b"%d," % choice + self._delta_open
+        return prefix + orjson.dumps(text) + self._suffix
 
-    def last_chunk(self, finish_reason: str) -> bytes:
-        """The chunk that tells why the output ended."""
-        return self._chunk(self._delta_last + b',"logprobs":null,"finish_reason":' + orjson.dumps(finish_reason))
+    def last_chunk(self, finish_reason: str, choice: int = 0) -> bytes:
+        """The chunk that tells why a choice ended."""
+        return self._chunk(choice, self._delta_last + b',"logprobs":null,"finish_reason":' + orjson.dumps(finish_reason))
 
     def usage_chunk(self, usage_object: dict[str, object]) -> bytes:
         """The chunk with no choices that carries the usage; empty unless it was asked for."""
@@ -112,17 +116,19 @@ class ChatAnswer:
             return b""
         return b"data: " + orjson.dumps({**self._head(self.chunk_object_name), "choices": [], "usage": usage_object}) + b"\n\n"
 
-    def whole(self, text: str, finish_reason: str, usage_object: dict[str, object]) -> bytes:
-        """The answer in one piece."""
-        choice = {"index": 0, **self._whole_text(text), "logprobs": None, "finish_reason": finish_reason}
-        return orjson.dumps({**self._head(self.object_name), "choices": [choice], "usage": usage_object})
+    def whole(self, choices: Sequence[tuple[str, str]], usage_object: dict[str, object]) -> bytes:
+        """The answer in one piece; `choices` are texts with their finish reasons, in order."""
+        objects = [
+            {"index": index, **self._whole_text(text), "logprobs": None, "finish_reason": finish_reason}
+            for index, (text, finish_reason) in enumerate(choices)
+        ]
+        return orjson.dumps({**self._head(self.object_name), "choices": objects, "usage": usage_object})
 
     def _whole_text(self, text: str) -> dict[str, object]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _chunk(self, choice: bytes) -> bytes:
-        head = orjson.dumps(self._head(self.chunk_object_name))[:-1]
-        return b"data: " + head + b',"choices":[{"index":0,' + choice + b"}]" + self._usage_null + b"}\n\n"
+    def _chunk(self, choice: int, rest: bytes) -> bytes:
+        return self._chunk_head + b"%d," % choice + rest + b"}]" + self._usage_null + b"}\n\n"
 
 
 class CompletionAnswer(ChatAnswer):
@@ -136,7 +142,7 @@ class CompletionAnswer(ChatAnswer):
     _delta_close = b""
     _delta_last = b'"text":""'
 
-    def first_chunk(self) -> bytes:
+    def first_chunk(self, choice: int = 0) -> bytes:
         """A completion opens with its first text."""
         return b""
 

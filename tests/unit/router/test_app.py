@@ -147,6 +147,46 @@ async def test_streamed_text_equals_the_whole_text() -> None:
     assert choices[-1]["finish_reason"] == whole.json["choices"][0]["finish_reason"] == "length"
 
 
+TWO_CHOICES = [
+    OutputPiece("a", (1,), None, 0),
+    OutputPiece("x", (5,), None, 1),
+    OutputPiece("", (), "stop", 1),
+    OutputPiece("b", (2,), None, 0),
+    OutputPiece("c", (3,), "length", 0),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_several_choices_are_told_apart_by_their_index(path: str) -> None:
+    body: dict[str, Any] = {"n": 2, "messages": [{"role": "user", "content": "hi"}]}
+    if path == "/v1/completions":
+        body = {"n": 2, "prompt": "hi"}
+    engine = FakeEngine(*TWO_CHOICES)
+    whole = (await Client(engine).request("POST", path, json.dumps(body).encode())).json
+    assert engine.requests[0].num_choices == 2
+    texts = [choice["text"] if path == "/v1/completions" else choice["message"]["content"] for choice in whole["choices"]]
+    assert texts == ["abc", "x"]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+    assert [choice["finish_reason"] for choice in whole["choices"]] == ["length", "stop"]
+    assert whole["usage"]["prompt_tokens"] == 3, "the prompt counts once"
+    assert whole["usage"]["completion_tokens"] == 4
+
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    client = await Client(FakeEngine(*TWO_CHOICES)).request("POST", path, json.dumps(body).encode())
+    *events, usage, done = client.events
+    assert done == "[DONE]"
+    assert usage["usage"] == whole["usage"]
+    choices = [choice for event in events for choice in event["choices"]]
+    for index, text in enumerate(texts):
+        mine = [choice for choice in choices if choice["index"] == index]
+        if path == "/v1/completions":
+            assert "".join(choice["text"] for choice in mine) == text
+        else:
+            assert mine[0]["delta"]["role"] == "assistant"
+            assert "".join(choice["delta"].get("content", "") for choice in mine) == text
+        assert [choice["finish_reason"] for choice in mine if choice["finish_reason"]] == [whole["choices"][index]["finish_reason"]]
+
+
 async def test_an_error_before_the_first_output_has_its_own_status_even_when_streaming() -> None:
     engine = FakeEngine(UnavailableError("no worker", retry_after_s=3))
     client = await Client(engine).request("POST", "/v1/chat/completions", STREAM_BODY)

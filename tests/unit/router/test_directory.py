@@ -9,7 +9,7 @@ import pytest
 from headrace.errors import OverloadedError, RequestFailedError
 from services.router.admission import Admission
 from services.router.directory import Directory, Instance, Report
-from services.router.generation import ModelOffer
+from services.router.generation import ModelOffer, OutputPiece
 from services.router.output_buffer import OutputBuffer
 from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import Candidate, least_loaded, round_robin
@@ -125,6 +125,30 @@ def test_admission_refuses_over_its_limit_with_the_measured_rate() -> None:
     assert caught.value.retry_after_s == 10.0
 
 
+def test_choices_are_counted_one_by_one() -> None:
+    admission = Admission(3)
+    admission.admit(0, 2)
+    with pytest.raises(OverloadedError, match="2 requests are open, this one has 3 choices, the limit max_open_requests is 3"):
+        admission.admit(0, 3)
+    admission.admit(0)
+    admission.release(10 * SECOND, 2)
+    assert admission.num_open == 1
+    with pytest.raises(OverloadedError) as caught:
+        admission.admit(10 * SECOND, 4)
+    assert caught.value.retry_after_s == 1.0
+    admission.admit(10 * SECOND, 2)
+
+
+def test_what_many_choices_wait_for_is_the_time_in_which_as_many_end() -> None:
+    admission = Admission(10)
+    admission.admit(0, 10)
+    for number in range(1, 5):
+        admission.release(number * 10 * SECOND)
+    with pytest.raises(OverloadedError) as caught:
+        admission.admit(50 * SECOND, 7)
+    assert caught.value.retry_after_s == 30.0, "three more places, one in ten seconds"
+
+
 def test_output_is_merged_while_the_reader_is_away() -> None:
     buffer = OutputBuffer(100)
     buffer.put("a", (1,), None)
@@ -136,6 +160,21 @@ def test_output_is_merged_while_the_reader_is_away() -> None:
     assert (piece.text, piece.token_ids, piece.finish_reason) == ("bc", (2, 3), "stop")
     with pytest.raises(RequestFailedError):
         buffer.take(0)
+
+
+def test_choices_are_merged_each_by_itself_and_come_in_turn() -> None:
+    buffer = OutputBuffer(100)
+    for choice, text in [(0, "a"), (1, "x"), (0, "b"), (2, "q")]:
+        buffer.put(text, (ord(text),), None, choice)
+    assert [buffer.take(0) for _ in range(2)] == [OutputPiece("ab", (97, 98), None, 0), OutputPiece("x", (120,), None, 1)]
+    buffer.put("c", (99,), "stop", 0)
+    assert [buffer.take(0).choice for _ in range(2)] == [2, 0]
+    assert not buffer.is_ready
+    buffer.put("12345", (), None, 1)
+    buffer.put("x" * 96, (), None, 0)
+    assert buffer.is_over_limit
+    buffer.take(0)
+    assert not buffer.is_over_limit
 
 
 def test_a_reader_that_does_not_come_back_is_stuck_and_unread_output_is_bounded() -> None:

@@ -28,6 +28,7 @@ from services.router.actions import (
     SendRedirect,
     SendSubmit,
     SendTokenize,
+    ShareTokens,
 )
 from services.router.directory import Directory, Instance
 from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, TextPrompt
@@ -46,8 +47,11 @@ class Bench:
         self.directory = Directory(least_loaded, stuck_after_ns=SECOND)
         for incarnation in incarnations or (10, 11, 20, 21, 30, 31):
             self.add(incarnation)
-        self.request = OpenRequest(
-            "r",
+        self.request = self.another("r", kind=kind, max_moves=max_moves)
+
+    def another(self, request_id: str, *, kind: Kind = Kind.GENERATE, max_moves: int = 8) -> OpenRequest:
+        return OpenRequest(
+            request_id,
             kind=kind,
             generation=GenerationRequest("m", TextPrompt("hello")),
             stream_id=7,
@@ -93,6 +97,36 @@ def test_the_stages_follow_each_other_and_the_stream_is_open_before_the_submit()
     assert actions == [Deliver(bench.request, "hi", (1,), None)]
     actions = bench.request.on_output(30, Output(1, (2,), "!", FINISH_REASON_STOP), SECOND)
     assert actions == [Deliver(bench.request, "!", (2,), "stop"), End(bench.request, None)]
+
+
+def test_other_choices_begin_with_the_tokens_of_the_first_and_at_its_scheduler() -> None:
+    bench = Bench()
+    first = bench.request
+    first.fork_group = "r"
+    first.advance(SECOND)
+    actions = first.on_tokenized(10, PROMPT, SECOND)
+    assert kinds(actions) == [SendOpenStream, SendSubmit, ShareTokens]
+    assert actions[-1] == ShareTokens(first)
+    others = [bench.another(f"r-{index}") for index in (1, 2, 3)]
+    for other in others:
+        other.begin_beside(first)
+        sent = other.advance(SECOND)
+        assert kinds(sent) == [SendOpenStream, SendSubmit]
+        assert other.places.held[SCHEDULER] == first.places.held[SCHEDULER]
+        assert other.encoded is first.encoded
+    # The first one's scheduler dies: it moves, and the others after it.
+    assert bench.lose(20) == [SendSubmit(first, 21)]
+    for other in others:
+        assert other.on_peer_lost(20, SECOND) == [SendSubmit(other, 21)]
+
+
+def test_a_choice_goes_elsewhere_when_its_first_has_ended() -> None:
+    bench = Bench()
+    first = bench.stream()
+    other = bench.another("r-1")
+    other.begin_beside(first)
+    first.on_output(30, Output(3, (4,), "x", FINISH_REASON_STOP), SECOND)
+    assert kinds(other.advance(SECOND)) == [SendOpenStream, SendSubmit]
 
 
 def test_a_lost_tokenizer_is_replaced() -> None:

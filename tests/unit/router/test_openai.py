@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import InvalidRequestError, NotFoundError, OverloadedError
@@ -91,8 +91,7 @@ def test_fields_of_later_versions_are_taken_at_their_defaults(field: str, value:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
+        ("best_of", 2),
         ("logprobs", True),
         ("logprobs", 0),
         ("frequency_penalty", 0.1),
@@ -122,6 +121,10 @@ def test_fields_we_cannot_honour_are_refused_by_name(field: str, value: object) 
         ({"min_p": 1.5}, "min_p", "[0, 1]"),
         ({"seed": 2**64}, "seed", "seed must be"),
         ({"seed": 1.5}, "seed", "integer"),
+        ({"n": 0}, "n", "[1, 128]; got 0"),
+        ({"n": 129}, "n", "[1, 128]; got 129"),
+        ({"n": True}, "n", "integer"),
+        ({"n": "2"}, "n", "integer"),
         ({"max_tokens": 0}, "max_tokens", "[1, 2147483647]; got 0"),
         ({"max_tokens": -5}, "max_tokens", "got -5"),
         ({"max_tokens": 10**12}, "max_tokens", "got 1000000000000"),
@@ -208,6 +211,7 @@ FIELDS = st.sampled_from(
 
 
 @given(st.dictionaries(FIELDS, JSON, max_size=6))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_is_either_taken_or_refused_with_a_field(body: dict[str, Any]) -> None:
     for parse in (parse_chat, parse_completion, parse_tokenize, parse_detokenize):
         try:
@@ -286,7 +290,7 @@ def test_completions_have_their_own_shape() -> None:
     assert answer.usage_chunk({}) == b""
     event = json.loads(answer.text_chunk("x")[6:])
     assert event["choices"] == [{"index": 0, "text": "x", "logprobs": None, "finish_reason": None}]
-    whole = json.loads(answer.whole("xy", "length", usage(num_prompt_tokens=1, num_output_tokens=2, num_cached_tokens=1)))
+    whole = json.loads(answer.whole([("xy", "length")], usage(num_prompt_tokens=1, num_output_tokens=2, num_cached_tokens=1)))
     assert whole["choices"] == [{"index": 0, "text": "xy", "logprobs": None, "finish_reason": "length"}]
     assert whole["usage"]["total_tokens"] == 3
     assert whole["id"] == "cmpl-id"

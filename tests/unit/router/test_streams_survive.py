@@ -26,6 +26,7 @@ from services.router.actions import (
     SendRedirect,
     SendSubmit,
     SendTokenize,
+    ShareTokens,
 )
 from services.router.directory import Directory, Instance
 from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, TextPrompt
@@ -39,6 +40,8 @@ pytestmark = pytest.mark.timeout(120)
 SECOND = 1_000_000_000
 OFFER = ModelOffer("m", 128, 1)
 NUM_OUTPUT = 7
+CHOICE = 100
+"""Added to the number of a stream for that of its second choice."""
 
 
 def token_at(stream_id: int, position: int) -> int:
@@ -120,7 +123,8 @@ class World:
             for _ in range(2):
                 self.start(role)
 
-    def open(self, stream_id: int) -> None:
+    def open(self, stream_id: int, first: OpenRequest | None = None) -> None:
+        """Begin a request of two choices, or the second choice of one."""
         request = OpenRequest(
             f"r{stream_id}",
             kind=Kind.GENERATE,
@@ -129,10 +133,18 @@ class World:
             deadline_ns=10**6 * SECOND,
             placement=self.directory,
             patience=Patience(10**6 * SECOND, 10**6 * SECOND, 5 * SECOND, SECOND // 5, 10**6),
+            fork_group=f"r{stream_id % CHOICE}",
         )
+        if first is not None:
+            request.begin_beside(first)
         self.texts[request.request_id] = ""
         self.ends[request.request_id] = []
         self.perform(self.streams.open(request, self.now))
+
+    @property
+    def firsts(self) -> list[str]:
+        """Requests without their second choices."""
+        return [request_id for request_id in self.ends if int(request_id[1:]) < CHOICE]
 
     def start(self, role: int) -> None:
         process = Process(self, role, self.next_incarnation)
@@ -167,6 +179,8 @@ class World:
                 self.texts[request_id] += action.text
             elif isinstance(action, End):
                 self.ends[action.request.request_id].append(action.error)
+            elif isinstance(action, ShareTokens):
+                self.open(action.request.stream_id + CHOICE, first=action.request)
             else:
                 target = self.processes.get(action.to)
                 if target is not None:
@@ -229,8 +243,8 @@ OPERATIONS = st.lists(
 def run(world: World, operations: list[tuple[str, int]]) -> None:
     for operation, number in operations:
         match operation:
-            case "open" if len(world.ends) < 4:
-                world.open(len(world.ends) + 1)
+            case "open" if len(world.firsts) < 4:
+                world.open(len(world.firsts) + 1)
             case "deliver" if world.mail:
                 world.deliver(0)
             case "shuffle" if world.mail:
@@ -256,6 +270,7 @@ def test_every_request_ends_once_with_its_whole_output_whatever_is_lost(operatio
     world.open(1)
     run(world, operations)
     world.heal()
+    assert len(world.ends) == 2 * len(world.firsts)
     for request_id, ends in world.ends.items():
         expected = "".join(text_of(token_at(int(request_id[1:]), position)) for position in range(NUM_OUTPUT))
         assert ends == [None], request_id
