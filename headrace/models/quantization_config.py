@@ -120,6 +120,11 @@ def _modelopt(raw: Mapping[str, Any]) -> QuantizationScheme:
     return QuantizationScheme("modelopt")
 
 
+def _mxfp4(raw: Mapping[str, Any]) -> QuantizationScheme:
+    # Only experts are stored so, each tensor under a name of its own: whoever knows experts puts them together.
+    return QuantizationScheme("mxfp4")
+
+
 _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], QuantizationScheme]]] = {
     "awq": _awq,
     "gptq": _gptq,
@@ -127,6 +132,7 @@ _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], QuantizationScheme]]]
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
     "modelopt": _modelopt,
+    "mxfp4": _mxfp4,
 }
 
 

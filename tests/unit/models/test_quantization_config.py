@@ -36,6 +36,7 @@ GOOD = {
     "fp8": ({"quant_method": "fp8", "fmt": "e4m3"}, QuantizationScheme("fp8")),
     "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [128, 64]}, QuantizationScheme("fp8", block_shape=(128, 64))),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, QuantizationScheme("modelopt")),
+    "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, QuantizationScheme("mxfp4")),
     "none": (None, None),
 }  # fmt: skip
 

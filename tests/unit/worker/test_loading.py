@@ -76,6 +76,20 @@ def test_whole_directory_loads(tmp_path: Path) -> None:
     runner.warm_up()
 
 
+def test_quantised_directory_loads(tmp_path: Path) -> None:
+    weights = tensors()
+    for name in [name for name in weights if "_proj" in name]:
+        scales = np.abs(weights[name]).max(axis=1, keepdims=True) / 127
+        weights[name] = (weights[name] / scales).round().astype(np.int8)
+        weights[name.replace(".weight", ".weight_scale")] = scales
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}}
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
+    runner, _ = load(write(tmp_path, weights, quantization_config=config))
+    runner.warm_up()
+    with pytest.raises(ModelError, match="quant_method is 'hqq', which is not supported; supported: awq, gptq"):
+        load(write(tmp_path, tensors(), quantization_config={"quant_method": "hqq"}))
+
+
 def test_second_copy_of_a_tied_matrix_and_old_rope_tables_are_left(tmp_path: Path) -> None:
     weights = tensors()
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
