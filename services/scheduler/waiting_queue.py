@@ -113,6 +113,8 @@ class WaitingQueue:
             del self._front[sequence]
         else:
             self._policy.remove(sequence)
+        if not sequence.num_admissions:
+            # One that was here before has only given back the room that it took again.
             self._requests_left.record(1, now_ns)
             self._tokens_left.record(sequence.num_tokens, now_ns)
         self.num_tokens -= sequence.num_tokens

@@ -128,6 +128,30 @@ def test_a_refusal_names_bound_value_and_time() -> None:
     waiting.check_room(4, 0)
 
 
+def test_the_time_to_come_back_follows_from_all_that_left_whatever_they_waited_for() -> None:
+    """One a second leaves, half of them after they were set aside for a sibling; ones that have run before do not count."""
+    core, waiting = builders.scheduler(), queue(max_requests=1)
+    sibling = builders.sequence(core, "sibling")
+    sibling.is_sound = True
+    for second in range(60):
+        one = builders.sequence(core, f"r{second}")
+        waiting.add(one)
+        if second % 2:
+            waiting.hold(one, sibling)
+            waiting.take_up_held()
+        waiting.remove(one, second * S)
+        former = builders.sequence(core, f"former {second}")
+        former.num_admissions = 1
+        waiting.take_back(former)
+        waiting.remove(former, second * S)
+    for name in "abcde":
+        waiting.add(builders.sequence(core, name))
+    with pytest.raises(OverloadedError) as refusal:
+        waiting.check_room(1, 60 * S)
+    # Five wait and one may: five have to leave.
+    assert refusal.value.retry_after_s == pytest.approx(5, rel=0.1)
+
+
 def test_the_drain_rate_finds_a_steady_rate() -> None:
     rate = DrainRate(window_s=10)
     for tenth in range(300):
