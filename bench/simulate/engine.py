@@ -3,7 +3,7 @@
 Two kinds of events move the clock: a request arrives, a step ends. A worker takes plans in order, and may hold several. Usually
 the plan of the next step leaves when a step ends, which is what running ahead at the ideal moment amounts to; with `run_ahead` it
 leaves as soon as the core gives one, while the step before it runs. Lanes of one group begin their steps together and wait for the
-slowest; where all prompts of a group are put off and nothing else can be computed, its lanes ask again after a step's base time.
+slowest.
 """
 
 from __future__ import annotations
@@ -437,12 +437,9 @@ class Simulation:
                 duration_ns = model.duration_ns(plans[0], lane.num_tokens)
                 longest_ns = max(longest_ns, duration_ns)
                 site.step.append((lane, duration_ns))
-        if site.step:
-            site.busy_ns += longest_ns
-        elif len(site.lanes) > 1 and any(lane.prefilling for lane in site.lanes):
-            longest_ns = int(model.base_s * 1e9)
-        else:
+        if not site.step:
             return
+        site.busy_ns += longest_ns
         site.is_busy = True
         self._num_events += 1
         heapq.heappush(self._events, (self.now_ns + longest_ns, self._num_events, site))

@@ -57,13 +57,18 @@ class LaneGroup:
         if any(lane.in_flight and not can_plan(lane) and lane.has_work for lane in lanes) or not any(map(can_plan, lanes)):
             return
         states = [LanePass(lane.has_new_prompt, lane.kv.usage) for lane in lanes]
-        with self._delayer.one_pass(states, now_ns) as under_way:
+        with self._delayer.one_pass(states, now_ns, is_idle=all(map(_is_idle, lanes))) as under_way:
             for lane in lanes:
                 plan = plan_step(lane, may_begin=under_way.decision.allow)
                 if plan is not None:
                     under_way.was_executed |= bool(plan.new_sequences)
                     self._take_back(plan.preempted)
                     self._lanes[lane].append(plan)
+
+
+def _is_idle(lane: Lane) -> bool:
+    """Whether a lane has nothing to compute but prompts that could begin."""
+    return not lane.in_flight and not lane.decoding and all(sequence.is_new_prompt for sequence in lane.prefilling)
 
 
 class LaneGroups:

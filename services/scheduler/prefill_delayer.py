@@ -10,10 +10,12 @@ computed already are never put off.
     all                              | there was a wait                     | begin        | wait_success    | ends
     none                             |                                      | -            |                 | ends
     some                             | one of them is below the watermark   | begin        | token_watermark | ends
+    some                             | no lane could compute anything else  | begin        | wait_timeout    | ends
     some                             | fewer denials than max - 1 in a row  | wait         | delay           | goes on
     some                             | else                                 | begin        | wait_timeout    | ends
 
-Source: SGLang's prefill delayer; waits are observed as they were before the pass, which the original forgets.
+Source: SGLang's prefill delayer. Waits are observed as they were before the pass, which the original forgets; and passes that would
+compute nothing are not waited for, which the original goes through one by one.
 """
 
 from __future__ import annotations
@@ -100,8 +102,10 @@ class PassOutcome:
     was_executed: bool
 
 
-def decide(lanes: Sequence[LanePass], wait: Wait | None, limits: DelayerLimits, now_ns: int) -> tuple[Decision, Wait | None]:
-    """Apply the table. Gives the decision, and the wait as the next pass finds it."""
+def decide(
+    lanes: Sequence[LanePass], wait: Wait | None, limits: DelayerLimits, now_ns: int, *, is_idle: bool = False
+) -> tuple[Decision, Wait | None]:
+    """Apply the table; `is_idle` says that no lane could compute anything else. Gives the decision, and the wait that is left."""
     num_prefillable = sum(lane.is_prefillable for lane in lanes)
     waited_passes = wait.num_passes if wait is not None else 0
     waited_ns = max(0, now_ns - wait.since_ns) if wait is not None else 0
@@ -116,7 +120,7 @@ def decide(lanes: Sequence[LanePass], wait: Wait | None, limits: DelayerLimits, 
     watermark = limits.token_usage_low_watermark
     if watermark is not None and any(lane.is_prefillable and lane.token_usage < watermark for lane in lanes):
         return decision("mixed", "token_watermark"), None
-    if waited_passes < limits.max_delay_passes - 1:
+    if not is_idle and waited_passes < limits.max_delay_passes - 1:
         return decision("mixed", "delay", allow=False), Wait(waited_passes + 1, wait.since_ns if wait is not None else now_ns)
     return decision("mixed", "wait_timeout"), None
 
@@ -138,9 +142,9 @@ class PrefillDelayer:
         self._outcomes: list[PassOutcome] = []
 
     @contextmanager
-    def one_pass(self, lanes: Sequence[LanePass], now_ns: int) -> Iterator[OnePass]:
+    def one_pass(self, lanes: Sequence[LanePass], now_ns: int, *, is_idle: bool = False) -> Iterator[OnePass]:
         """Decide for a pass, and note how it went, whatever happens in it."""
-        decision, self._wait = decide(lanes, self._wait, self._limits, now_ns)
+        decision, self._wait = decide(lanes, self._wait, self._limits, now_ns, is_idle=is_idle)
         under_way = OnePass(decision)
         try:
             yield under_way

@@ -198,14 +198,20 @@ def test_lanes_of_a_group_wait_for_the_slowest() -> None:
     assert itl_s[2] == pytest.approx((35 * 0.011 + 4 * (0.011 + 0.0099)) / 39, rel=0.01)
 
 
-def test_a_prompt_alone_in_its_group_is_put_off_for_as_many_idle_steps_as_the_limit_allows() -> None:
-    trace = [json.dumps({"timestamp": 0, "input_length": 4, "output_length": 2})]
-    ttft_s = []
-    for num_passes in (0, 30):
-        cluster = Cluster(num_lanes=2, group_size=2, step_model=MODEL, delayer_limits=DelayerLimits(num_passes))
-        ttft_s.append(Simulation(cluster).run(read_trace(trace), expected_s=1).ttft_s[0])
-    assert ttft_s[0] == pytest.approx(0.0113)
-    assert ttft_s[0] < ttft_s[1] <= ttft_s[0] + 29 * 0.01 + 1e-6
+def test_a_prompt_alone_in_its_group_waits_for_lanes_that_decode_and_for_no_others() -> None:
+    lines = [
+        {"timestamp": 0, "input_length": 4, "output_length": 60, "hash_ids": []},
+        {"timestamp": 100, "input_length": 4, "output_length": 2, "hash_ids": []},
+    ]
+    ttft_s = {}
+    for num_requests in (1, 2):
+        for num_passes in (0, 30):
+            cluster = Cluster(num_lanes=2, group_size=2, step_model=MODEL, delayer_limits=DelayerLimits(num_passes))
+            requests = read_trace([json.dumps(line) for line in lines[:num_requests]])
+            # The last request is the first to finish.
+            ttft_s[num_requests, num_passes] = Simulation(cluster).run(requests, expected_s=1).ttft_s[0]
+    assert ttft_s[1, 0] == ttft_s[1, 30] == pytest.approx(0.0113)
+    assert ttft_s[2, 0] + 28 * 0.011 < ttft_s[2, 30] <= ttft_s[2, 0] + 29 * 0.011 + 1e-6
 
 
 def test_fairness_is_that_of_the_time_in_which_all_have_work() -> None:

@@ -45,6 +45,15 @@ def test_table(lanes, wait, limits, decision, next_wait) -> None:  # type: ignor
     assert decide(lanes, wait, DelayerLimits(*limits), NOW_NS) == (Decision(*decision), next_wait)
 
 
+def test_nobody_waits_for_passes_that_compute_nothing() -> None:
+    limits = DelayerLimits(30, None)
+    assert decide([YES, NO], WAIT, limits, NOW_NS, is_idle=True) == (Decision(True, "mixed", "wait_timeout", 4, 150), None)
+    limits = DelayerLimits(30, 0.5)
+    assert decide([IDLE_YES, NO], None, limits, NOW_NS, is_idle=True)[0].reason == "token_watermark"
+    assert decide([YES, YES], None, limits, NOW_NS, is_idle=True)[0].reason == "no_wait"
+    assert decide([NO, NO], None, limits, NOW_NS, is_idle=True)[0].reason == ""
+
+
 def test_a_clock_that_jumps_back_gives_no_negative_wait() -> None:
     decision, _ = decide([YES, YES], Wait(1, 1000), DelayerLimits(), 10)
     assert decision.waited_ns == 0
@@ -133,6 +142,21 @@ def test_a_prefill_waits_until_all_lanes_have_one() -> None:
     outcomes = system.core.groups.take_outcomes()
     assert reasons(outcomes) == ["no_wait", "delay", "delay", "delay", "wait_success"]
     assert outcomes[-1] == PassOutcome(Decision(True, "all", "wait_success", 3, 3_000_000), was_executed=True)
+    system.run()
+    assert system.core.num_requests == 0
+
+
+def test_a_lone_prompt_begins_at_once_where_nothing_else_is_to_do() -> None:
+    system = group()
+    submit(system, "alone", 40, max_tokens=20)
+    assert step(system) == [1, 0]
+    assert [step(system) for _ in range(2)] == [[0, 0]] * 2
+    submit(system, "late")
+    assert step(system) == [0, 0], "it would hold the other lane up, which decodes"
+    assert reasons(system.core.groups.take_outcomes())[0] == "wait_timeout"
+    system.core.abort(["alone"], system.now_ns)
+    system.collect()
+    assert step(system) == [0, 1]
     system.run()
     assert system.core.num_requests == 0
 
