@@ -3,7 +3,7 @@
 The file is mapped, never read whole. Every count, length and offset is checked against the size of the file before anything is
 allocated for it, so a file that lies about its sizes costs nothing but an error. Lists of strings (a vocabulary has a hundred
 thousand) are stepped over and decoded when they are asked for: who loads weights never does. What the tensors mean (names, row
-order) is not known here: see `gguf_llama.py`.
+order) is not known here: see `gguf_architectures.py`.
 
 Source: the format's description in ggml, docs/gguf.md (versions 2 and 3).
 """

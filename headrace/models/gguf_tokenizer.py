@@ -24,12 +24,29 @@ _UNKNOWN: Final = 2
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
 
+_ROLES: Final[Mapping[str, str]] = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "eot_token": "eot",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
+"""Roles of special tokens, and how GGUF's keys call them."""
+
 _SPACE_PIECE: Final = "\u2581"
 
 # How words are cut before merging. The patterns state published tokenizers' rules and must match them character for character.
-_LLAMA3_WORDS: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES: Final = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS_REST: Final = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+_CASED_REST: Final = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
+# Words by case: capitals first, then small letters, at least one of the one or the other.
+_CASED_WORD_1: Final = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_CASED_WORD_2: Final = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_LLAMA3_WORDS: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_LETTERS_REST}"
+_QWEN2_WORDS: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_LETTERS_REST}"
+_GPT4O_WORDS: Final = rf"{_CASED_WORD_1}{_CONTRACTIONS}?|{_CASED_WORD_2}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_CASED_REST}"
+_TEKKEN_WORDS: Final = rf"{_CASED_WORD_1}|{_CASED_WORD_2}|\p{{N}}|{_CASED_REST}"
 _GPT2_NAMES: Final = ("gpt-2",)
 _SINGLE_DIGIT_NAMES: Final = ("smollm", "starcoder", "refact")
 _PATTERNS: Final[Mapping[str, str]] = {
@@ -37,9 +54,22 @@ _PATTERNS: Final[Mapping[str, str]] = {
     "llama3": _LLAMA3_WORDS,
     "llama-v3": _LLAMA3_WORDS,
     "smaug-bpe": _LLAMA3_WORDS,
+    "dbrx": _LLAMA3_WORDS,
+    "qwen2": _QWEN2_WORDS,
+    "deepseek-r1-qwen": _QWEN2_WORDS,
+    "gpt-4o": _GPT4O_WORDS,
+    "tekken": _TEKKEN_WORDS,
 }
 # Tokenizers that take a word which is in the vocabulary whole, even where merges would not lead to it.
-_WHOLE_WORD_NAMES: Final = ("llama-bpe", "llama3", "llama-v3")
+_WHOLE_WORD_NAMES: Final = ("llama-bpe", "llama3", "llama-v3", "tekken")
+# Tokenizers that compose characters first.
+_COMPOSING_NAMES: Final = ("qwen2",)
+
+_TURN_ENDS: Final = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""Tokens that end an answer in a chat, whatever the file calls its end token."""
+
+_PHI3_PLAIN_TOKENS: Final = ("<unk>", "<s>", "<|endoftext|>")
+"""Special tokens of Phi-3's SentencePiece vocabulary that leave the space after them; all others take it in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +81,7 @@ class GgufVocabulary:
         pieces: Text of each token, by id.
         kinds: GGUF's token kind of each token, by id.
         special_ids: Ids by role, such as `{"bos_token": 1}`.
+        end_ids: Ids that end an answer, the end token first.
         adds_bos: A prompt starts with the beginning-of-text token.
     """
 
@@ -58,6 +89,7 @@ class GgufVocabulary:
     pieces: list[str]
     kinds: list[int]
     special_ids: dict[str, int]
+    end_ids: list[int]
     adds_bos: bool
     adds_eos: bool
     metadata: Mapping[str, GgufValue]
@@ -83,11 +115,13 @@ def read_vocabulary(file: GgufFile) -> GgufVocabulary:
         raise ModelError(f"{file.path}: {len(pieces)} tokens but {len(kinds)} token types; pull the model again")
     if len(set(pieces)) != len(pieces):
         raise ModelError(f"{file.path}: its vocabulary has a token twice; pull the model again")
+    special_ids = _special_ids(file, len(pieces))
     return GgufVocabulary(
         model=str(model),
         pieces=pieces,
         kinds=kinds,
-        special_ids=_special_ids(file, len(pieces)),
+        special_ids={role: token_id for role, token_id in special_ids.items() if role != "eot_token"},
+        end_ids=_end_ids(pieces, kinds, special_ids),
         adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", model == "llama")),
         adds_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
         metadata=metadata,
@@ -101,20 +135,21 @@ def build_tokenizer(file: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
         ModelError: A way of cutting words that is not known here, or merges that do not fit the vocabulary.
     """
     tokenizer = _byte_level_bpe(file, vocabulary) if vocabulary.model == "gpt2" else _sentencepiece_bpe(file, vocabulary)
+    takes_space = vocabulary.model == "llama" and file.metadata.get("general.architecture") == "phi3"
+    plain = _PHI3_PLAIN_TOKENS if takes_space else vocabulary.pieces
+    pairs = list(zip(vocabulary.pieces, vocabulary.kinds, strict=True))
     tokenizer.add_special_tokens(
-        [_added(piece, special=True) for piece, kind in _pairs(vocabulary) if kind in (_CONTROL, _UNKNOWN)]
+        [_added(piece, special=True, rstrip=piece not in plain) for piece, kind in pairs if kind in (_CONTROL, _UNKNOWN)]
     )
-    tokenizer.add_tokens([_added(piece, special=False) for piece, kind in _pairs(vocabulary) if kind == _USER_DEFINED])
+    tokenizer.add_tokens(
+        [_added(piece, special=False, rstrip=piece not in plain) for piece, kind in pairs if kind == _USER_DEFINED]
+    )
     _add_post_processor(tokenizer, vocabulary)
     return tokenizer
 
 
-def _pairs(vocabulary: GgufVocabulary) -> list[tuple[str, int]]:
-    return list(zip(vocabulary.pieces, vocabulary.kinds, strict=True))
-
-
-def _added(piece: str, *, special: bool) -> AddedToken:
-    return AddedToken(piece, single_word=False, lstrip=False, rstrip=False, normalized=False, special=special)
+def _added(piece: str, *, special: bool, rstrip: bool) -> AddedToken:
+    return AddedToken(piece, single_word=False, lstrip=False, rstrip=rstrip, normalized=False, special=special)
 
 
 def _byte_level_bpe(file: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
@@ -128,6 +163,8 @@ def _byte_level_bpe(file: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
     cutting = str(vocabulary.metadata.get("tokenizer.ggml.pre"))
     vocab = {piece: token_id for token_id, piece in enumerate(vocabulary.pieces)}
     tokenizer = Tokenizer(_bpe(file, vocab=vocab, merges=merges, ignore_merges=cutting in _WHOLE_WORD_NAMES))
+    if cutting in _COMPOSING_NAMES:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _word_cutter(file, cutting)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -213,7 +250,7 @@ def _add_post_processor(tokenizer: Tokenizer, vocabulary: GgufVocabulary) -> Non
 
 def _special_ids(file: GgufFile, num_tokens: int) -> dict[str, int]:
     ids: dict[str, int] = {}
-    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+    for role, key in _ROLES.items():
         name = f"tokenizer.ggml.{key}_token_id"
         token_id = file.metadata.get(name)
         if token_id is None:
@@ -222,6 +259,13 @@ def _special_ids(file: GgufFile, num_tokens: int) -> dict[str, int]:
             raise ModelError(f"{file.path}: {name} is {token_id!r}, not a token from 0 to {num_tokens - 1}; pull the model again")
         ids[role] = token_id
     return ids
+
+
+def _end_ids(pieces: list[str], kinds: list[int], special_ids: Mapping[str, int]) -> list[int]:
+    """The end token, the file's own end of a turn, and those known by their text, each once."""
+    named = [special_ids[role] for role in ("eos_token", "eot_token") if role in special_ids]
+    known = [index for index, piece in enumerate(pieces) if piece in _TURN_ENDS and kinds[index] in (_CONTROL, _USER_DEFINED)]
+    return list(dict.fromkeys([*named, *known]))
 
 
 def _list_of(file: GgufFile, key: str, kind: type[_Item]) -> list[_Item]:

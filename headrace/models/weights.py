@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.errors import ModelError
-from headrace.models import gguf_llama
+from headrace.models.gguf_architectures import architecture_of, restore_row_order
 from headrace.models.gguf_file import GgufFile
 from headrace.models.model_config import CONFIG_FILE, read_json_object
 from headrace.models.quantization_config import read_scheme
@@ -77,7 +77,8 @@ class Weights(ABC):
 class _GgufWeights(Weights):
     def __init__(self, file: GgufFile) -> None:
         self._file = file
-        self._gguf_names = gguf_llama.hf_tensor_names(file)
+        self._architecture = architecture_of(file)
+        self._gguf_names = self._architecture.hf_tensor_names(file)
         # At once, so that a start fails before it has loaded half a model.
         file.check_types(self._gguf_names.values())
 
@@ -95,6 +96,9 @@ class _GgufWeights(Weights):
     def load(self, name: str) -> npt.NDArray[Any]:
         gguf_name = self._gguf_name(name)
         values = self._file.unpack(gguf_name, self._file.packed(gguf_name))
+        offset = self._architecture.offset_of(gguf_name)
+        if offset:
+            values = self._without_offset(gguf_name, values, offset)
         return self._in_hf_order(gguf_name, values)
 
     def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
@@ -105,8 +109,16 @@ class _GgufWeights(Weights):
         return np.array(self._in_hf_order(gguf_name, rows))
 
     def _in_hf_order(self, gguf_name: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        num_heads = gguf_llama.num_rotary_heads(self._file.metadata, gguf_name)
-        return rows if num_heads is None else gguf_llama.restore_row_order(rows, num_heads=num_heads)
+        num_heads = self._architecture.num_interleaved_heads(self._file, gguf_name)
+        return rows if num_heads is None else restore_row_order(rows, num_heads=num_heads)
+
+    def _without_offset(self, gguf_name: str, values: npt.NDArray[Any], offset: float) -> npt.NDArray[Any]:
+        type_name = self._file.tensors[gguf_name].type_name
+        if type_name != "F32":
+            # Taking 1 off what was rounded after it was added would leave few digits.
+            raise ModelError(f"{self._file.path}: tensor {gguf_name} is {type_name}; norms are read as F32 only: take another file")
+        values -= np.float32(offset)
+        return values
 
     def _gguf_name(self, name: str) -> str:
         if name not in self._gguf_names:

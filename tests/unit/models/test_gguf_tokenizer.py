@@ -47,6 +47,42 @@ def test_llama3_words_cut_numbers_in_threes_and_take_whole_words(llama_builder, 
     assert tokens(build(llama_builder, tmp_path), "whole") == ["whole"]
 
 
+WORDS = {
+    "dbrx": ["camelCase", "'s", " ", " x", " ", "123", "4", "!\n", "y"],
+    "qwen2": ["camelCase", "'s", " ", " x", " ", "1", "2", "3", "4", "!\n", "y"],
+    "gpt-4o": ["camel", "Case's", " ", " x", " ", "123", "4", "!\n", "y"],
+    "tekken": ["camel", "Case", "'s", " ", " x", " ", "1", "2", "3", "4", "!\n", "y"],
+}
+
+
+@pytest.mark.parametrize("cutting", WORDS)
+def test_words_are_cut_as_the_file_says(cutting, llama_builder, tmp_path):
+    llama_builder.metadata["tokenizer.ggml.pre"] = cutting
+    tokenizer = build(llama_builder, tmp_path)
+    cut = tokenizer.pre_tokenizer.pre_tokenize_str("camelCase's  x 1234!\ny")
+    assert [word.replace("Ġ", " ").replace("Ċ", "\n") for word, _ in cut] == WORDS[cutting]
+
+
+def test_qwen_composes_characters_and_others_do_not(llama_builder, tmp_path):
+    for cutting, expected in (("qwen2", "\u00e9"), ("llama-bpe", "e\u0301")):
+        llama_builder.metadata["tokenizer.ggml.pre"] = cutting
+        tokenizer = build(llama_builder, tmp_path)
+        assert tokenizer.decode(tokenizer.encode("e\u0301").ids) == expected
+
+
+def test_whatever_ends_a_turn_ends_an_answer(llama_builder, tmp_path):
+    metadata = llama_builder.metadata
+    extra = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"]
+    first = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += extra
+    # One that is plain text ends nothing.
+    metadata["tokenizer.ggml.token_type"] += [3, 4, 1]
+    metadata["tokenizer.ggml.eot_token_id"] = first
+    vocabulary = read_vocabulary(GgufFile(llama_builder.write(tmp_path / "a.gguf")))
+    assert vocabulary.end_ids == [0, first, first + 1]
+    assert "eot_token" not in vocabulary.special_ids
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40))
 def test_byte_level_text_survives_the_round_trip(text, llama_builder, tmp_path):
@@ -126,6 +162,18 @@ def test_text_that_looks_like_the_name_of_a_byte_is_text(gguf_builder, tmp_path)
     assert tokens(build(gguf_builder, tmp_path), "<0x41>") == ["<s>", "<0x41", ">"]
 
 
+def test_phi3s_special_tokens_take_in_the_space_after_them(gguf_builder, tmp_path):
+    spm_builder(gguf_builder, prefix=False)
+    metadata = gguf_builder.metadata
+    metadata["tokenizer.ggml.tokens"] += ["<|user|>", "<|endoftext|>"]
+    metadata["tokenizer.ggml.scores"] += [-1000.0, -1000.0]
+    metadata["tokenizer.ggml.token_type"] += [3, 3]
+    text = "<|user|> a<|endoftext|> a"
+    assert tokens(build(gguf_builder, tmp_path), text)[1:] == ["<|user|>", "▁a", "<|endoftext|>", "▁a"]
+    metadata["general.architecture"] = "phi3"
+    assert tokens(build(gguf_builder, tmp_path), text)[1:] == ["<|user|> ", "a", "<|endoftext|>", "▁a"]
+
+
 def test_sentencepiece_starts_with_the_beginning_token_by_default(gguf_builder, tmp_path):
     assert tokens(build(spm_builder(gguf_builder), tmp_path), "the") == ["<s>", "▁the"]
 
@@ -133,7 +181,7 @@ def test_sentencepiece_starts_with_the_beginning_token_by_default(gguf_builder, 
 BAD = {
     "other model": ({"tokenizer.ggml.model": "wordpiece"}, "'wordpiece' is not supported"),
     "no model": ({"tokenizer.ggml.model": None}, "tokenizer None is not supported"),
-    "unknown words": ({"tokenizer.ggml.pre": "tekken"}, "'tekken' is not supported"),
+    "unknown words": ({"tokenizer.ggml.pre": "chatglm-bpe"}, "'chatglm-bpe' is not supported"),
     "words not named": ({"tokenizer.ggml.pre": None}, "'None' is not supported"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "tokens is missing"),
     "tokens of another kind": ({"tokenizer.ggml.tokens": [1, 2]}, "not a list of str"),
