@@ -22,10 +22,16 @@ _HTTP_OK = 200
 
 
 class LoadClient:
-    """Sends requests of one run to one endpoint."""
+    """Sends requests of one run to one endpoint.
 
-    def __init__(self, session: aiohttp.ClientSession, *, base_url: str, endpoint: Endpoint, sampling: Sampling) -> None:
+    A stream must end in `data: [DONE]`; with `needs_done` false, for a server that sends none, a finish reason will do.
+    """
+
+    def __init__(
+        self, session: aiohttp.ClientSession, *, base_url: str, endpoint: Endpoint, sampling: Sampling, needs_done: bool = True
+    ) -> None:
         self._session = session
+        self._needs_done = needs_done
         # A base URL is given with `/v1` (as to OpenAI's own clients) or without; both mean the same server.
         self._url = base_url.rstrip("/").removesuffix("/v1") + endpoint.path
         self._endpoint = endpoint
@@ -39,7 +45,7 @@ class LoadClient:
             async with self._session.post(self._url, data=body, headers={"content-type": "application/json"}) as response:
                 if response.status != _HTTP_OK:
                     raise ChunkError(f"http_{response.status}", _error_text(await response.read()))
-                await _read_stream(response, record)
+                await _read_stream(response, record, needs_done=self._needs_done)
         except ChunkError as error:
             record.error_kind, record.error_message = error.kind, str(error)
         except SseError as error:
@@ -89,7 +95,7 @@ async def open_session(*, api_key: str | None, timeout_s: float, new_connections
         yield session
 
 
-async def _read_stream(response: aiohttp.ClientResponse, record: RequestRecord) -> None:
+async def _read_stream(response: aiohttp.ClientResponse, record: RequestRecord, *, needs_done: bool) -> None:
     parser = SseParser()
     is_done = False
     async for piece in response.content.iter_any():
@@ -99,7 +105,7 @@ async def _read_stream(response: aiohttp.ClientResponse, record: RequestRecord) 
                 is_done = True
             else:
                 apply_chunk(record, event.data, now_ns=now_ns)
-    if not is_done:
+    if not is_done and (needs_done or record.finish_reason is None):
         raise ChunkError("truncated", "the stream ended before data: [DONE]")
 
 

@@ -24,12 +24,13 @@ class FakeOpenAI:
     `mute` (a first chunk, then nothing, ever).
     """
 
-    def __init__(self, *, num_template_tokens: int = 1) -> None:
+    def __init__(self, *, num_template_tokens: int = 1, sends_done: bool = True) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.authorizations: list[str | None] = []
         self.num_open = 0
         self.num_open_max = 0
         self._num_template_tokens = num_template_tokens
+        self._sends_done = sends_done
 
     def application(self) -> web.Application:
         """The aiohttp application to serve."""
@@ -74,7 +75,8 @@ class FakeOpenAI:
         await _write(response, {"choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": reason}]})
         if model != "no-usage":
             await _write(response, {"choices": [], "usage": self._usage(body, num_tokens)})
-        await response.write(b"data: [DONE]\n\n")
+        if self._sends_done:
+            await response.write(b"data: [DONE]\n\n")
         return response
 
     def _usage(self, body: dict[str, Any], num_tokens: int) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def apply_chunk(record: RequestRecord, data: bytes, *, now_ns: int) -> None:
     if any(_has_text(choice) for choice in choices):
         record.chunk_times_ns.append(now_ns)
     for choice in choices:
+        if text := choice.get("text"):
+            record.pieces.append(str(text))
         record.finish_reason = choice.get("finish_reason") or record.finish_reason
     if usage := chunk.get("usage"):
         record.usage_prompt_tokens = usage.get("prompt_tokens")

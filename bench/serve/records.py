@@ -20,8 +20,8 @@ class RequestSpec:
 class RequestRecord:
     """One request as the client saw it.
 
-    `chunk_times_ns` holds the arrival of every chunk that carried output text. `usage_*` are the server's own counts, `None` where
-    it sent none. `error_kind` is `None` for a request that ended well.
+    `chunk_times_ns` holds the arrival of every chunk that carried output text, `pieces` the text of completions. `usage_*` are the
+    server's own counts, `None` where it sent none. `error_kind` is `None` for a request that ended well.
     """
 
     index: int
@@ -29,6 +29,7 @@ class RequestRecord:
     ended_ns: int = 0
     late_ns: int = 0
     chunk_times_ns: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     usage_prompt_tokens: int | None = None
     usage_output_tokens: int | None = None
     usage_cached_tokens: int | None = None
@@ -45,6 +46,11 @@ class RequestRecord:
     def num_output_tokens(self) -> int:
         """The server's count, or else the number of chunks that carried text."""
         return len(self.chunk_times_ns) if self.usage_output_tokens is None else self.usage_output_tokens
+
+    @property
+    def text(self) -> str:
+        """The output of a completion; kept for who goes on with it, and never written to a result."""
+        return "".join(self.pieces)
 
     @property
     def ttft_ms(self) -> float | None:

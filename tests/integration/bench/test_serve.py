@@ -56,6 +56,19 @@ async def send_one(
     return await client.send(RequestSpec(index=0, prompt="three little words", num_output_tokens=5))
 
 
+@pytest.mark.parametrize(("needs_done", "error"), [(True, "truncated"), (False, None)])
+async def test_a_stream_without_done_is_whole_only_where_none_is_expected(
+    session: aiohttp.ClientSession, needs_done: bool, error: str | None
+) -> None:
+    sampling = Sampling(model="ok")
+    async with TestServer(FakeOpenAI(sends_done=False).application(), port=0) as server:
+        base_url = str(server.make_url(""))
+        client = LoadClient(session, base_url=base_url, endpoint=Endpoint.COMPLETIONS, sampling=sampling, needs_done=needs_done)
+        record = await client.send(RequestSpec(index=0, prompt="one", num_output_tokens=3))
+    assert record.error_kind == error
+    assert record.text == " word word word"
+
+
 def quiet(_: str) -> None:
     """Progress that nobody reads."""
 

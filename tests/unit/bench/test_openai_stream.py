@@ -63,6 +63,12 @@ def test_without_usage_chunks_are_counted() -> None:
     assert applied({"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}).num_output_tokens == 2
 
 
+def test_the_text_of_a_completion_is_kept_and_is_in_no_result() -> None:
+    record = applied({"choices": [{"text": "se"}]}, {"choices": [{"text": "cret"}]}, {"choices": [{"text": ""}]})
+    assert record.text == "secret"
+    assert "secret" not in json.dumps(record.as_json(origin_ns=0))
+
+
 @pytest.mark.parametrize(
     ("data", "kind", "says"),
     [
