@@ -10,8 +10,12 @@ BIN := .venv/bin
 MODEL ?= smollm2-135m-instruct
 # Where pip finds torch's CPU build; empty takes torch from pip's own index (on Linux the CUDA build).
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+# Where bench-peers keeps the other servers (some 8 GB), how often it measures each workload, and what share of its requests it sends.
+PEERS_ROOT ?= ~/.cache/headrace/peers
+ROUNDS ?= 2
+SCALE ?= 1
 
-.PHONY: help setup up test lint typecheck proto check fmt kernels-report bench compose-test clean
+.PHONY: help setup up test lint typecheck proto check fmt kernels-report bench bench-peers compose-test clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +55,10 @@ kernels-report: setup ## compile every kernel for every GPU architecture and wri
 
 bench: setup ## measure the server at 127.0.0.1:8000: TTFT, ITL, throughput (start it first: make up)
 	@exec $(BIN)/headrace bench serve --model $(MODEL) --concurrency 1,4,16 --num-requests 16 --ignore-eos --worker-metrics http://127.0.0.1:9103/metrics
+
+bench-peers: setup ## measure ours beside vLLM, llama.cpp, OpenVINO and transformers, set up first (8 GB; ROUNDS=2 SCALE=1)
+	@$(BIN)/python -m bench.peers setup --root '$(PEERS_ROOT)' --torch-index '$(TORCH_INDEX_URL)'
+	@exec $(BIN)/python -m bench.peers run --root '$(PEERS_ROOT)' --rounds $(ROUNDS) --scale $(SCALE)
 
 compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs Docker)
 	@tools/docker_engine.sh

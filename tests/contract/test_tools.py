@@ -28,6 +28,7 @@ TARGETS = [
     "fmt",
     "kernels-report",
     "bench",
+    "bench-peers",
     "compose-test",
     "clean",
 ]
