@@ -48,7 +48,7 @@ class CompileCase:
         config: Warps and stages.
         unaligned: Arguments that need not be divisible by 16. A launch specialises pointers and integers that are, and for most
             that is so (addresses from torch's allocator, strides of whole heads); counts and lengths belong here.
-        is_hot: Runs in every layer of every decode step: a spilled register is an error.
+        is_hot: Runs in every layer of a step: a spilled register is an error.
     """
 
     label: str

@@ -35,9 +35,9 @@ def interpreter() -> Iterator[None]:
 with interpreter():
     import triton  # noqa: F401 (its own functions are interpreted or compiled from its import on)
 
-    from kernels.interpreting import install_roundings
+    from kernels.interpreting import prepare_interpreter
 
-    install_roundings()
+    prepare_interpreter()
 
 
 @pytest.hookimpl(wrapper=True)

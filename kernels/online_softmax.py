@@ -1,0 +1,61 @@
+"""Attention block by block, in Triton: what the attention kernels share.
+
+Scores are kept times log2(e), so that powers of two serve; the running state of a query is the largest score so far, the sum of
+powers less it, and the values weighted likewise. A block of which a query sees nothing leaves its state as it was, bit for bit.
+
+Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); Dao et al., FlashAttention (2022).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def score(queries, keys, scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
+    """Compute scores times log2(e), float32 `[M, N]`, of `queries: [M, D]` and `keys: [D, N]`."""
+    scores = tl.dot(queries, keys, input_precision="ieee") * scale
+    if HAS_SOFT_CAP:
+        # tanh z = 1 - 2 / (1 + exp 2z), with exp kept finite: tanh 20 is 1 in float32.
+        doubled = tl.minimum(2.0 * scores / soft_cap, 40.0)
+        scores = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp(doubled)))
+    return scores * LOG2_E
+
+
+@triton.jit
+def absorb(scores, is_visible, values, maximum, total, weighted):
+    """Take one block in.
+
+    Args:
+        scores: float32 `[M, N]`.
+        is_visible: `[M, N]`, or of a shape that broadcasts to it.
+        values: `[N, D]`; finite where nobody sees them too.
+        maximum: float32 `[M]`.
+        total: float32 `[M]`.
+        weighted: float32 `[M, D]`.
+
+    Returns:
+        The new `maximum`, `total` and `weighted`.
+    """
+    scores = tl.where(is_visible, scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    # A query that has seen nothing yet: anything finite keeps its powers at 0.
+    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    powers = tl.exp2(scores - reference[:, None])
+    shrink = tl.exp2(maximum - reference)
+    total = total * shrink + tl.sum(powers, axis=1)
+    weighted = weighted * shrink[:, None]
+    weighted = tl.dot(powers.to(values.dtype), values, weighted, input_precision="ieee")
+    return new_maximum, total, weighted
+
+
+@triton.jit
+def add_sink(sink, maximum, total):
+    """Let a sink take its share; gives the new largest score, the new sum, and what the weighted values must be multiplied by."""
+    sink = sink * LOG2_E
+    new_maximum = tl.maximum(maximum, sink)
+    shrink = tl.exp2(maximum - new_maximum)
+    return new_maximum, total * shrink + tl.exp2(sink - new_maximum), shrink
