@@ -4,6 +4,8 @@
 # of each image. All is installed into /opt/venv, which has no pip of its own: the base image's pip fills it.
 
 FROM python:3.11-slim-bookworm AS wheel
+# For the native CPU kernels; it stays in this stage.
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ >/dev/null && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY proto proto
@@ -11,7 +13,7 @@ COPY headrace headrace
 COPY services services
 COPY kernels kernels
 COPY bench bench
-RUN python3 -m pip --disable-pip-version-check wheel --quiet --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN HEADRACE_NATIVE=require python3 -m pip --disable-pip-version-check wheel --quiet --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM python:3.11-slim-bookworm AS base
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp headrace \

@@ -20,7 +20,7 @@ SCALE ?= 1
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: .venv/.setup .venv/.proto ## make .venv and install everything into it; quick when nothing changed
+setup: .venv/.setup .venv/.proto .venv/.native ## make .venv and install everything into it; quick when nothing changed
 	@:
 
 up: setup ## install, fetch the default model if it is missing, and serve it on 127.0.0.1:8000 (Ctrl-C stops)
@@ -65,7 +65,7 @@ compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs
 	$(BIN)/pytest -m compose tests/compose
 
 clean: ## remove .venv, builds, caches and generated code; keeps models
-	rm -rf .venv build dist headrace/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
+	rm -rf .venv build dist headrace/v1 kernels/cpu/*.so kernels/cpu/*.so.stamp .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.python:
@@ -75,6 +75,10 @@ clean: ## remove .venv, builds, caches and generated code; keeps models
 
 .venv/.setup: .venv/.python pyproject.toml constraints.txt hatch_build.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -c constraints.txt $$($(BIN)/python tools/torch_index.py '$(TORCH_INDEX_URL)')
+	@touch $@
+
+.venv/.native: .venv/.setup kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
+	@$(BIN)/python kernels/cpu/build.py --where-possible
 	@touch $@
 
 .venv/.proto: .venv/.setup $(wildcard proto/headrace/v1/*.proto)

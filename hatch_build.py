@@ -1,15 +1,21 @@
-"""The build hook: compiles proto/headrace/v1/*.proto into headrace/v1 whenever a wheel or an editable install is built.
+"""The build hook: compiles proto/headrace/v1/*.proto into headrace/v1, and kernels/cpu/src into a library beside it, whenever a
+wheel or an editable install is built.
 
 It is the only place that runs the protobuf compiler. `python hatch_build.py` (that is, `make proto`) does the same by hand.
 What it writes is ignored by git, carried by the wheel, and left out of the sdist, whose wheel is built by this same hook.
+
+The native library needs a C++ compiler. Without one the build goes on, and the worker computes with torch; HEADRACE_NATIVE=require
+makes that an error, HEADRACE_NATIVE=off builds none.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import tomllib
 from pathlib import Path
@@ -22,8 +28,16 @@ COMPILER = "grpcio-tools"
 COMPILE_TIMEOUT_S = 120
 
 
+NATIVE = Path("kernels", "cpu")
+NATIVE_VARIABLE = "HEADRACE_NATIVE"
+
+
 class ProtoError(Exception):
     """The protos could not be compiled; the text says what to do."""
+
+
+class NativeError(Exception):
+    """The native library was asked for and could not be built; the text says what to do."""
 
 
 def compiler_pin(root: Path) -> str:
@@ -102,17 +116,60 @@ def compile_protos(root: Path) -> list[str]:
         return install_files(made, root / PACKAGE)
 
 
+def build_native(root: Path) -> str | None:
+    """Build the native CPU library in its place.
+
+    Args:
+        root: The project directory.
+
+    Returns:
+        None, or why there is none.
+
+    Raises:
+        NativeError: It does not compile, or is required and there is no compiler, or the variable has another value.
+    """
+    wanted = os.environ.get(NATIVE_VARIABLE, "auto")
+    if wanted not in ("auto", "require", "off"):
+        raise NativeError(f"{NATIVE_VARIABLE} is {wanted!r}; it is auto, require or off")
+    if wanted == "off":
+        return f"{NATIVE_VARIABLE} is off"
+    spec = importlib.util.spec_from_file_location("headrace_native_build", root / NATIVE / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    compiler = build.find_compiler()
+    if compiler is None:
+        if wanted == "require":
+            raise NativeError("no C++ compiler for the native CPU kernels: install g++, or set CXX")
+        return "no C++ compiler (g++, or the one that CXX names)"
+    try:
+        build.build(root / NATIVE, compiler)
+    except build.BuildError as error:
+        raise NativeError(f"the native CPU kernels do not compile; {NATIVE_VARIABLE}=off builds without them.\n{error}") from error
+    return None
+
+
 class ProtoBuildHook(BuildHookInterface[Any]):
     """Hatchling's door to `compile_protos`; registered for wheels, editable ones included."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile before files are collected; a broken proto ends the build with the compiler's message and status 1."""
+        """Compile before files are collected; what does not compile ends the build with the compiler's message and status 1."""
         try:
             compile_protos(Path(self.root))
-        except ProtoError as error:
+            missing = build_native(Path(self.root))
+        except (ProtoError, NativeError) as error:
             self.app.abort(f"headrace: {error}")
+            return
+        if missing is None:
+            # The library is of this machine's kind, and of any Python.
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{platform}"
+        else:
+            self.app.display_warning(f"headrace: built without native CPU kernels: {missing}. The worker will compute with torch.")
 
 
 if __name__ == "__main__":

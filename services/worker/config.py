@@ -15,8 +15,13 @@ class Settings(Section):
     runner: Literal["model", "mock"] = Field(
         "model", description="model computes; mock invents tokens by a fixed rule and a time model, for load tests without a model."
     )
+    backend: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="What computes: native CPU kernels, which auto takes where they are built and know the model, or torch.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of weights, activations and KV; auto is bfloat16 where the CPU has it natively."
+        "auto",
+        description="Type of weights that are not quantised, and of KV; auto is bfloat16 where the CPU has it natively.",
     )
     num_ranks: int = Field(1, ge=1, description="Processes of the group; more than 1 is not supported yet.")
     num_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(

@@ -14,10 +14,13 @@ import torch
 
 from headrace.errors import ConfigError
 from headrace.models.model_config import ModelConfig, load_model_config
+from kernels.cpu.library import ISA_NAMES, NativeLibraryError, load_library
 from services.worker.attention.torch_cpu import TorchCpuAttention
 from services.worker.batch_inputs import Limits
 from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, plan_memory
 from services.worker.layers.linear import can_pack_bfloat16
+from services.worker.layers.native_ops import NativeNetwork, NativeOps, UnsupportedError
+from services.worker.layers.ops import Network
 from services.worker.layers.torch_ops import TorchNetwork, TorchOps
 from services.worker.model_runner import ModelRunner
 from services.worker.models.registry import build_model
@@ -34,12 +37,16 @@ class LoadOptions:
     """What the settings say of loading; units in the names.
 
     Attributes:
+        backend: `auto`, `native` or `torch`.
+        num_threads: Threads that compute.
         dtype: `auto`, `float32` or `bfloat16`.
         max_model_len: Longest sequence in tokens; None for the model's own.
         kv_cache_tokens: Leads over `kv_cache_bytes` where it is given.
     """
 
     directory: Path
+    backend: str
+    num_threads: int
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
@@ -54,6 +61,8 @@ class LoadReport:
     """What was decided."""
 
     config: ModelConfig
+    backend: str
+    backend_reason: str
     dtype: str
     dtype_reason: str
     memory: MemoryPlan
@@ -84,6 +93,25 @@ def choose_max_model_len(setting: int | None, config: ModelConfig) -> int:
     return setting
 
 
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """A model whose weights are loaded, before its KV pages are made.
+
+    Attributes:
+        name: `native` or `torch`.
+        reason: Why it was taken, for the log.
+        weight_bytes: Memory of the weights.
+        kv_dtype: Type of the pages.
+        make_network: Makes the pages, given their number and shape.
+    """
+
+    name: str
+    reason: str
+    weight_bytes: int
+    kv_dtype: torch.dtype
+    make_network: Callable[[int, PageShape], Network]
+
+
 def load_runner(
     options: LoadOptions, *, cpu_flags: frozenset[str], available_bytes: Callable[[], int], map_parts: MapParts = map
 ) -> tuple[ModelRunner, LoadReport]:
@@ -102,21 +130,17 @@ def load_runner(
     config = load_model_config(options.directory)
     max_model_len = choose_max_model_len(options.max_model_len, config)
     dtype_name, dtype_reason = choose_dtype(options.dtype, cpu_flags)
-    dtype = _DTYPES[dtype_name]
-    weights = WeightLoader(options.directory, dtype=dtype, map_parts=map_parts)
-    ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype))
-    model = build_model(config, ops, max_model_len=max_model_len)
-    weights.check_all_taken()
+    backend = _load_backend(options, config, _DTYPES[dtype_name], max_model_len=max_model_len, map_parts=map_parts)
     shape = PageShape(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         page_size=options.page_size,
-        dtype=dtype,
+        dtype=backend.kv_dtype,
     )
     memory = plan_memory(
         shape,
-        weight_bytes=weights.num_bytes,
+        weight_bytes=backend.weight_bytes,
         available_bytes=available_bytes(),
         kv_cache_bytes=options.kv_cache_bytes,
         kv_cache_tokens=options.kv_cache_tokens,
@@ -130,5 +154,61 @@ def load_runner(
         page_size=options.page_size,
         vocab_size=config.vocab_size,
     )
-    network = TorchNetwork(model, ops, KvCache(shape, num_pages=memory.num_pages))
-    return ModelRunner(network, limits), LoadReport(config=config, dtype=dtype_name, dtype_reason=dtype_reason, memory=memory)
+    runner = ModelRunner(backend.make_network(memory.num_pages, shape), limits)
+    report = LoadReport(
+        config=config,
+        backend=backend.name,
+        backend_reason=backend.reason,
+        dtype=dtype_name,
+        dtype_reason=dtype_reason,
+        memory=memory,
+    )
+    return runner, report
+
+
+def _load_backend(
+    options: LoadOptions, config: ModelConfig, dtype: torch.dtype, *, max_model_len: int, map_parts: MapParts
+) -> _Backend:
+    """Take the native kernels where they are built and can compute the model, unless the settings say otherwise."""
+    reason = "set"
+    if options.backend != "torch":
+        try:
+            return _load_native(options, config, max_model_len=max_model_len, map_parts=map_parts)
+        except (NativeLibraryError, UnsupportedError) as error:
+            if options.backend == "native":
+                raise ConfigError(f"worker.backend is native: {error}", param="worker.backend") from error
+            reason = str(error)
+    weights = WeightLoader(options.directory, dtype=dtype, map_parts=map_parts)
+    ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype))
+    model = build_model(config, ops, max_model_len=max_model_len)
+    weights.check_all_taken()
+
+    def make_network(num_pages: int, shape: PageShape) -> Network:
+        return TorchNetwork(model, ops, KvCache(shape, num_pages=num_pages))
+
+    return _Backend("torch", reason, weights.num_bytes, dtype, make_network)
+
+
+def _load_native(options: LoadOptions, config: ModelConfig, *, max_model_len: int, map_parts: MapParts) -> _Backend:
+    if options.dtype == "float32":
+        raise UnsupportedError("the native kernels keep keys and values in bfloat16, and worker.dtype is float32")
+    library = load_library()
+    # Quantised weights stay as they are; this is the type of all others.
+    weights = WeightLoader(options.directory, dtype=torch.bfloat16, map_parts=map_parts)
+    ops = NativeOps(library, weights)
+    model = build_model(config, ops, max_model_len=max_model_len)
+    weights.check_all_taken()
+    network = NativeNetwork(
+        library,
+        model,
+        ops,
+        page_size=options.page_size,
+        max_tokens=options.max_num_batched_tokens,
+        num_threads=options.num_threads,
+    )
+
+    def make_network(num_pages: int, shape: PageShape) -> Network:
+        network.make_pages(num_pages, shape.num_bytes // (shape.num_layers * shape.dtype.itemsize))
+        return network
+
+    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, make_network)

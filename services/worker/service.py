@@ -411,6 +411,8 @@ class WorkerService:
         num_threads = num_compute_threads(settings)
         options = LoadOptions(
             directory=self._context.model_directory,
+            backend=settings.backend,
+            num_threads=num_threads,
             dtype=settings.dtype,
             max_model_len=self._context.settings.model.max_model_len,
             max_num_seqs=settings.max_num_seqs,
@@ -429,11 +431,14 @@ class WorkerService:
             )
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(num_threads)
+        # Beside native kernels torch samples only, and its threads would wait where ours compute.
+        torch.set_num_threads(1 if report.backend == "native" else num_threads)
         loaded_ns = time.monotonic_ns()
         log.info(
             "model.loaded",
             directory=str(options.directory),
+            backend=report.backend,
+            backend_reason=report.backend_reason,
             dtype=report.dtype,
             dtype_reason=report.dtype_reason,
             num_threads=num_threads,

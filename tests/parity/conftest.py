@@ -130,11 +130,15 @@ class Driver:
         return outputs
 
 
-def _make_driver(directory: Path, *, dtype: str = "float32", page_size: int = 8, kv_cache_tokens: int = 4096) -> Driver:
+def _make_driver(
+    directory: Path, *, backend: str = "torch", dtype: str = "float32", page_size: int = 8, kv_cache_tokens: int = 4096
+) -> Driver:
     options = LoadOptions(
         directory=directory,
+        backend=backend,
+        num_threads=2,
         dtype=dtype,
-        max_model_len=256,
+        max_model_len=512,
         max_num_seqs=24,
         max_num_batched_tokens=1024,
         page_size=page_size,

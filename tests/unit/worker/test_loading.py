@@ -58,6 +58,8 @@ def write(directory: Path, weights: dict[str, np.ndarray[Any, Any]], **changes: 
 def load(directory: Path, **changes: Any) -> Any:
     values: dict[str, Any] = {
         "directory": directory,
+        "backend": "torch",
+        "num_threads": 1,
         "dtype": "float32",
         "max_model_len": None,
         "max_num_seqs": 2,

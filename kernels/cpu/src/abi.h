@@ -1,0 +1,180 @@
+// The C interface of the library, and what its parts share. Every pointer handed in must live as long as the program.
+//
+// A program is a list of operations over values. A value has one row for each token of a step, or for each sampled token; its
+// memory is a buffer, which values that do not live at the same time share. Rows are padded to 32 numbers.
+#pragma once
+
+#include <cstdint>
+
+namespace headrace {
+
+enum ValueKind : int32_t {
+  KIND_F32 = 0,
+  // int8 in groups of 32 with one scale each, as the products with integer codes want their input.
+  KIND_Q8 = 1,
+  KIND_BF16 = 2,
+};
+
+enum Domain : int32_t { DOMAIN_TOKENS = 0, DOMAIN_SAMPLED = 1 };
+
+// Matrices are packed in panels of 32 outputs, two blocks of 16 lanes, so that a product reads one stream of memory. A panel is:
+enum Format : int32_t {
+  // [k][2][16] float
+  FORMAT_F32 = 0,
+  // [k/2][2][16][2] bfloat16
+  FORMAT_BF16 = 1,
+  // [k/32] groups of: nibbles [2][4][16][4] (of quads of k: the low ones are the even quads), then scales, then minimums
+  FORMAT_Q4 = 2,
+  // [k/32] groups of: codes [2][8][16][4], then scales, then minimums
+  FORMAT_Q8 = 3,
+};
+
+enum Activation : int32_t { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_RELU = 3 };
+
+// A matrix [n, k] or a part of one, packed. Weight = scale * (code - zero), or scale * code + minimum where there are minimums.
+// Scales and minimums of a group of 32 codes: [2][32/group][16] float16 or float.
+struct Segment {
+  int32_t format;
+  int32_t n;
+  int32_t k;            // padded to 32
+  int32_t group;        // codes a scale: 16 or 32
+  int32_t half_scales;  // scales and minimums are float16
+  int32_t has_minimums;
+  int32_t zero;
+  int32_t out_offset;   // column of the first output
+  const void* data;
+};
+
+// Bytes of a panel of 32 outputs.
+inline int64_t unit_bytes(const Segment& segment) {
+  if (segment.format == FORMAT_F32) return (int64_t)segment.k * 128;
+  if (segment.format == FORMAT_BF16) return (int64_t)segment.k * 64;
+  const int64_t scales = 2 * (32 / segment.group) * 16 * (segment.half_scales ? 2 : 4) * (segment.has_minimums ? 2 : 1);
+  return segment.k / 32 * ((segment.format == FORMAT_Q4 ? 512 : 1024) + scales);
+}
+
+struct AttentionLayer {
+  int32_t layer;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t num_pairs;  // rotated pairs of a head; 0: no rotation
+  int32_t window;     // 0: all
+  float scale;
+  float soft_cap;  // 0: none
+  float norm_eps;
+  int32_t norm_spans_heads;
+  const float* cos;  // [positions][num_pairs]
+  const float* sin;
+  const float* q_norm;
+  const float* k_norm;
+  const float* sinks;
+};
+
+// One step; see StepTensors in services/worker/layers/ops.py.
+struct Step {
+  int64_t num_tokens;
+  int64_t num_rows;
+  int64_t num_sampled;
+  int64_t table_stride;
+  const int64_t* token_ids;
+  const int64_t* positions;
+  const int64_t* slot_mapping;
+  const int64_t* row_starts;
+  const int64_t* row_counts;
+  const int64_t* page_tables;
+  const int64_t* sampled_tokens;
+  float* logits;  // [num_sampled][logits_stride]
+  int64_t logits_stride;
+};
+
+// Rows of a value, whatever its kind.
+struct Rows {
+  int32_t kind;
+  int32_t width;   // numbers a row
+  int64_t stride;  // numbers from row to row
+  float* f32;
+  uint16_t* bf16;
+  // What belongs to a group lies by group, then by row, so that threads that make different groups write to different places.
+  int8_t* q8;
+  float* q8_scales;   // [stride/32][capacity][2]: the scale, and the scale times the sum of the group
+  int32_t* q8_sums;   // [stride/32][capacity][2]: sums of the half groups
+  int64_t capacity;   // rows
+};
+
+// Keys and values of one layer, bfloat16: [num_pages][num_kv_heads]{keys [head_dim/2][page_size][2], values [page_size/2][head_dim][2]}.
+struct Pages {
+  uint16_t* base;
+  int64_t page_stride;
+  int32_t page_size;
+};
+
+// Keys are attended to in chunks of this many, counted from the start of the sequence; a chunk's result does not depend on who else
+// is computed, and chunks are merged in order. So a token's result is the same in prefill, decode and any batch.
+constexpr int CHUNK = 128;
+
+// Rows (a token and one of the query heads that share a key-value head) attended to together.
+constexpr int ATTEND_ROWS = 12;
+
+// One piece of attention work: some rows of one sequence and key-value head over some chunks.
+struct AttendUnit {
+  int64_t row;         // of the step
+  int64_t first_token; // flat index of the row's first token
+  int32_t first;       // first (token, head) pair, counted within the row and the head group
+  int32_t count;
+  int32_t first_chunk;
+  int32_t end_chunk;
+  int64_t partial;     // where the result goes before it is merged; -1: straight to the output
+};
+
+constexpr int PARTIAL_HEAD = 16;  // floats before a partial's sums: maximum, weight; the rest is padding
+
+struct AttendContext {
+  const AttentionLayer* layer;
+  Pages pages;
+  const Step* step;
+  Rows queries;
+  Rows out;
+  float* partials;
+};
+
+// What a product does with its sums.
+struct LinearTarget {
+  const float* bias;  // by output column, or null
+  float scale;        // with `accumulate`: of what is added to the output
+  int32_t accumulate;
+  int32_t activation;
+};
+
+// What a build for one instruction set offers.
+struct Kernels {
+  const char* name;
+  void (*embed)(const Segment& table, const int64_t* ids, int64_t begin, int64_t end, float scale, const Rows& out);
+  void (*norm)(const Rows& in, const Rows& out, int64_t begin, int64_t end, const float* weight, const float* bias, float eps,
+               int is_layer_norm);
+  void (*pack)(const Rows& in, const Rows& out, int64_t begin, int64_t end);
+  void (*gated)(const Rows& in, const Rows& out, int64_t begin, int64_t end, int activation);
+  void (*activate)(const Rows& in, const Rows& out, int64_t begin, int64_t end, int activation);
+  void (*add)(const Rows& x, const Rows& y, int64_t begin, int64_t end, float scale);
+  void (*scale)(const Rows& x, int64_t begin, int64_t end, float scale);
+  void (*soft_cap)(const Rows& x, int64_t begin, int64_t end, float cap);
+  // Outputs [32 * unit, 32 * unit + 32) of a segment for rows [begin, end). `scratch` holds `scratch_bytes(k)`.
+  void (*linear)(const Segment& segment, int64_t unit, const Rows& in, const Rows& out, int64_t begin, int64_t end,
+                 const LinearTarget& target, uint8_t* scratch);
+  // activation(gate) * up for 32 outputs of both; `gates` holds 32 floats a row.
+  void (*gated_linear)(const Segment& gate, const Segment& up, int64_t unit, const Rows& in, const Rows& out, int64_t begin,
+                       int64_t end, const LinearTarget& target, uint8_t* scratch, float* gates);
+  void (*rotate_store)(const Rows& qkv, const Rows& queries, const AttentionLayer& layer, const Pages& pages, const Step& step,
+                       int64_t begin, int64_t end);
+  void (*attend)(const AttendContext& context, const AttendUnit& unit, int kv_head);
+  void (*merge)(const AttendContext& context, const AttendUnit* units, int64_t num_units, int kv_head);
+};
+
+inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 512) + 256; }
+
+const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_generic();
+
+}  // namespace headrace

@@ -1,0 +1,528 @@
+// Programs: building them through the C interface, and running them.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <vector>
+
+#include "abi.h"
+#include "threads.h"
+
+namespace headrace {
+namespace {
+
+enum OpKind { EMBED, NORM, PACK, LINEAR, GATED_LINEAR, GATED, ACTIVATE, ADD, SCALE, SOFT_CAP, GATHER, ROTATE_STORE, ATTEND, MERGE, NUM_OP_KINDS };
+
+struct Op {
+  OpKind kind;
+  int in = -1;
+  int out = -1;
+  int activation = 0;
+  int is_layer_norm = 0;
+  float number = 1.0f;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  std::vector<Segment> segments{};
+  LinearTarget target{};
+  AttentionLayer attention{};
+};
+
+struct Value {
+  int kind;
+  int width;
+  int domain;
+  int buffer;
+};
+
+int64_t padded(int64_t width) { return (width + 31) / 32 * 32; }
+
+// Numbers from row to row. Rows a multiple of a page apart would meet in the same places of a cache.
+int64_t stride_of(const Value& value) {
+  const int64_t stride = padded(value.width);
+  return value.kind == KIND_F32 && stride % 512 == 0 ? stride + 32 : stride;
+}
+
+int64_t row_bytes(const Value& value) {
+  const int64_t stride = stride_of(value);
+  if (value.kind == KIND_F32) return stride * 4;
+  if (value.kind == KIND_BF16) return stride * 2;
+  return stride + stride / 32 * 16;
+}
+
+// Not a power of two, whose multiples would meet in the same places of a cache.
+int64_t row_capacity(int64_t max_rows) { return (max_rows + 7) / 8 * 8 + 8; }
+
+// Work on attention of one step, for layers with one number of query heads a key-value head.
+struct AttendPlan {
+  int group;
+  // Units whose result goes straight to the output.
+  std::vector<AttendUnit> units;
+  // One unit a chunk, merged afterwards: `splits` are ranges of `units`.
+  struct Split {
+    int64_t first;
+    int64_t count;
+  };
+  std::vector<Split> splits;
+  int64_t num_partials = 0;
+};
+
+}  // namespace
+
+class Program {
+ public:
+  Program(const Kernels* kernels, int64_t max_tokens, int64_t max_sampled, int num_threads, int page_size)
+      : kernels_(kernels), max_rows_{max_tokens, max_sampled}, page_size_(page_size), team_(num_threads) {
+    scratch_.resize((size_t)team_.size(), nullptr);
+  }
+
+  ~Program() {
+    for (void* memory : buffers_) free(memory);
+    for (void* memory : scratch_) free(memory);
+    free(partials_);
+  }
+
+  int add_value(int kind, int width, int domain, int buffer) {
+    values_.push_back({kind, width, domain, buffer});
+    return (int)values_.size() - 1;
+  }
+
+  void add_op(Op op) { ops_.push_back(std::move(op)); }
+
+  const Value& value(int index) const { return values_[(size_t)index]; }
+
+  // Memory for all buffers; false when there is none.
+  bool finish(int logits) {
+    logits_ = logits;
+    std::vector<int64_t> sizes;
+    for (size_t i = 0; i < values_.size(); i++) {
+      const Value& value = values_[i];
+      if ((int)i == logits_) continue;
+      if ((size_t)value.buffer >= sizes.size()) sizes.resize((size_t)value.buffer + 1, 0);
+      int64_t& size = sizes[(size_t)value.buffer];
+      size = std::max(size, row_bytes(value) * row_capacity(max_rows_[value.domain]));
+    }
+    for (int64_t size : sizes) {
+      // The memory of the logits is the caller's.
+      if (size == 0) {
+        buffers_.push_back(nullptr);
+        continue;
+      }
+      void* memory = aligned_alloc(64, (size_t)((size + 63) / 64 * 64));
+      if (!memory) return false;
+      memset(memory, 0, (size_t)((size + 63) / 64 * 64));
+      buffers_.push_back(memory);
+    }
+    int64_t k = 32;
+    for (const Op& op : ops_) {
+      for (const Segment& segment : op.segments) k = std::max<int64_t>(k, segment.k);
+      if (op.kind == ATTEND) plan_for(op.attention);
+    }
+    // Unpacked weights, then gates of a gated product.
+    gates_offset_ = (scratch_bytes(k) + 63) / 64 * 64;
+    for (void*& memory : scratch_) {
+      memory = aligned_alloc(64, (size_t)(gates_offset_ + 128 * max_rows_[0]));
+      if (!memory) return false;
+    }
+    for (auto& set : counters_) {
+      for (int thread = 0; thread < team_.size(); thread++) set.emplace_back(ops_.size());
+    }
+    return true;
+  }
+
+  void set_pages(int layer, uint16_t* base, int64_t page_stride) {
+    if ((size_t)layer >= pages_.size()) pages_.resize((size_t)layer + 1, Pages{nullptr, 0, page_size_});
+    pages_[(size_t)layer] = {base, page_stride, page_size_};
+  }
+
+  bool run(const Step& step) {
+    if (step.num_tokens > max_rows_[0] || step.num_sampled > max_rows_[1]) return false;
+    step_ = step;
+    for (AttendPlan& plan : plans_) make_plan(plan);
+    int64_t partial_floats = 0;
+    for (const Op& op : ops_) {
+      if (op.kind != ATTEND) continue;
+      const AttendPlan& plan = plan_for(op.attention);
+      partial_floats = std::max<int64_t>(
+          partial_floats, plan.num_partials * op.attention.num_kv_heads * (op.attention.head_dim + PARTIAL_HEAD));
+    }
+    if (partial_floats > partials_capacity_) {
+      free(partials_);
+      partials_capacity_ = partial_floats + partial_floats / 2;
+      partials_ = (float*)aligned_alloc(64, (size_t)((partials_capacity_ * 4 + 63) / 64 * 64));
+      if (!partials_) {
+        partials_capacity_ = 0;
+        return false;
+      }
+    }
+    parity_ = 1 - parity_;
+    team_.run([](void* self, int id) { ((Program*)self)->work(id); }, this);
+    return true;
+  }
+
+  int num_threads() const { return team_.size(); }
+
+  // From now on, time each operation; `profile` gives nanoseconds so far by kind, and the number of kinds.
+  void start_profile() { nanoseconds_.assign(NUM_OP_KINDS, 0); }
+
+  int profile(int64_t* out) const {
+    for (size_t kind = 0; kind < nanoseconds_.size(); kind++) out[kind] = nanoseconds_[kind];
+    return (int)nanoseconds_.size();
+  }
+
+ private:
+  // In a line of its own.
+  struct alignas(64) Counter : std::atomic<int64_t> {
+    Counter() : std::atomic<int64_t>(0) {}
+  };
+
+  int64_t num_rows(int domain) const { return domain == DOMAIN_TOKENS ? step_.num_tokens : step_.num_sampled; }
+
+  Rows rows(int index) const {
+    const Value& value = values_[(size_t)index];
+    Rows out{};
+    out.kind = value.kind;
+    out.width = value.width;
+    out.stride = stride_of(value);
+    if (index == logits_) {
+      out.stride = step_.logits_stride;
+      out.f32 = step_.logits;
+      return out;
+    }
+    char* memory = (char*)buffers_[(size_t)value.buffer];
+    if (value.kind == KIND_F32) out.f32 = (float*)memory;
+    if (value.kind == KIND_BF16) out.bf16 = (uint16_t*)memory;
+    if (value.kind == KIND_Q8) {
+      const int64_t groups = out.stride / 32;
+      out.capacity = row_capacity(max_rows_[value.domain]);
+      out.q8_scales = (float*)memory;
+      out.q8_sums = (int32_t*)(out.q8_scales + 2 * out.capacity * groups);
+      out.q8 = (int8_t*)(out.q8_sums + 2 * out.capacity * groups);
+    }
+    return out;
+  }
+
+  AttendPlan& plan_for(const AttentionLayer& layer) {
+    const int group = layer.num_heads / layer.num_kv_heads;
+    for (AttendPlan& plan : plans_) {
+      if (plan.group == group) return plan;
+    }
+    plans_.push_back({});
+    plans_.back().group = group;
+    return plans_.back();
+  }
+
+  // Long rows first, so that no thread is left with one at the end. Rows of one token are split by chunks where there are too few of them
+  // to keep the threads busy; the result is the same either way.
+  void make_plan(AttendPlan& plan) {
+    plan.units.clear();
+    plan.splits.clear();
+    plan.num_partials = 0;
+    const bool is_split = step_.num_rows < 2 * team_.size();
+    int64_t first_token = 0;
+    for (int64_t row = 0; row < step_.num_rows; row++) {
+      const int64_t start = step_.row_starts[row], count = step_.row_counts[row];
+      const int64_t pairs = count * plan.group;
+      const int32_t all_chunks = (int32_t)((start + count - 1) / CHUNK + 1);
+      const bool by_chunks = is_split && all_chunks > 1 && pairs <= ATTEND_ROWS;
+      if (by_chunks) {
+        plan.splits.push_back({(int64_t)plan.units.size(), all_chunks});
+        for (int32_t chunk = 0; chunk < all_chunks; chunk++) {
+          plan.units.push_back({row, first_token, 0, (int32_t)pairs, chunk, chunk + 1, plan.num_partials});
+          plan.num_partials += pairs;
+        }
+      } else {
+        for (int64_t first = (pairs - 1) / ATTEND_ROWS * ATTEND_ROWS; first >= 0; first -= ATTEND_ROWS) {
+          const int64_t size = std::min<int64_t>(ATTEND_ROWS, pairs - first);
+          const int64_t last = start + (first + size - 1) / plan.group;
+          plan.units.push_back({row, first_token, (int32_t)first, (int32_t)size, 0, (int32_t)(last / CHUNK + 1), -1});
+        }
+      }
+      first_token += count;
+    }
+  }
+
+  // Calls `body(begin, end)` for ranges of [0, count) that together are all of it. Each thread has a part of its own, the same in every
+  // step, so that what it writes stays in its cache; when it is done it takes from the others' parts. Ranges begin at multiples of `unit`.
+  template <class Body>
+  void share(size_t op, int id, int64_t count, int64_t unit, Body body) {
+    const int64_t size = team_.size(), num_units = (count + unit - 1) / unit;
+    for (int64_t turn = 0; turn < size; turn++) {
+      const int64_t part = (id + turn) % size, first = num_units * part / size, last = num_units * (part + 1) / size;
+      // Small enough to share the end of the work, large enough to be worth the counter.
+      const int64_t grain = std::max<int64_t>(1, (last - first) / 16);
+      Counter& counter = counters_[parity_][(size_t)part][op];
+      for (;;) {
+        if (turn > 0 && counter.load(std::memory_order_relaxed) >= last - first) break;
+        const int64_t begin = first + counter.fetch_add(grain, std::memory_order_relaxed);
+        if (begin >= last) break;
+        body(begin * unit, std::min(std::min(begin + grain, last) * unit, count));
+      }
+    }
+  }
+
+  void work(int id) {
+    // Nobody looks at the other set of counters in this step.
+    for (Counter& counter : counters_[1 - parity_][(size_t)id]) counter.store(0, std::memory_order_relaxed);
+    const bool is_timed = id == 0 && !nanoseconds_.empty();
+    int64_t begin = is_timed ? now() : 0;
+    for (size_t i = 0; i < ops_.size(); i++) {
+      execute(i, id);
+      if (i + 1 < ops_.size()) team_.barrier();
+      if (is_timed) {
+        const int64_t end = now();
+        nanoseconds_[ops_[i].kind] += end - begin;
+        begin = end;
+      }
+    }
+  }
+
+  static int64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+  }
+
+  void execute(size_t index, int id) {
+    const Op& op = ops_[index];
+    const Kernels& k = *kernels_;
+    const int domain = values_[(size_t)(op.out >= 0 ? op.out : op.in)].domain;
+    const int64_t count = num_rows(domain);
+    if (count == 0) return;
+    const Rows in = op.in >= 0 ? rows(op.in) : Rows{}, out = op.out >= 0 ? rows(op.out) : Rows{};
+    switch (op.kind) {
+      case EMBED:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.embed(op.segments[0], step_.token_ids, b, e, op.number, out); });
+        break;
+      case NORM:
+        share(index, id, count, 1,
+              [&](int64_t b, int64_t e) { k.norm(in, out, b, e, op.weight, op.bias, op.number, op.is_layer_norm); });
+        break;
+      case PACK:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.pack(in, out, b, e); });
+        break;
+      case LINEAR:
+      case GATED_LINEAR:
+        linear(index, id, in, out, count);
+        break;
+      case GATED:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.gated(in, out, b, e, op.activation); });
+        break;
+      case ACTIVATE:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.activate(in, out, b, e, op.activation); });
+        break;
+      case ADD:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.add(out, in, b, e, op.number); });
+        break;
+      case SCALE:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.scale(out, b, e, op.number); });
+        break;
+      case SOFT_CAP:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.soft_cap(out, b, e, op.number); });
+        break;
+      case GATHER:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) {
+          for (int64_t row = b; row < e; row++) {
+            memcpy(out.f32 + row * out.stride, in.f32 + step_.sampled_tokens[row] * in.stride, sizeof(float) * (size_t)in.stride);
+          }
+        });
+        break;
+      case ROTATE_STORE:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) {
+          k.rotate_store(in, out, op.attention, pages_[(size_t)op.attention.layer], step_, b, e);
+        });
+        break;
+      case NUM_OP_KINDS:
+        break;
+      case ATTEND:
+      case MERGE: {
+        const AttendPlan& plan = plan_for(op.attention);
+        const AttendContext context{&op.attention, pages_[(size_t)op.attention.layer], &step_, in, out, partials_};
+        const int64_t heads = op.attention.num_kv_heads;
+        const int64_t pieces = op.kind == ATTEND ? (int64_t)plan.units.size() : (int64_t)plan.splits.size();
+        share(index, id, pieces * heads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t piece = begin; piece < end; piece++) {
+          const int head = (int)(piece % heads);
+          if (op.kind == ATTEND) {
+            k.attend(context, plan.units[(size_t)(piece / heads)], head);
+          } else {
+            const AttendPlan::Split& split = plan.splits[(size_t)(piece / heads)];
+            k.merge(context, plan.units.data() + split.first, split.count, head);
+          }
+          }
+        });
+        break;
+      }
+    }
+  }
+
+  // Fewer rows than these are not worth unpacking a panel once more for.
+  static constexpr int64_t BLOCK_ROWS_MIN = 64;
+
+  void linear(size_t index, int id, const Rows& in, const Rows& out, int64_t count) {
+    const Op& op = ops_[index];
+    const bool is_gated = op.kind == GATED_LINEAR;
+    int64_t num_units = 0;
+    for (const Segment& segment : op.segments) num_units += (segment.n + 31) / 32;
+    if (is_gated) num_units /= 2;
+    // Many rows are shared by rows: a thread then meets its own rows in every operation. Few are shared by outputs.
+    int64_t num_blocks = std::clamp<int64_t>(count / BLOCK_ROWS_MIN, 1, team_.size());
+    const int64_t block_rows = (count + num_blocks - 1) / num_blocks;
+    // Two panels at a time: a line of packed outputs is 64 bytes.
+    const int64_t step_units = num_units % 2 == 0 && num_blocks == 1 ? 2 : 1;
+    auto* scratch = (uint8_t*)scratch_[(size_t)id];
+    share(index, id, num_units * num_blocks, step_units, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; piece++) {
+        int64_t unit = piece % num_units;
+        const int64_t first = piece / num_units * block_rows, last = std::min(count, first + block_rows);
+        if (is_gated) {
+          kernels_->gated_linear(op.segments[0], op.segments[1], unit, in, out, first, last, op.target, scratch,
+                                 (float*)(scratch + gates_offset_));
+          continue;
+        }
+        size_t s = 0;
+        while (unit >= (op.segments[s].n + 31) / 32) unit -= (op.segments[s++].n + 31) / 32;
+        kernels_->linear(op.segments[s], unit, in, out, first, last, op.target, scratch);
+      }
+    });
+  }
+
+  const Kernels* kernels_;
+  int64_t max_rows_[2];
+  int page_size_;
+  Team team_;
+  std::vector<Value> values_;
+  std::vector<Op> ops_;
+  std::vector<void*> buffers_;
+  std::vector<void*> scratch_;
+  std::vector<Pages> pages_;
+  std::vector<AttendPlan> plans_;
+  // By parity of the step, thread and operation.
+  std::vector<std::vector<Counter>> counters_[2];
+  int parity_ = 0;
+  float* partials_ = nullptr;
+  int64_t partials_capacity_ = 0;
+  int64_t gates_offset_ = 0;
+  int logits_ = -1;
+  std::vector<int64_t> nanoseconds_;
+  Step step_{};
+};
+
+}  // namespace headrace
+
+using namespace headrace;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The number of the interface: a library of another build is refused.
+EXPORT int32_t hr_abi_version() { return 1; }
+
+// The best instruction set of this CPU that is built in: 3 AVX-512 with BF16 and VNNI, 2 AVX-512 with VNNI, 1 AVX2, 0 any.
+EXPORT int32_t hr_best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool is_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  if (is_avx512 && __builtin_cpu_supports("avx512bf16")) return 3;
+  if (is_avx512) return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+  return 0;
+}
+
+EXPORT void* hr_program_new(int32_t isa, int64_t max_tokens, int64_t max_sampled, int32_t num_threads, int32_t page_size) {
+  const Kernels* kernels = kernels_generic();
+#if defined(__x86_64__)
+  if (isa == 1) kernels = kernels_avx2();
+  if (isa == 2) kernels = kernels_avx512();
+  if (isa == 3) kernels = kernels_avx512_bf16();
+#endif
+  return new Program(kernels, max_tokens, max_sampled, num_threads, page_size);
+}
+
+EXPORT void hr_program_free(void* program) { delete (Program*)program; }
+
+EXPORT int32_t hr_program_threads(void* program) { return ((Program*)program)->num_threads(); }
+
+EXPORT int32_t hr_value(void* program, int32_t kind, int32_t width, int32_t domain, int32_t buffer) {
+  return ((Program*)program)->add_value(kind, width, domain, buffer);
+}
+
+EXPORT int32_t hr_finish(void* program, int32_t logits) { return ((Program*)program)->finish(logits); }
+
+EXPORT void hr_set_pages(void* program, int32_t layer, void* base, int64_t page_stride) {
+  ((Program*)program)->set_pages(layer, (uint16_t*)base, page_stride);
+}
+
+EXPORT int32_t hr_run(void* program, const Step* step) { return ((Program*)program)->run(*step); }
+
+EXPORT void hr_start_profile(void* program) { ((Program*)program)->start_profile(); }
+
+EXPORT int32_t hr_profile(void* program, int64_t* nanoseconds) { return ((Program*)program)->profile(nanoseconds); }
+
+EXPORT void hr_embed(void* program, int32_t out, const Segment* table, float scale) {
+  Op op{EMBED};
+  op.out = out;
+  op.segments.push_back(*table);
+  op.number = scale;
+  ((Program*)program)->add_op(std::move(op));
+}
+
+EXPORT void hr_norm(void* program, int32_t in, int32_t out, const float* weight, const float* bias, float eps, int32_t is_layer_norm) {
+  Op op{NORM};
+  op.in = in;
+  op.out = out;
+  op.weight = weight;
+  op.bias = bias;
+  op.number = eps;
+  op.is_layer_norm = is_layer_norm;
+  ((Program*)program)->add_op(std::move(op));
+}
+
+EXPORT void hr_linear(void* program, int32_t in, int32_t out, const Segment* segments, int32_t num_segments, const float* bias,
+                      float scale, int32_t accumulate) {
+  Op op{LINEAR};
+  op.in = in;
+  op.out = out;
+  op.segments.assign(segments, segments + num_segments);
+  op.target = {bias, scale, accumulate, 0};
+  ((Program*)program)->add_op(std::move(op));
+}
+
+// `segments` are the gate and the other factor, of one size, a multiple of 32.
+EXPORT void hr_gated_linear(void* program, int32_t in, int32_t out, const Segment* segments, const float* bias, int32_t activation) {
+  Op op{GATED_LINEAR};
+  op.in = in;
+  op.out = out;
+  op.segments.assign(segments, segments + 2);
+  op.target = {bias, 1.0f, 0, activation};
+  ((Program*)program)->add_op(std::move(op));
+}
+
+// Operations with an input, an output and one number: PACK, GATED and ACTIVATE (the function), ADD (onto the output), SCALE, SOFT_CAP, GATHER.
+EXPORT int32_t hr_plain(void* program, int32_t kind, int32_t in, int32_t out, float number) {
+  static const OpKind kinds[] = {PACK, GATED, ACTIVATE, ADD, SCALE, SOFT_CAP, GATHER};
+  if (kind < 0 || kind >= (int32_t)(sizeof(kinds) / sizeof(kinds[0]))) return 0;
+  Op op{kinds[kind]};
+  op.in = in;
+  op.out = out;
+  op.number = number;
+  op.activation = (int)number;
+  ((Program*)program)->add_op(std::move(op));
+  return 1;
+}
+
+// Rotates and stores `qkv`, leaving the queries in `queries`, then attends into `out`.
+EXPORT void hr_attend(void* program, int32_t qkv, int32_t queries, int32_t out, const AttentionLayer* layer) {
+  Op op{ROTATE_STORE};
+  op.in = qkv;
+  op.out = queries;
+  op.attention = *layer;
+  ((Program*)program)->add_op(op);
+  op.in = queries;
+  op.out = out;
+  op.kind = ATTEND;
+  ((Program*)program)->add_op(op);
+  op.kind = MERGE;
+  ((Program*)program)->add_op(std::move(op));
+}

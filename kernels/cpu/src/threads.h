@@ -1,0 +1,129 @@
+// Threads that go through one list of operations side by side. Between operations they meet at a barrier; work inside an operation is
+// handed out by counters, so a thread whose core is taken away holds up no more than its last piece.
+//
+// Waiting: a short spin (the pieces of a step are microseconds), then giving the core away, so that the services that share it run.
+// Between steps threads sleep.
+#pragma once
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace headrace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Team {
+ public:
+  explicit Team(int size) : size_(size < 1 ? 1 : size) {
+    for (int id = 1; id < size_; id++) {
+      auto* start = new Start{this, id};
+      pthread_t thread;
+      if (pthread_create(&thread, nullptr, &Team::enter, start) != 0) {
+        delete start;
+        size_ = id;
+        break;
+      }
+      threads_.push_back(thread);
+    }
+  }
+
+  ~Team() {
+    body_ = nullptr;
+    wake();
+    for (pthread_t thread : threads_) pthread_join(thread, nullptr);
+  }
+
+  int size() const { return size_; }
+
+  // Every thread calls `body(argument, id)`; the caller is thread 0. Gives back when all have ended.
+  void run(void (*body)(void*, int), void* argument) {
+    body_ = body;
+    argument_ = argument;
+    if (size_ > 1) wake();
+    body(argument, 0);
+    barrier();
+  }
+
+  void barrier() {
+    if (size_ == 1) return;
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+      if (spins < SPINS) {
+        relax();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int SPINS = 2000;
+  static constexpr int SPINS_IDLE = 400;
+
+  struct Start {
+    Team* team;
+    int id;
+  };
+
+  void wake() {
+    epoch_.fetch_add(1, std::memory_order_release);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      syscall(SYS_futex, (uint32_t*)&epoch_, FUTEX_WAKE_PRIVATE, size_, nullptr, nullptr, 0);
+    }
+  }
+
+  static void* enter(void* argument) {
+    auto* start = (Start*)argument;
+    start->team->serve(start->id);
+    delete start;
+    return nullptr;
+  }
+
+  void serve(int id) {
+    uint32_t seen = 0;
+    for (;;) {
+      for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen; spins++) {
+        if (spins < SPINS_IDLE) {
+          relax();
+          continue;
+        }
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        syscall(SYS_futex, (uint32_t*)&epoch_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+        sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+      }
+      seen = epoch_.load(std::memory_order_acquire);
+      if (body_ == nullptr) return;
+      body_(argument_, id);
+      barrier();
+    }
+  }
+
+  int size_;
+  std::vector<pthread_t> threads_;
+  void (*body_)(void*, int) = nullptr;
+  void* argument_ = nullptr;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<uint32_t> sleepers_{0};
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+};
+
+}  // namespace headrace

@@ -1,0 +1,355 @@
+// Sixteen lanes, in intrinsics where the target has AVX-512, else in the compiler's own vectors. The rest of the kernels is written in these.
+// Nothing is contracted behind our back (-ffp-contract=off): one order of operations for every shape of a tile.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __mmask16 vm;
+
+INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+INLINE vf vset(float x) { return _mm512_set1_ps(x); }
+INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+INLINE vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vi viload(const void* p) { return _mm512_loadu_si512(p); }
+INLINE void vistore(void* p, vi x) { _mm512_storeu_si512(p, x); }
+INLINE vi viset(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vi vlow_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vi vhigh_nibbles(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+INLINE vf vload_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE vf vload_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE float vmaximum(vf a) { return _mm512_reduce_max_ps(a); }
+// Lanes whose index from `first` is in [low, high).
+INLINE vm vbetween(int32_t first, int32_t low, int32_t high) {
+  const vi index = _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  return _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(low)) & _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(high));
+}
+INLINE vf vselect(vm mask, vf a, vf b) { return _mm512_mask_blend_ps(mask, b, a); }
+// 2 ** n for whole n from -126 to 127.
+INLINE vf vexp2i(vf n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+INLINE void vstore_int8(int8_t* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
+
+// acc + four products a lane; codes are unsigned, `four` holds four signed bytes.
+template <int BITS>
+INLINE vi vdot4(vi acc, vi codes, int32_t four) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four));
+#else
+  const vi a = _mm512_set1_epi32(four), ones = _mm512_set1_epi16(1);
+  if (BITS <= 6) return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, a), ones));
+  // Pairs of products of whole bytes would not fit into 16 bits: by nibbles.
+  const vi low = _mm512_madd_epi16(_mm512_maddubs_epi16(vlow_nibbles(codes), a), ones);
+  const vi high = _mm512_madd_epi16(_mm512_maddubs_epi16(vhigh_nibbles(codes), a), ones);
+  return _mm512_add_epi32(acc, _mm512_add_epi32(low, _mm512_slli_epi32(high, 4)));
+#endif
+}
+
+// acc + two products of bfloat16 a lane.
+INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(acc, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int32_t)pair));
+#else
+  const vi p = _mm512_set1_epi32((int32_t)pair), high = _mm512_set1_epi32((int32_t)0xffff0000u);
+  acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)), acc);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(weights, high)), _mm512_castsi512_ps(_mm512_and_si512(p, high)), acc);
+#endif
+}
+
+INLINE void vstore_bf16(uint16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  const vi bits = _mm512_castps_si512(x);
+  const vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const vi rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  // Rounding would carry a NaN over into infinity or zero.
+  const vm nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const vi kept = _mm512_mask_set1_epi32(rounded, nan, 0x7fc00000);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+#endif
+}
+
+#elif defined(__AVX2__)
+
+// Two halves of eight lanes.
+struct vf { __m256 a, b; };
+struct vi { __m256i a, b; };
+typedef vi vm;
+
+INLINE vf vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+INLINE vf vset(float x) { const __m256 v = _mm256_set1_ps(x); return {v, v}; }
+INLINE vf vadd(vf x, vf y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+INLINE vf vsub(vf x, vf y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+INLINE vf vmul(vf x, vf y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+INLINE vf vdiv(vf x, vf y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+INLINE vf vfma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+INLINE vf vmax(vf x, vf y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+INLINE vf vmin(vf x, vf y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+INLINE vf vabs(vf x) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
+INLINE vf vround(vf x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+INLINE vi viload(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+INLINE void vistore(void* p, vi x) { _mm256_storeu_si256((__m256i*)p, x.a); _mm256_storeu_si256((__m256i*)p + 1, x.b); }
+INLINE vi viset(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v, v}; }
+INLINE vf vcvt(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+INLINE vi vlow_nibbles(vi x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+INLINE vi vhigh_nibbles(vi x) { return vlow_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+INLINE vf vload_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+INLINE __m256 widen_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE vf vload_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+INLINE float vsum(vf x) {
+  const __m256 h = _mm256_add_ps(x.a, x.b);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+INLINE float vmaximum(vf x) {
+  const __m256 h = _mm256_max_ps(x.a, x.b);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+INLINE __m256i between_half(int32_t first, int32_t low, int32_t high) {
+  const __m256i index = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), index), _mm256_cmpgt_epi32(_mm256_set1_epi32(high), index));
+}
+INLINE vm vbetween(int32_t first, int32_t low, int32_t high) { return {between_half(first, low, high), between_half(first + 8, low, high)}; }
+INLINE vf vselect(vm mask, vf x, vf y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(mask.a)), _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(mask.b))};
+}
+INLINE __m256 exp2i_half(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE vf vexp2i(vf n) { return {exp2i_half(n.a), exp2i_half(n.b)}; }
+INLINE void vstore_int8(int8_t* p, vf x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  // Packing works within halves: a0-3 b0-3 | a4-7 b4-7.
+  const __m256i bytes = _mm256_packs_epi16(words, words);
+  const __m256i order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(order));
+}
+INLINE __m256i dot4_half(__m256i codes, __m256i four, int bits) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if (bits <= 6) return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), ones);
+  // Pairs of products of whole bytes would not fit into 16 bits: by nibbles.
+  const __m256i mask = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_and_si256(codes, mask), high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask);
+  const __m256i l = _mm256_madd_epi16(_mm256_maddubs_epi16(low, four), ones);
+  const __m256i h = _mm256_madd_epi16(_mm256_maddubs_epi16(high, four), ones);
+  return _mm256_add_epi32(l, _mm256_slli_epi32(h, 4));
+}
+template <int BITS>
+INLINE vi vdot4(vi acc, vi codes, int32_t four) {
+  const __m256i f = _mm256_set1_epi32(four);
+  return {_mm256_add_epi32(acc.a, dot4_half(codes.a, f, BITS)), _mm256_add_epi32(acc.b, dot4_half(codes.b, f, BITS))};
+}
+INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
+  const __m256i p = _mm256_set1_epi32((int32_t)pair), high = _mm256_set1_epi32((int32_t)0xffff0000u);
+  const __m256 x = _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)), y = _mm256_castsi256_ps(_mm256_and_si256(p, high));
+  acc.a = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights.a, 16)), x, acc.a);
+  acc.b = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights.b, 16)), x, acc.b);
+  acc.a = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(weights.a, high)), y, acc.a);
+  acc.b = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(weights.b, high)), y, acc.b);
+  return acc;
+}
+INLINE __m128i narrow_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  // Rounding would carry a NaN over into infinity or zero.
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+INLINE void vstore_bf16(uint16_t* p, vf x) {
+  _mm_storeu_si128((__m128i*)p, narrow_bf16(x.a));
+  _mm_storeu_si128((__m128i*)(p + 8), narrow_bf16(x.b));
+}
+
+#else  // any CPU: the compiler's own vectors
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef vi vm;
+typedef uint16_t v16 __attribute__((vector_size(32)));
+
+INLINE vf vload(const float* p) { vf x; memcpy(&x, p, 64); return x; }
+INLINE void vstore(float* p, vf x) { memcpy(p, &x, 64); }
+INLINE vf vset(float x) { return vf{} + x; }
+INLINE vf vadd(vf a, vf b) { return a + b; }
+INLINE vf vsub(vf a, vf b) { return a - b; }
+INLINE vf vmul(vf a, vf b) { return a * b; }
+INLINE vf vdiv(vf a, vf b) { return a / b; }
+INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+// Numbers of up to 2 ** 22: what is added leaves no room for a fraction.
+INLINE vf vround(vf a) { return (a + 12582912.0f) - 12582912.0f; }
+INLINE vi viload(const void* p) { vi x; memcpy(&x, p, 64); return x; }
+INLINE void vistore(void* p, vi x) { memcpy(p, &x, 64); }
+INLINE vi viset(int32_t x) { return vi{} + x; }
+INLINE vf vcvt(vi a) { return __builtin_convertvector(a, vf); }
+INLINE vi vlow_nibbles(vi a) { return a & 0x0f0f0f0f; }
+INLINE vi vhigh_nibbles(vi a) { return (a >> 4) & 0x0f0f0f0f; }
+INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+  const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 0) return (sign ? -5.9604644775390625e-8f : 5.9604644775390625e-8f) * (float)mantissa;
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+INLINE vf vload_half(const uint16_t* p) {
+  float x[16];
+  for (int i = 0; i < 16; i++) x[i] = half_to_float(p[i]);
+  return vload(x);
+}
+INLINE vf vload_bf16(const uint16_t* p) {
+  v16 x;
+  memcpy(&x, p, 32);
+  return (vf)(__builtin_convertvector(x, vi) << 16);
+}
+INLINE float vsum(vf a) {
+  float s[16];
+  vstore(s, a);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) s[i] += s[i + half];
+  }
+  return s[0];
+}
+INLINE float vmaximum(vf a) {
+  float s[16];
+  vstore(s, a);
+  for (int i = 1; i < 16; i++) s[0] = s[i] > s[0] ? s[i] : s[0];
+  return s[0];
+}
+INLINE vm vbetween(int32_t first, int32_t low, int32_t high) {
+  const vi index = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first;
+  return (index >= low) & (index < high);
+}
+INLINE vf vselect(vm mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf vexp2i(vf n) { return (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
+INLINE void vstore_int8(int8_t* p, vf x) {
+  float s[16];
+  vstore(s, x);
+  for (int i = 0; i < 16; i++) p[i] = (int8_t)(int32_t)s[i];
+}
+#if defined(__ARM_FEATURE_DOTPROD)
+template <int BITS>
+INLINE vi vdot4(vi acc, vi codes, int32_t four) {
+  const int8x16_t f = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  int8x16_t c[4];
+  int32x4_t a[4];
+  memcpy(c, &codes, 64);
+  memcpy(a, &acc, 64);
+  for (int i = 0; i < 4; i++) {
+    if (BITS <= 6) {
+      a[i] = vdotq_s32(a[i], c[i], f);
+    } else {
+      // Codes are unsigned: those from 128 on become negative, and 128 times the sum of the four is put back.
+      a[i] = vdotq_s32(a[i], veorq_s8(c[i], vdupq_n_s8((int8_t)0x80)), f);
+      a[i] = vaddq_s32(a[i], vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), f), 7));
+    }
+  }
+  vi out;
+  memcpy(&out, a, 64);
+  return out;
+}
+#else
+template <int BITS>
+INLINE vi vdot4(vi acc, vi codes, int32_t four) {
+  for (int j = 0; j < 4; j++) acc += ((codes >> (8 * j)) & 255) * (int32_t)(int8_t)(uint8_t)((uint32_t)four >> (8 * j));
+  return acc;
+}
+#endif
+INLINE float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
+  acc = vfma((vf)(weights << 16), vset(as_float(pair << 16)), acc);
+  return vfma((vf)(weights & (int32_t)0xffff0000u), vset(as_float(pair & 0xffff0000u)), acc);
+}
+INLINE void vstore_bf16(uint16_t* p, vf x) {
+  const vi bits = (vi)x;
+  const vi rounded = bits + (((bits >> 16) & 1) + 0x7fff);
+  const vi kept = x == x ? rounded : viset(0x7fc00000);
+  const v16 out = __builtin_convertvector((kept >> 16) & 0xffff, v16);
+  memcpy(p, &out, 32);
+}
+
+#endif
+
+// The largest tiles that the registers hold: rows times blocks of 16 outputs.
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 12;
+#else
+constexpr int TILE_ROWS = 2;
+#endif
+
+// e ** x to about 2 units in the last place, between e ** -87.3 and e ** 88.
+INLINE vf vexp(vf x) {
+  // A NaN is the second operand and stays one.
+  const vf clamped = vmax(vset(-87.3f), vmin(vset(88.0f), x));
+  const vf n = vround(vmul(clamped, vset(1.44269504088896341f)));
+  vf r = vfma(n, vset(-0.693359375f), clamped);
+  r = vfma(n, vset(2.12194440e-4f), r);
+  vf p = vset(1.9875691500e-4f);
+  p = vfma(p, r, vset(1.3981999507e-3f));
+  p = vfma(p, r, vset(8.3334519073e-3f));
+  p = vfma(p, r, vset(4.1665795894e-2f));
+  p = vfma(p, r, vset(1.6666665459e-1f));
+  p = vfma(p, r, vset(5.0000001201e-1f));
+  p = vadd(vfma(p, vmul(r, r), r), vset(1.0f));
+  return vmul(p, vexp2i(n));
+}
+
+INLINE vf vtanh(vf x) {
+  // 1 - 2 / (e^2x + 1); saturates by itself, since the exponential is clamped.
+  const vf e = vexp(vadd(x, x));
+  return vsub(vset(1.0f), vdiv(vset(2.0f), vadd(e, vset(1.0f))));
+}

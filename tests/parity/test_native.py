@@ -1,0 +1,93 @@
+"""Goal: the native CPU kernels compute what transformers does, and a row's numbers are the same bits however it is computed.
+
+Method: the default model with its own 4-bit weights against float32 on the same dequantised weights, teacher-forced; then one
+sequence alone, among others, in chunks, token by token and after moving to other pages, compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from kernels.cpu.library import LIBRARY_FILE
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(not LIBRARY_FILE.is_file(), reason="the native library is not built: no C++ compiler"),
+]
+
+MEAN_KL_MAX = 5e-3
+"""Mean over positions of KL(float32 ‖ native), in nats: what int8 activations cost beside the file's exact weights."""
+
+
+@pytest.fixture(scope="module")
+def native_driver(default_model_directory: Path, make_driver: Callable[..., Any]) -> Any:
+    return make_driver(default_model_directory, backend="native", dtype="auto", page_size=32, kv_cache_tokens=32768)
+
+
+def tokens(num_tokens: int, *, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 49152, (num_tokens,), generator=generator).tolist()
+
+
+def test_native_stays_near_float32(native_driver: Any, reference_smollm2: Any, default_model_directory: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(default_model_directory / "tokenizer.json"))
+    text = tokenizer.encode(inspect.cleandoc(argparse.ArgumentParser.__doc__ + statistics.__doc__)).ids[:256]
+    with torch.inference_mode():
+        theirs = torch.log_softmax(reference_smollm2(torch.tensor([text])).logits[0].double(), dim=-1)
+    native_driver.enter(0, text[:1])
+    divergences = []
+    for position, token_id in enumerate(text):
+        if position:
+            native_driver.force(0, token_id)
+        _, logits = native_driver.step({0: 1})
+        ours = torch.log_softmax(logits[0].double(), dim=-1)
+        divergences.append(float((theirs[position].exp() * (theirs[position] - ours)).sum()))
+    native_driver.free(0)
+    assert 0 < sum(divergences) / len(divergences) < MEAN_KL_MAX
+
+
+def last_logits(driver: Any, prompt: list[int], chunks: list[int], slot: int = 0) -> torch.Tensor:
+    driver.enter(slot, prompt)
+    for chunk in chunks:
+        _, logits = driver.step({slot: chunk})
+    driver.free(slot)
+    return logits[slot]
+
+
+@pytest.mark.parametrize(
+    "chunks", [[200, 50], [1] * 250, [249, 1], [128, 122], [33, 31, 97, 88, 1], [1, 248, 1]], ids=lambda chunks: str(chunks[:5])
+)
+def test_chunks_change_no_bit(native_driver: Any, chunks: list[int]) -> None:
+    """So prefill and decode of a position agree, and a sequence computed again after preemption goes on as before."""
+    prompt = tokens(250, seed=6)
+    assert torch.equal(last_logits(native_driver, prompt, [250]), last_logits(native_driver, prompt, chunks))
+
+
+def test_neighbours_change_no_bit(native_driver: Any) -> None:
+    prompts = {slot: tokens(20 + 9 * slot, seed=slot) for slot in range(17)}
+    alone = {slot: last_logits(native_driver, prompt, [len(prompt)]) for slot, prompt in prompts.items()}
+    for slot, prompt in prompts.items():
+        native_driver.enter(slot, prompt)
+    for slot in list(prompts)[1::2]:
+        # Half of them decode their last token while the others prefill.
+        native_driver.step({slot: len(prompts[slot]) - 1})
+    _, together = native_driver.step({slot: 1 if slot % 2 else len(prompt) for slot, prompt in prompts.items()})
+    for slot in prompts:
+        native_driver.free(slot)
+        assert torch.equal(alone[slot], together[slot]), slot
+
+
+def test_greedy_text_is_the_same_alone_and_together(native_driver: Any) -> None:
+    prompts = {slot: tokens(30 + slot, seed=40 + slot) for slot in range(8)}
+    together = native_driver.generate(prompts, 12)
+    alone = {slot: native_driver.generate({slot: prompt}, 12)[slot] for slot, prompt in prompts.items()}
+    assert together == alone
