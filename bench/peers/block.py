@@ -120,7 +120,7 @@ class _Player:
 
     def __init__(self, block: Block, turn: Turn, encode: Callable[[str], list[int]], attempt: int) -> None:
         # A further attempt has prompts of its own, since those of the one before are in prefix caches.
-        self._seed = f"{block.seed}/{block.round}/{block.pair}/{attempt}"
+        self._seed = f"{block.seed}/{block.workload}/{block.round}/{block.pair}/{attempt}"
         self._block = block
         self._turn = turn
         self._workload = WORKLOADS[block.workload]

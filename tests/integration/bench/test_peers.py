@@ -103,6 +103,17 @@ async def test_a_block_measures_each_turn_with_the_same_prompts(
     assert {max_tokens for _, max_tokens, _ in asked} == {8, 128}
 
 
+async def test_no_two_blocks_have_a_prompt_in_common(
+    base_url: str, fake: FakeOpenAI, sleeper: subprocess.Popen[bytes], tokenizer_file: Path
+) -> None:
+    """Or else a prefix cache would help the later one."""
+    first = block(base_url, "ok", sleeper.pid, tokenizer_file)
+    for other in (first, replace(first, workload="W4"), replace(first, round=1), replace(first, pair="llamacpp")):
+        await play(replace(other, turns=(Turn("vllm"),)))
+    beginnings = [" ".join(body["prompt"].split()[:16]) for body in fake.bodies]
+    assert len(set(beginnings)) == len(beginnings)
+
+
 async def test_a_server_that_fails_or_hangs_is_an_error_and_the_next_is_measured(
     base_url: str, sleeper: subprocess.Popen[bytes], tokenizer_file: Path
 ) -> None:
