@@ -80,11 +80,17 @@ def _widened(create_dot: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _PatchOnce:
-    """Stands for the interpreter's `_patch_lang`: patches all it ever patches at a launch, and nothing at calls within it."""
+    """Stands for the interpreter's `_patch_lang`: patches all it ever patches at a launch, and nothing at calls within it.
+
+    numpy's complaints of floating-point overflow and of infinity less infinity are silent in a launch, as they are on a GPU.
+    """
 
     def __init__(self, patch_lang: Callable[[Any], Any]) -> None:
+        import numpy as np
         import triton.language as tl
 
+        self._set_complaints = np.seterr
+        self._complaints: Any = {}
         self._patch_lang = patch_lang
         # The function is looked at for the modules that it sees, no more.
         self._sees_all = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
@@ -94,11 +100,13 @@ class _PatchOnce:
         """Patch, unless a launch that is still running has; gives what restores, which only that launch calls."""
         if self._scope is None:
             self._scope = self._patch_lang(self._sees_all)
+            self._complaints = self._set_complaints(all="ignore")
         return self
 
     def restore(self) -> None:
         """Undo all, at the end of a launch."""
         scope, self._scope = self._scope, None
+        self._set_complaints(**self._complaints)
         scope.restore()
 
 

@@ -7,21 +7,15 @@ import triton.language as tl
 
 
 @triton.jit
-def sigmoid(x):
-    """Compute it without an overflow on the way: below -87 it is less than the smallest normal number."""
-    return 1.0 / (1.0 + tl.exp(-tl.maximum(x, -87.0)))
-
-
-@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """Apply an activation to float32."""
     if ACTIVATION == "silu":
-        y = x * sigmoid(x)
+        y = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh z) / 2 is the sigmoid of 2 z; z = sqrt(2 / pi) (x + 0.044715 x³).
-        y = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         tl.static_assert(ACTIVATION == "relu")
         y = tl.maximum(x, 0.0)

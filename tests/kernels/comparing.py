@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ float32: some ten units in the last place, for sums in another order.
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 POISON_INTEGER = -77
+
+MAP_NORESERVE = 0x4000
+"""Linux's; mmap does not name it before Python 3.13."""
 
 
 def poison_(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,9 +67,10 @@ def strided(tensor: torch.Tensor, *, dim: int = 0, gap: int = 3) -> torch.Tensor
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are touched: for offsets past 2³¹ without gigabytes."""
+    """Zeros that take memory only where they are touched, and are promised none: for offsets past 2³¹ without gigabytes."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def far_rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
