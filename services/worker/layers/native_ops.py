@@ -297,76 +297,61 @@ class _Place:
     buffer: int
 
 
-class _Lowering:
-    """Turns nodes into a program; every `_<op>` method emits one operation."""
+class _Places:
+    """Where the values of a program are: in which forms, in which buffers, and until when.
 
-    def __init__(self, library: Any, program: int, nodes: list[Node]) -> None:
+    Args:
+        library: From `native.load_library`.
+        program: The program.
+        nodes: All nodes, in order.
+        fused: Nodes that are computed by the way, node → the one that does it.
+    """
+
+    def __init__(self, library: Any, program: int, nodes: list[Node], fused: dict[int, Node]) -> None:
         self._library = library
         self._program = program
-        self._nodes = nodes
         self._order = {id(node): index for index, node in enumerate(nodes)}
-        self._fused = self._find_fused()
-        # A value's places, by the form in which it is held there.
+        self._fused = fused
+        # A value's places, by its form there.
         self._places: dict[int, dict[int, _Place]] = {}
         self._num_buffers = 0
         self._free_buffers: dict[tuple[int, int, bool], list[int]] = {}
-        self._kv_layers: set[int] = set()
 
-    def lower(self, output: Node) -> int:
-        """Emit everything; gives the number of layers with KV pages."""
-        if output.uses:
-            raise UnsupportedError("the logits are read again")
-        for node in self._nodes:
-            if id(node) in self._fused:
-                continue
-            getattr(self, f"_{node.op}")(node)
-            self._release_after(node)
-        place = self._places[id(output)][native.KIND_F32]
-        if not self._library.hr_finish(self._program, place.value):
-            raise MemoryError("the native kernels have no memory for their values")
-        if self._kv_layers != set(range(len(self._kv_layers))):
-            raise UnsupportedError(f"attention layers {sorted(self._kv_layers)} are not numbered from 0")
-        return len(self._kv_layers)
+    def read(self, node: Node, kind: int) -> int:
+        """The value in one form, packed here if it is not there yet."""
+        places = self._places[id(node)]
+        if kind not in places:
+            places[kind] = self._take(node, kind)
+            self._library.hr_plain(self._program, native.OP_PACK, places[native.KIND_F32].value, places[kind].value, 0.0)
+        return places[kind].value
 
-    def _find_fused(self) -> dict[int, Node]:
-        """Products whose only reader is a sum or a gate, which the product then does by the way; gives node → reader."""
-        fused: dict[int, Node] = {}
-        for node in self._nodes:
-            source = node.inputs[-1] if node.op in ("add", "gated") else None
-            if source is None or source.op != "linear" or source.uses != [node]:
-                continue
-            is_one_kind = len(_input_kinds(source.what[0])) == 1 and len(self._kinds_wanted(node)) == 1
-            if node.op == "add" or (is_one_kind and native.split_in_two(self._library, source.what[0].packed)):
-                fused[id(source)] = node
-        return fused
+    def write(self, node: Node, kind: int = native.KIND_F32) -> int:
+        """A place for a new value."""
+        place = self._take(node, kind)
+        self._places[id(node)] = {kind: place}
+        return place.value
 
-    def _when(self, node: Node) -> int:
-        """When a node is computed."""
-        return self._order[id(self._fused.get(id(node), node))]
+    def write_as_wanted(self, node: Node) -> int:
+        """A place for a value that can be made in any form: the one in which it is read, numbers where there are several."""
+        kinds = _kinds_wanted(node)
+        return self.write(node, kinds.pop() if len(kinds) == 1 else native.KIND_F32)
 
-    def _kinds_wanted(self, node: Node) -> set[int]:
-        """The forms in which a value is read."""
-        kinds: set[int] = set()
-        for use in node.uses:
-            kinds |= _input_kinds(use.what[0]) if use.op == "linear" else {native.KIND_F32}
-        return kinds or {native.KIND_F32}
+    def write_over(self, node: Node, x: Node) -> int:
+        """Let a node write over the value it reads."""
+        if any(self._when(use) > self._order[id(node)] for use in x.uses):
+            raise UnsupportedError(f"a value is read after {node.op} has written over it")
+        self.read(x, native.KIND_F32)
+        # Packed copies are of the old numbers.
+        self._places[id(node)] = {native.KIND_F32: self._places[id(x)].pop(native.KIND_F32)}
+        return self._places[id(node)][native.KIND_F32].value
 
-    def _place(self, node: Node, kind: int, width: int | None = None) -> _Place:
-        key = (kind, width or node.width, node.is_sampled)
-        free = self._free_buffers.get(key)
-        if free:
-            buffer = free.pop()
-        else:
-            buffer = self._num_buffers
-            self._num_buffers += 1
-        domain = native.DOMAIN_SAMPLED if node.is_sampled else native.DOMAIN_TOKENS
-        value = self._library.hr_value(self._program, kind, key[1], domain, buffer)
-        return _Place(value, kind, key[1], node.is_sampled, buffer)
+    def scratch(self, node: Node, kind: int) -> int:
+        """A place that is free again with the next value."""
+        place = self._take(node, kind)
+        self._free(place)
+        return place.value
 
-    def _free(self, place: _Place) -> None:
-        self._free_buffers.setdefault((place.kind, place.width, place.is_sampled), []).append(place.buffer)
-
-    def _release_after(self, node: Node) -> None:
+    def release_after(self, node: Node) -> None:
         """Give back the memory of values that nothing reads any more."""
         now = self._order[id(node)]
         for value in node.inputs:
@@ -374,54 +359,69 @@ class _Lowering:
             places = self._places.get(id(source))
             if places is None or any(self._when(use) > now for use in source.uses):
                 continue
-            kept = {place.buffer for place in self._places.get(id(node), {}).values()}
             for place in self._places.pop(id(source)).values():
-                if place.buffer not in kept:
-                    self._free(place)
+                self._free(place)
 
-    def _read(self, node: Node, kind: int) -> int:
-        """The value in one form, packed here if it is not there yet."""
-        places = self._places[id(node)]
-        if kind not in places:
-            places[kind] = self._place(node, kind)
-            self._library.hr_plain(self._program, native.OP_PACK, places[native.KIND_F32].value, places[kind].value, 0.0)
-        return places[kind].value
+    def _when(self, node: Node) -> int:
+        """When a node is computed."""
+        return self._order[id(self._fused.get(id(node), node))]
 
-    def _write(self, node: Node, kind: int = native.KIND_F32) -> int:
-        place = self._place(node, kind)
-        self._places[id(node)] = {kind: place}
-        return place.value
+    def _take(self, node: Node, kind: int) -> _Place:
+        # Buffers serve values of one width only, so that what pads a row is zero for ever.
+        free = self._free_buffers.get((kind, node.width, node.is_sampled))
+        if free:
+            buffer = free.pop()
+        else:
+            buffer = self._num_buffers
+            self._num_buffers += 1
+        domain = native.DOMAIN_SAMPLED if node.is_sampled else native.DOMAIN_TOKENS
+        value = self._library.hr_value(self._program, kind, node.width, domain, buffer)
+        return _Place(value, kind, node.width, node.is_sampled, buffer)
 
-    def _write_as_wanted(self, node: Node) -> int:
-        """Where a value goes that can be made in any form: the one in which it is read, numbers where there are several."""
-        kinds = self._kinds_wanted(node)
-        return self._write(node, kinds.pop() if len(kinds) == 1 else native.KIND_F32)
+    def _free(self, place: _Place) -> None:
+        self._free_buffers.setdefault((place.kind, place.width, place.is_sampled), []).append(place.buffer)
 
-    def _over(self, node: Node, x: Node) -> int:
-        """Let a node write over the value it reads."""
-        if any(self._when(use) > self._order[id(node)] for use in x.uses):
-            raise UnsupportedError(f"a value is read after {node.op} has written over it")
-        self._read(x, native.KIND_F32)
-        places = self._places[id(x)]
-        # Packed copies are of the old numbers.
-        self._places[id(node)] = {native.KIND_F32: places.pop(native.KIND_F32)}
-        return self._places[id(node)][native.KIND_F32].value
+
+class _Lowering:
+    """Turns nodes into a program; every `_<op>` method emits one operation."""
+
+    def __init__(self, library: Any, program: int, nodes: list[Node]) -> None:
+        self._library = library
+        self._program = program
+        self._nodes = nodes
+        self._fused = _find_fused(library, nodes)
+        self._places = _Places(library, program, nodes, self._fused)
+        self._kv_layers: set[int] = set()
+
+    def lower(self, output: Node) -> int:
+        """Emit everything; gives the number of layers with KV pages."""
+        if output.uses:
+            raise UnsupportedError("the logits are read again")
+        for node in self._nodes:
+            if id(node) not in self._fused:
+                getattr(self, f"_{node.op}")(node)
+                self._places.release_after(node)
+        if not self._library.hr_finish(self._program, self._places.read(output, native.KIND_F32)):
+            raise MemoryError("the native kernels have no memory for their values")
+        if self._kv_layers != set(range(len(self._kv_layers))):
+            raise UnsupportedError(f"attention layers {sorted(self._kv_layers)} are not numbered from 0")
+        return len(self._kv_layers)
 
     def _embed(self, node: Node) -> None:
         table, scale = node.what
         if len(table.packed.segments) != 1:
             raise UnsupportedError("an embedding table in several parts")
-        self._library.hr_embed(self._program, self._write(node), table.packed.segments[0], scale)
+        self._library.hr_embed(self._program, self._places.write(node), table.packed.segments[0], scale)
 
     def _norm(self, node: Node) -> None:
         weight, bias, eps, is_layer_norm = node.what
-        source = self._read(node.inputs[0], native.KIND_F32)
+        source = self._places.read(node.inputs[0], native.KIND_F32)
         bias_address = None if bias is None else bias.ctypes.data
-        target = self._write_as_wanted(node)
+        target = self._places.write_as_wanted(node)
         self._library.hr_norm(self._program, source, target, weight.ctypes.data, bias_address, eps, int(is_layer_norm))
 
     def _linear(self, node: Node) -> None:
-        self._product(node, self._write(node), scale=1.0, accumulate=False)
+        self._product(node, self._places.write(node), scale=1.0, accumulate=False)
 
     def _product(self, node: Node, target: int, *, scale: float, accumulate: bool) -> None:
         matrix: NativeMatrix = node.what[0]
@@ -429,7 +429,7 @@ class _Lowering:
         for kind in sorted(_input_kinds(matrix)):
             segments = [segment for segment in matrix.packed.segments if _input_kind(segment) == kind]
             array = (native.Segment * len(segments))(*segments)
-            source = self._read(node.inputs[0], kind)
+            source = self._places.read(node.inputs[0], kind)
             self._library.hr_linear(self._program, source, target, array, len(segments), bias, scale, int(accumulate))
 
     def _gated(self, node: Node) -> None:
@@ -438,22 +438,22 @@ class _Lowering:
             matrix: NativeMatrix = gate_up.what[0]
             halves = native.split_in_two(self._library, matrix.packed)
             assert halves is not None
-            source = self._read(gate_up.inputs[0], _input_kind(halves[0]))
+            source = self._places.read(gate_up.inputs[0], _input_kind(halves[0]))
             bias = None if matrix.bias is None else matrix.bias.ctypes.data
             array = (native.Segment * 2)(*halves)
-            self._library.hr_gated_linear(self._program, source, self._write_as_wanted(node), array, bias, node.what[0])
+            self._library.hr_gated_linear(self._program, source, self._places.write_as_wanted(node), array, bias, node.what[0])
             return
-        source = self._read(node.inputs[0], native.KIND_F32)
-        self._library.hr_plain(self._program, native.OP_GATED, source, self._write_as_wanted(node), float(node.what[0]))
+        source = self._places.read(node.inputs[0], native.KIND_F32)
+        self._library.hr_plain(self._program, native.OP_GATED, source, self._places.write_as_wanted(node), float(node.what[0]))
 
     def _add(self, node: Node) -> None:
         x, y = node.inputs
         scale = node.what[0]
-        target = self._over(node, x)
+        target = self._places.write_over(node, x)
         if id(y) in self._fused:
             self._product(y, target, scale=scale, accumulate=True)
         else:
-            self._library.hr_plain(self._program, native.OP_ADD, self._read(y, native.KIND_F32), target, scale)
+            self._library.hr_plain(self._program, native.OP_ADD, self._places.read(y, native.KIND_F32), target, scale)
 
     def _attend(self, node: Node) -> None:
         spec: AttentionSpec = node.what[0]
@@ -461,21 +461,41 @@ class _Lowering:
         if qkv.uses != [node]:
             raise UnsupportedError("queries, keys and values are read twice")
         self._kv_layers.add(spec.layer)
-        source = self._read(qkv, native.KIND_F32)
-        queries = self._place(node, native.KIND_BF16)
-        target = self._write(node)
-        self._library.hr_attend(self._program, source, queries.value, target, _attention_layer(spec))
-        self._free(queries)
+        source = self._places.read(qkv, native.KIND_F32)
+        target = self._places.write(node)
+        queries = self._places.scratch(node, native.KIND_BF16)
+        self._library.hr_attend(self._program, source, queries, target, _attention_layer(spec))
 
     def _sampled(self, node: Node) -> None:
-        source = self._read(node.inputs[0], native.KIND_F32)
-        self._library.hr_plain(self._program, native.OP_GATHER, source, self._write(node), 0.0)
+        source = self._places.read(node.inputs[0], native.KIND_F32)
+        self._library.hr_plain(self._program, native.OP_GATHER, source, self._places.write(node), 0.0)
 
     def _soft_cap(self, node: Node) -> None:
-        self._library.hr_plain(self._program, native.OP_SOFT_CAP, -1, self._over(node, node.inputs[0]), node.what[0])
+        self._library.hr_plain(self._program, native.OP_SOFT_CAP, -1, self._places.write_over(node, node.inputs[0]), node.what[0])
 
     def _scaled(self, node: Node) -> None:
-        self._library.hr_plain(self._program, native.OP_SCALE, -1, self._over(node, node.inputs[0]), node.what[0])
+        self._library.hr_plain(self._program, native.OP_SCALE, -1, self._places.write_over(node, node.inputs[0]), node.what[0])
+
+
+def _find_fused(library: Any, nodes: list[Node]) -> dict[int, Node]:
+    """Products whose only reader is a sum or a gate, which the product then does by the way; gives node → reader."""
+    fused: dict[int, Node] = {}
+    for node in nodes:
+        source = node.inputs[-1] if node.op in ("add", "gated") else None
+        if source is None or source.op != "linear" or source.uses != [node] or source.inputs[0] is node.inputs[0]:
+            continue
+        is_one_kind = len(_input_kinds(source.what[0])) == 1 and len(_kinds_wanted(node)) == 1
+        if node.op == "add" or (is_one_kind and native.split_in_two(library, source.what[0].packed)):
+            fused[id(source)] = node
+    return fused
+
+
+def _kinds_wanted(node: Node) -> set[int]:
+    """The forms in which a value is read."""
+    kinds: set[int] = set()
+    for use in node.uses:
+        kinds |= _input_kinds(use.what[0]) if use.op == "linear" else {native.KIND_F32}
+    return kinds or {native.KIND_F32}
 
 
 def _input_kind(segment: native.Segment) -> int:
