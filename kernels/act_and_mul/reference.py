@@ -1,4 +1,4 @@
-"""Gated activations, in plain torch: the definition. `y = act(gate) * up`, in float32, rounded once at the end.
+"""Gated activations, in plain torch: the definition. `y = act(gate) * up`, in float64, rounded once at the end.
 
 Source: Shazeer, GLU Variants Improve Transformer (2020); Hendrycks and Gimpel, Gaussian Error Linear Units (2016).
 """
@@ -23,5 +23,5 @@ ACTIVATIONS: Final[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 
 def act_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """Apply to `gate_up: [num_tokens, 2 * intermediate_size]`, gate first; gives `[num_tokens, intermediate_size]`."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate_up.double().chunk(2, dim=-1)
     return (ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)

@@ -68,11 +68,13 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torc
         values = logits[row]
         is_valid[row] = bool((values < torch.inf).all() and (values > -torch.inf).any())
         if is_valid[row]:
-            tokens[row] = _choose(values, rows, row)
+            number = uniform(int(rows.seeds[row]) & 0xFFFFFFFFFFFFFFFF, int(rows.positions[row]))
+            tokens[row] = choose(values, rows, row, number)
     return tokens, is_valid
 
 
-def _choose(values: torch.Tensor, rows: SamplingRows, row: int) -> int:
+def choose(values: torch.Tensor, rows: SamplingRows, row: int, number: float) -> int:
+    """Choose one row's token of `values: [vocab_size]` at a number in [0, 1)."""
     temperature = rows.temperature[row]
     if temperature == 0:
         return int((values == values.max()).nonzero()[0])
@@ -92,5 +94,4 @@ def _choose(values: torch.Tensor, rows: SamplingRows, row: int) -> int:
     if rows.min_p[row] > 0:
         is_kept &= scaled >= rows.min_p[row].log()
     cumulative = (scaled.double().exp() * is_kept).cumsum(0)
-    target = uniform(int(rows.seeds[row]) & 0xFFFFFFFFFFFFFFFF, int(rows.positions[row])) * cumulative[-1]
-    return int((cumulative <= target).sum())
+    return int((cumulative <= number * cumulative[-1]).sum())

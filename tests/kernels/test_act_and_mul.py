@@ -12,7 +12,7 @@ from tests.kernels.comparing import FLOATS, assert_matches, far_rows, normal, po
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", launch.ACTIVATIONS)
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, 1), (3, 63), (2, 1500)])
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 40), (3, 63), (2, 1500)])
 def test_gates_are_applied(num_tokens: int, size: int, activation: str, dtype: torch.dtype) -> None:
     gate_up = normal(num_tokens, 2 * size, dtype=dtype, scale=3)
     assert_matches(launch.act_and_mul(gate_up, activation), reference.act_and_mul(gate_up, activation))
@@ -23,6 +23,12 @@ def test_names_of_models_mean_these_activations() -> None:
     assert torch.equal(launch.silu_and_mul(gate_up), launch.act_and_mul(gate_up, "silu"))
     assert torch.equal(launch.gelu_and_mul(gate_up, approximate=True), launch.act_and_mul(gate_up, "gelu_tanh"))
     assert torch.equal(launch.gelu_and_mul(gate_up, approximate=False), launch.act_and_mul(gate_up, "gelu"))
+
+
+def test_a_row_may_hold_one_element() -> None:
+    for activation in launch.ACTIVATIONS:
+        gate_up = torch.tensor([[1.5, 2.0]])
+        assert_matches(launch.act_and_mul(gate_up, activation), reference.act_and_mul(gate_up, activation))
 
 
 def test_large_values_neither_overflow_nor_vanish() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,14 +48,28 @@ def rows_of(count: int, **changes: Any) -> SamplingRows:
     return SamplingRows(**{name: torch.as_tensor(values[name], dtype=kind).expand(count).clone() for name, kind in TYPES.items()})
 
 
+def assert_same_tokens(tokens: list[int], logits: torch.Tensor, rows: SamplingRows) -> None:
+    """Hold tokens equal to the reference's; one may differ where a border of the draw or of top-p is nearer than 10⁻⁵."""
+    wanted, is_valid = reference.sample(logits, rows)
+    for row in [row for row, token in enumerate(tokens) if token != wanted[row]]:
+        assert is_valid[row]
+        assert rows.temperature[row] > 0
+        number = reference.uniform(int(rows.seeds[row]) & (2**64 - 1), int(rows.positions[row]))
+        nearby = set()
+        for change in (-1e-5, 0.0, 1e-5):
+            changed = replace(rows, top_p=rows.top_p + change * (rows.top_p < 1))
+            nearby |= {reference.choose(logits[row], changed, row, min(max(number + each, 0.0), 1.0)) for each in (-1e-5, 1e-5)}
+        assert tokens[row] in nearby, f"row {row}: token {tokens[row]}, the reference's {wanted[row]}"
+
+
 def sample_both(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """Sample by kernel and by reference, hold them equal, and give the tokens."""
-    wanted, wanted_valid = reference.sample(logits, rows)
+    _, wanted_valid = reference.sample(logits, rows)
     tokens, is_valid = launch.sample(logits, rows)
     assert tokens.dtype == torch.int64
     assert is_valid.dtype == torch.bool
     assert is_valid.tolist() == wanted_valid.tolist()
-    assert tokens.tolist() == wanted.tolist()
+    assert_same_tokens(tokens.tolist(), logits, rows)
     return tokens
 
 
@@ -136,8 +151,7 @@ def test_tokens_are_the_cpus(parameters: dict[str, Any]) -> None:
     """A request goes on alike on either: the same tokens from the same logits, seed and positions."""
     logits = normal(300, 50, scale=2)
     on_cpu, _ = sampler.sample(logits, cpu_rows(300, **parameters))
-    wanted, _ = reference.sample(logits, rows_of(300, seeds=9, positions=torch.arange(300), **parameters))
-    assert wanted.tolist() == on_cpu.tolist()
+    assert_same_tokens(on_cpu.tolist(), logits, rows_of(300, seeds=9, positions=torch.arange(300), **parameters))
 
 
 def adjustments_of(
