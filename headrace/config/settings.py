@@ -25,6 +25,9 @@ class ModelSettings(Section):
     max_model_len: int | None = Field(
         None, ge=2, description="Most tokens of prompt and output together; null means the model's own context length."
     )
+    external_package: str = Field(
+        "", description="Python package whose model families are added to ours (docs/external-models.md); empty for none."
+    )
 
     @property
     def name_for_clients(self) -> str:

@@ -6,6 +6,7 @@ Apart from `store.py`, which every service uses to find its model: describing on
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ from pathlib import Path
 from typing import Final
 
 from headrace.errors import ModelError
+from headrace.models.expert_weights import with_single_experts
 from headrace.models.model_config import TOKENIZER_FILE, ModelConfig, load_model_config, load_tokenizer_config
 from headrace.models.store import name_of
 from headrace.models.weights import Weights, open_weights
 
-_EMBEDDING: Final = "model.embed_tokens.weight"
+_EMBEDDING: Final = re.compile(r"(^|\.)(embed_tokens|word_embeddings)\.weight$")
+_LAYER: Final = re.compile(r"(^|\.)layers?\.(\d+)\.")
+_NOT_TEXT: Final = re.compile(r"(^|\.)(vision|audio)_")
+"""Parts of models that take more than text; they have layers of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def describe(directory: Path) -> ModelDescription:
     tokenizer_config = load_tokenizer_config(directory)
     if not (directory / TOKENIZER_FILE).is_file():
         raise ModelError(f"{directory / TOKENIZER_FILE}: missing; pull the model again, or another that has this file")
-    weights = open_weights(directory)
+    weights = with_single_experts(open_weights(directory))
     check_complete(weights, config, directory)
     by_dtype: Counter[str] = Counter()
     for name in weights.names():
@@ -90,14 +95,15 @@ def describe(directory: Path) -> ModelDescription:
 
 def check_complete(weights: Weights, config: ModelConfig, directory: Path) -> None:
     """Refuse weights that lack the embedding or a whole layer, or whose embedding contradicts config.json."""
-    names = weights.names()
-    if _EMBEDDING not in names:
-        raise ModelError(f"{directory}: weights lack {_EMBEDDING}; pull the model again")
-    shape = weights.info(_EMBEDDING).shape
+    names = [name for name in weights.names() if not _NOT_TEXT.search(name)]
+    embedding = next((name for name in names if _EMBEDDING.search(name)), None)
+    if embedding is None:
+        raise ModelError(f"{directory}: weights lack an embedding (embed_tokens.weight); pull the model again")
+    shape = weights.info(embedding).shape
     expected = (config.vocab_size, config.hidden_size)
     if shape != expected:
-        raise ModelError(f"{directory}: {_EMBEDDING} has shape {shape}, config.json says {expected}; pull the model again")
-    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
-    missing = [index for index in range(config.num_layers) if str(index) not in layers]
+        raise ModelError(f"{directory}: {embedding} has shape {shape}, config.json says {expected}; pull the model again")
+    layers = {int(found[2]) for name in names if (found := _LAYER.search(name))}
+    missing = [index for index in range(config.num_layers) if index not in layers]
     if missing:
         raise ModelError(f"{directory}: weights lack layer {missing[0]} of {config.num_layers}; pull the model again")

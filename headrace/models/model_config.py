@@ -6,13 +6,16 @@ network). Values are checked here, once, so that a damaged directory stops the s
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from headrace.errors import ModelError
+from headrace.models.config_defaults import CONFIG_DEFAULTS
+from headrace.models.config_fields import PULL_AGAIN, ConfigFields
+from headrace.models.json_file import read_json_object
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
@@ -20,23 +23,39 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 
-_JSON_BYTES_MAX: Final = 64 * 1024 * 1024
-_SIZE_MAX: Final = 1 << 31
-_PULL_AGAIN: Final = "pull the model again"
+_NESTED_TEXT: Final = "text_config"
+_LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+_ROPE_TYPES_WITH_ORIGIN: Final = ("llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding of some layers.
+
+    Attributes:
+        theta: Base of the frequencies.
+        rotary_factor: How much of each head, from its start, is turned.
+        scaling: Scaling of positions with its `rope_type`, or None for plain rotary embedding. What config.json says beside it of
+            the context before scaling is in it too, as `original_max_position_embeddings`.
+    """
+
+    theta: float
+    rotary_factor: float = 1.0
+    scaling: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder-only text model, as config.json gives it.
+    """The shape of a text model, as config.json gives it. A file that nests it in `text_config` reads as if it did not.
 
     Attributes:
         architecture: Class name, for example `LlamaForCausalLM`.
         head_dim: Size of one attention head; `hidden_size / num_heads` where the file does not say.
         max_position_embeddings: Context length, in tokens.
-        rope_theta: Base of the rotary frequencies, from the old or the new place in the file.
-        rope_scaling: Scaling of positions with its `rope_type`, or None for plain rotary embedding.
+        rope: Rotary embedding, from the old or the new place in the file.
+        ropes_by_layer_type: By `full_attention` and the like, where the file tells them apart; else empty.
         eos_token_ids: Tokens that end an answer: generation_config.json's, else config.json's.
-        raw: The whole config.json, for what only one model family knows.
+        fields: All of config.json, for what only some families know.
     """
 
     architecture: str
@@ -49,15 +68,24 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
+    rope: RopeConfig
+    ropes_by_layer_type: Mapping[str, RopeConfig]
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    hidden_act: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-    raw: dict[str, Any] = field(repr=False, compare=False)
+    fields: ConfigFields = field(repr=False, compare=False)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence that the model can be set to, in tokens: past its context length if scaled positions reach further."""
+        scaling = self.rope.scaling or {}
+        factor = scaling.get("factor")
+        origin = {"dynamic": self.max_position_embeddings, "yarn": scaling.get("original_max_position_embeddings")}.get(
+            scaling.get("rope_type", "default")
+        )
+        if not isinstance(factor, (int, float)) or not isinstance(origin, int) or not 1 < factor < math.inf:
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(origin * factor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,37 +108,34 @@ def load_model_config(directory: Path) -> ModelConfig:
     Raises:
         ModelError: A file is missing or damaged, or a value is missing, of the wrong kind, or contradicts another.
     """
-    raw = read_json_object(directory / CONFIG_FILE)
-    values = _Values(raw, directory / CONFIG_FILE)
-    num_heads = values.size("num_attention_heads")
-    num_kv_heads = values.size("num_key_value_heads", default=num_heads)
+    fields = _read_fields(directory / CONFIG_FILE)
+    num_heads = fields.size("num_attention_heads")
+    num_kv_heads = fields.size("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
-        raise values.bad("num_key_value_heads", f"is {num_kv_heads}, which does not divide num_attention_heads {num_heads}")
-    hidden_size = values.size("hidden_size")
-    if raw.get("head_dim") is None and hidden_size % num_heads:
-        raise values.bad("num_attention_heads", f"is {num_heads}, which does not divide hidden_size {hidden_size}")
-    rope_theta, rope_scaling = _rope(values)
-    vocab_size = values.size("vocab_size")
+        raise fields.bad("num_key_value_heads", f"is {num_kv_heads}, which does not divide num_attention_heads {num_heads}")
+    hidden_size = fields.size("hidden_size")
+    if fields.get("head_dim") is None and hidden_size % num_heads:
+        raise fields.bad("num_attention_heads", f"is {num_heads}, which does not divide hidden_size {hidden_size}")
+    vocab_size = fields.size("vocab_size")
+    max_position_embeddings = fields.size("max_position_embeddings")
+    rope, ropes_by_layer_type = _ropes(fields, max_position_embeddings)
     return ModelConfig(
-        architecture=_architecture(values),
+        architecture=_architecture(fields),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=values.size("intermediate_size"),
-        num_layers=values.size("num_hidden_layers"),
+        intermediate_size=fields.size("intermediate_size"),
+        num_layers=fields.size("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=values.size("head_dim", default=hidden_size // num_heads),
-        max_position_embeddings=values.size("max_position_embeddings"),
-        rms_norm_eps=values.positive("rms_norm_eps", default=1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tie_word_embeddings=values.flag("tie_word_embeddings"),
-        attention_bias=values.flag("attention_bias"),
-        mlp_bias=values.flag("mlp_bias"),
-        hidden_act=values.text("hidden_act", default="silu"),
-        eos_token_ids=_eos_token_ids(directory, values, vocab_size),
-        bos_token_id=next(iter(values.token_ids("bos_token_id", vocab_size)), None),
-        raw=raw,
+        head_dim=fields.size("head_dim", default=hidden_size // num_heads),
+        max_position_embeddings=max_position_embeddings,
+        rms_norm_eps=fields.positive("rms_norm_eps", default=1e-6),
+        rope=rope,
+        ropes_by_layer_type=ropes_by_layer_type,
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        eos_token_ids=_eos_token_ids(directory, fields, vocab_size),
+        bos_token_id=next(iter(fields.token_ids("bos_token_id", vocab_size)), None),
+        fields=fields,
     )
 
 
@@ -133,7 +158,7 @@ def load_generation_defaults(directory: Path) -> dict[str, Any]:
         if value is None:
             continue
         if not isinstance(value, (int, float)):
-            raise ModelError(f"{path}: {name} is {value!r}, not a number; {_PULL_AGAIN}")
+            raise ModelError(f"{path}: {name} is {value!r}, not a number; {PULL_AGAIN}")
         defaults[name] = value
     return defaults
 
@@ -155,89 +180,85 @@ def load_tokenizer_config(directory: Path) -> TokenizerConfig:
     return TokenizerConfig(chat_template=_chat_template(directory, raw), special_tokens=special_tokens, raw=raw)
 
 
-class _Values:
-    """Checked access to one JSON object; errors name the file, the key and the value."""
-
-    def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
-        self.raw = raw
-        self.path = path
-
-    def bad(self, key: str, what: str) -> ModelError:
-        return ModelError(f"{self.path}: {key} {what}; {_PULL_AGAIN}", param=key)
-
-    def size(self, key: str, *, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.bad(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _SIZE_MAX:
-            raise self.bad(key, f"is {value!r}, not a whole number from 1 to {_SIZE_MAX - 1}")
-        return value
-
-    def positive(self, key: str, *, default: float) -> float:
-        return self.checked_positive(key, self.raw.get(key, default))
-
-    def checked_positive(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise self.bad(key, f"is {value!r}, not a number above 0")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.bad(key, f"is {value!r}, not true or false")
-        return bool(value)
-
-    def text(self, key: str, *, default: str) -> str:
-        value = self.raw.get(key, default)
-        if not isinstance(value, str):
-            raise self.bad(key, f"is {value!r}, not text")
-        return value
-
-    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise self.bad(key, f"is {value!r}, not token ids from 0 to {vocab_size - 1}")
-        return tuple(ids)
+def _read_fields(path: Path) -> ConfigFields:
+    raw = read_json_object(path)
+    architecture = _architecture(ConfigFields(raw, path))
+    nested = raw.get(_NESTED_TEXT)
+    if nested is not None:
+        if not isinstance(nested, dict):
+            raise ConfigFields(raw, path).bad(_NESTED_TEXT, "is not an object")
+        # What describes the text model leads; what is said of the whole, such as its end tokens, stands beside it.
+        raw = {key: value for key, value in raw.items() if key != _NESTED_TEXT} | {
+            key: value for key, value in nested.items() if key != "architectures"
+        }
+    return ConfigFields(raw, path, defaults=CONFIG_DEFAULTS.get(architecture, {}))
 
 
-def _architecture(values: _Values) -> str:
-    architectures = values.raw.get("architectures")
+def _architecture(fields: ConfigFields) -> str:
+    architectures = fields.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
-        raise values.bad("architectures", f"is {architectures!r}, not a list of one class name")
+        raise fields.bad("architectures", f"is {architectures!r}, not a list of one class name")
     return architectures[0]
 
 
-def _rope(values: _Values) -> tuple[float, dict[str, Any] | None]:
-    """Accept both places: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`, which holds both."""
-    parameters = values.raw.get("rope_parameters")
+def _ropes(fields: ConfigFields, max_position_embeddings: int) -> tuple[RopeConfig, dict[str, RopeConfig]]:
+    """Accept all places: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`, by layer type or for all."""
+    parameters = fields.get("rope_parameters")
+    scaling = fields.get("rope_scaling")
     key = "rope_scaling" if parameters is None else "rope_parameters"
-    scaling = values.raw.get("rope_scaling") if parameters is None else parameters
-    if scaling is not None and not isinstance(scaling, dict):
-        raise values.bad(key, f"is {scaling!r}, not an object")
-    scaling = dict(scaling or {})
-    theta = scaling.pop("rope_theta", None)
-    if theta is None:
-        theta = values.raw.get("rope_theta", 10000.0)
-    theta = values.checked_positive("rope_theta", theta)
-    # `type` is the older spelling; files of the years between carry both.
-    legacy_type = scaling.pop("type", None)
-    rope_type = scaling.setdefault("rope_type", legacy_type or "default")
-    if not isinstance(rope_type, str):
-        raise values.bad(key, f"has rope_type {rope_type!r}, not text")
-    return theta, None if rope_type == "default" else scaling
+    found = scaling if parameters is None else parameters
+    if found is not None and not isinstance(found, dict):
+        raise fields.bad(key, f"is {found!r}, not an object")
+    reader = _RopeReader(fields, key, max_position_embeddings)
+    nested = {layer_type: value for layer_type, value in (found or {}).items() if layer_type in _LAYER_TYPES}
+    if not nested:
+        return reader.read(found or {}), {}
+    by_layer_type = {}
+    for layer_type, value in nested.items():
+        if not isinstance(value, dict):
+            raise fields.bad(key, f"has {layer_type} {value!r}, not an object")
+        by_layer_type[layer_type] = reader.read(value)
+    first = next(iter(by_layer_type.values()))
+    return by_layer_type.get("full_attention", first), by_layer_type
 
 
-def _eos_token_ids(directory: Path, values: _Values, vocab_size: int) -> tuple[int, ...]:
+class _RopeReader:
+    """Reads one object of rotary parameters; what it lacks is looked for beside it, in the file."""
+
+    def __init__(self, fields: ConfigFields, key: str, max_position_embeddings: int) -> None:
+        self._fields = fields
+        self._key = key
+        self._theta = fields.get("rope_theta", 10000.0)
+        self._rotary_factor = fields.get("partial_rotary_factor", 1.0)
+        self._origin = fields.get("original_max_position_embeddings")
+        self._max_position_embeddings = max_position_embeddings
+
+    def read(self, parameters: Mapping[str, Any]) -> RopeConfig:
+        scaling = {name: value for name, value in parameters.items() if value is not None}
+        theta = self._fields.checked_positive("rope_theta", scaling.pop("rope_theta", self._theta))
+        rotary_factor = self._fields.checked_positive(
+            "partial_rotary_factor", scaling.pop("partial_rotary_factor", self._rotary_factor)
+        )
+        if rotary_factor > 1:
+            raise self._fields.bad("partial_rotary_factor", f"is {rotary_factor}, not a number up to 1")
+        # `type` is the older spelling; files of the years between carry both.
+        legacy_type = scaling.pop("type", None)
+        rope_type = scaling.setdefault("rope_type", legacy_type or "default")
+        if not isinstance(rope_type, str):
+            raise self._fields.bad(self._key, f"has rope_type {rope_type!r}, not text")
+        if rope_type in _ROPE_TYPES_WITH_ORIGIN:
+            origin = self._origin or scaling.get("original_max_position_embeddings", self._max_position_embeddings)
+            scaling["original_max_position_embeddings"] = origin
+        is_plain = scaling == {"rope_type": "default"}
+        return RopeConfig(theta, rotary_factor, None if is_plain else scaling)
+
+
+def _eos_token_ids(directory: Path, fields: ConfigFields, vocab_size: int) -> tuple[int, ...]:
+    own = fields.token_ids("eos_token_id", vocab_size)
     path = directory / GENERATION_CONFIG_FILE
     if path.is_file():
-        ids = _Values(read_json_object(path), path).token_ids("eos_token_id", vocab_size)
-        if ids:
-            return ids
-    return values.token_ids("eos_token_id", vocab_size)
+        return ConfigFields(read_json_object(path), path).token_ids("eos_token_id", vocab_size) or own
+    return own
 
 
 def _chat_template(directory: Path, raw: Mapping[str, Any]) -> str | None:
@@ -246,31 +267,12 @@ def _chat_template(directory: Path, raw: Mapping[str, Any]) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path}: cannot be read: {error}; {_PULL_AGAIN}") from error
+            raise ModelError(f"{path}: cannot be read: {error}; {PULL_AGAIN}") from error
     template = raw.get("chat_template")
     if isinstance(template, list):
         # Some models name several templates; the one called "default" is for plain chat.
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise ModelError(f"{directory / TOKENIZER_CONFIG_FILE}: chat_template is not text; {_PULL_AGAIN}")
+        raise ModelError(f"{directory / TOKENIZER_CONFIG_FILE}: chat_template is not text; {PULL_AGAIN}")
     return template
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of bounded size.
-
-    Raises:
-        ModelError: It is missing, too large, not JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > _JSON_BYTES_MAX:
-            raise ModelError(f"{path}: larger than {_JSON_BYTES_MAX} bytes; {_PULL_AGAIN}")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: missing; get the model with `headrace models pull <name>`") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}; {_PULL_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: is not a JSON object; {_PULL_AGAIN}")
-    return value

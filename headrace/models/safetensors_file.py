@@ -87,6 +87,14 @@ class SafetensorsFile:
         view = np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
         return np.array(view).view(tensor.numpy_dtype).reshape(tensor.shape)
 
+    def load_item(self, name: str, index: int) -> npt.NDArray[Any]:
+        """Read one item along a tensor's first dimension into memory of its own."""
+        tensor = self.tensors[name]
+        num_items, *shape = tensor.shape
+        num_bytes = tensor.num_bytes // num_items
+        view = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=tensor.offset + index * num_bytes)
+        return np.array(view).view(tensor.numpy_dtype).reshape(shape)
+
     def packed(self, name: str) -> npt.NDArray[np.uint8]:
         """Give one tensor's bytes as they lie in the file, flat, as a read-only view."""
         tensor = self.tensors[name]

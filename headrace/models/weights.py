@@ -18,7 +18,8 @@ import numpy.typing as npt
 from headrace.errors import ModelError
 from headrace.models.gguf_architectures import architecture_of, restore_row_order
 from headrace.models.gguf_file import GgufFile
-from headrace.models.model_config import CONFIG_FILE, read_json_object
+from headrace.models.json_file import read_json_object
+from headrace.models.model_config import CONFIG_FILE
 from headrace.models.quantization_config import read_scheme
 from headrace.models.quantized_layout import StoredMatrix, group_tensors
 from headrace.models.safetensors_file import SINGLE_FILE, SafetensorsFile, shard_files
@@ -62,12 +63,21 @@ class Weights(ABC):
         """Read a tensor, or a part of a stored matrix, into fresh, writable, contiguous memory.
 
         Returns:
-            float32 for `f32` and for every GGUF quantisation, float16 for `f16`, raw uint16 for `bf16`, raw uint8 for eight-bit
-            floats, integers as stored.
+            float32 for `f32` and for every GGUF quantisation, float16 for `f16`, raw uint16 for `bf16` and for `mxfp4`, which fits
+            into it, raw uint8 for eight-bit floats, integers as stored.
 
         Raises:
             ModelError: There is no such tensor, or its type is not supported.
         """
+
+    def load_item(self, name: str, index: int) -> npt.NDArray[Any]:
+        """Read one item along a tensor's first dimension, in the form of `load`.
+
+        Raises:
+            ModelError: As for `load`.
+        """
+        item: npt.NDArray[Any] = self.load(name)[index]
+        return item
 
     @abstractmethod
     def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
@@ -153,6 +163,9 @@ class _SafetensorsWeights(Weights):
 
     def load(self, name: str) -> npt.NDArray[Any]:
         return self._file(name).load(name)
+
+    def load_item(self, name: str, index: int) -> npt.NDArray[Any]:
+        return self._file(name).load_item(name, index)
 
     def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
         file = self._file(name)

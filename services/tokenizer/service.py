@@ -228,7 +228,7 @@ class TokenizerService:
         tokenizer_config = load_tokenizer_config(directory)
         model_settings = self._context.settings.model
         name = model_settings.name_for_clients
-        max_model_len = min(model_settings.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        max_model_len = min(model_settings.max_model_len or config.max_position_embeddings, config.max_model_len)
         self._eos_token_ids = config.eos_token_ids
         self._sampling_defaults = sampling_defaults(load_generation_defaults(directory))
         self._has_template = tokenizer_config.chat_template is not None

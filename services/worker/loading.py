@@ -14,16 +14,19 @@ import torch
 
 from headrace.errors import ConfigError
 from headrace.models.model_config import ModelConfig, load_model_config
+from headrace.models.pooling_config import load_pooling_config
 from kernels.cpu.library import ISA_NAMES, NativeLibraryError, load_library
 from services.worker.attention.torch_cpu import TorchCpuAttention
 from services.worker.batch_inputs import Limits
+from services.worker.embedder import Embedder, EmbedLimits
 from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, plan_memory
+from services.worker.layers.config_check import unknown_fields
 from services.worker.layers.linear import can_pack_bfloat16
 from services.worker.layers.native_ops import NativeNetwork, NativeOps, UnsupportedError
 from services.worker.layers.ops import Network
-from services.worker.layers.torch_ops import TorchNetwork, TorchOps
+from services.worker.layers.torch_ops import TorchEncoder, TorchNetwork, TorchOps
 from services.worker.model_runner import ModelRunner
-from services.worker.models.registry import build_model
+from services.worker.models.registry import build_encoder, build_model
 from services.worker.weights import MapParts, WeightLoader
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,6 +45,7 @@ class LoadOptions:
         dtype: `auto`, `float32` or `bfloat16`.
         max_model_len: Longest sequence in tokens; None for the model's own.
         kv_cache_tokens: Leads over `kv_cache_bytes` where it is given.
+        external_package: A package with further model families; empty for none.
     """
 
     directory: Path
@@ -54,11 +58,12 @@ class LoadOptions:
     page_size: int
     kv_cache_bytes: int
     kv_cache_tokens: int | None
+    external_package: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was decided."""
+    """What was decided. `unknown_fields` are those of config.json of which it is not known whether they matter."""
 
     config: ModelConfig
     backend: str
@@ -66,6 +71,7 @@ class LoadReport:
     dtype: str
     dtype_reason: str
     memory: MemoryPlan
+    unknown_fields: tuple[str, ...]
 
 
 def choose_dtype(setting: str, cpu_flags: frozenset[str]) -> tuple[str, str]:
@@ -85,9 +91,9 @@ def choose_max_model_len(setting: int | None, config: ModelConfig) -> int:
     """
     if setting is None:
         return config.max_position_embeddings
-    if setting > config.max_position_embeddings:
+    if setting > config.max_model_len:
         raise ConfigError(
-            f"model.max_model_len is {setting}; the model has {config.max_position_embeddings} positions: lower it",
+            f"model.max_model_len is {setting}; the model has {config.max_model_len} positions: lower it",
             param="model.max_model_len",
         )
     return setting
@@ -162,6 +168,7 @@ def load_runner(
         dtype=dtype_name,
         dtype_reason=dtype_reason,
         memory=memory,
+        unknown_fields=unknown_fields(config),
     )
     return runner, report
 
@@ -180,7 +187,7 @@ def _load_backend(
             reason = str(error)
     weights = WeightLoader(options.directory, dtype=dtype, map_parts=map_parts)
     ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype))
-    model = build_model(config, ops, max_model_len=max_model_len)
+    model = build_model(config, ops, max_model_len=max_model_len, external_package=options.external_package)
     weights.check_all_taken()
 
     def make_network(num_pages: int, shape: PageShape) -> Network:
@@ -196,7 +203,7 @@ def _load_native(options: LoadOptions, config: ModelConfig, *, max_model_len: in
     # Quantised weights stay as they are; this is the type of all others.
     weights = WeightLoader(options.directory, dtype=torch.bfloat16, map_parts=map_parts)
     ops = NativeOps(library, weights)
-    model = build_model(config, ops, max_model_len=max_model_len)
+    model = build_model(config, ops, max_model_len=max_model_len, external_package=options.external_package)
     weights.check_all_taken()
     network = NativeNetwork(
         library,
@@ -212,3 +219,27 @@ def _load_native(options: LoadOptions, config: ModelConfig, *, max_model_len: in
         return network
 
     return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, make_network)
+
+
+def load_embedder(options: LoadOptions, *, cpu_flags: frozenset[str], map_parts: MapParts = map) -> Embedder:
+    """Load an encoder. It has no pages: of the options, those that size them are not looked at.
+
+    Args:
+        options: Settings.
+        cpu_flags: What the CPU can do.
+        map_parts: See `WeightLoader`.
+
+    Raises:
+        ModelError: The directory cannot be used.
+        ConfigError: The settings do not fit the model.
+    """
+    config = load_model_config(options.directory)
+    max_model_len = choose_max_model_len(options.max_model_len, config)
+    pooling = load_pooling_config(options.directory)
+    dtype = _DTYPES[choose_dtype(options.dtype, cpu_flags)[0]]
+    weights = WeightLoader(options.directory, dtype=dtype, map_parts=map_parts)
+    ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype))
+    model = build_encoder(config, ops, pooling=pooling.pooling, external_package=options.external_package)
+    weights.check_all_taken()
+    network = TorchEncoder(model, ops, is_normalized=pooling.is_normalized)
+    return Embedder(network, EmbedLimits(max_model_len=max_model_len, vocab_size=config.vocab_size))

@@ -420,6 +420,7 @@ class WorkerService:
             page_size=settings.page_size,
             kv_cache_bytes=settings.kv_cache_bytes,
             kv_cache_tokens=settings.kv_cache_tokens,
+            external_package=self._context.settings.model.external_package,
         )
         # Loading is thousands of small operations. Shared among threads, each would cost a barrier, which on a busy machine takes
         # longer than the operation; whole layers side by side meet only at the end.
@@ -434,6 +435,8 @@ class WorkerService:
         # Beside native kernels torch samples only, and its threads would wait where ours compute.
         torch.set_num_threads(1 if report.backend == "native" else num_threads)
         loaded_ns = time.monotonic_ns()
+        if report.unknown_fields:
+            log.warning("model.fields_ignored", directory=str(options.directory), fields=list(report.unknown_fields))
         log.info(
             "model.loaded",
             directory=str(options.directory),

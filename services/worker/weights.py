@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.errors import ModelError
+from headrace.models.expert_weights import with_single_experts
 from headrace.models.weights import Weights, open_weights
 from services.worker.dequantize import BLOCK_TYPES, dequantize_into
 from services.worker.quantization.checkpoint_matrices import FP8_DTYPES, read_into, read_quantized
@@ -52,7 +53,7 @@ class WeightLoader:
         self.unpacked_names: list[str] = []
         """Matrices of integer codes that could be given as plain numbers only, since their groups are not of neighbours."""
         self._directory = directory
-        self._weights: Weights = open_weights(directory)
+        self._weights: Weights = with_single_experts(open_weights(directory))
         self._left = {name for name in self._weights.names() if not name.endswith(_DERIVED_SUFFIXES)}
 
     @property
@@ -132,6 +133,10 @@ class WeightLoader:
         """Leave a tensor that the model does not need, if it is there."""
         self._left.discard(name)
 
+    def skip_under(self, prefix: str) -> None:
+        """Leave all tensors whose names begin with a prefix."""
+        self._left -= {name for name in self._left if name.startswith(prefix)}
+
     def check_all_taken(self) -> None:
         """Refuse weights that hold more than the model asked for.
 
@@ -170,7 +175,7 @@ class WeightLoader:
             dequantize_into(self._weights.load_packed(name), dtype_name, place)
             return
         values = self._weights.load(name)
-        if dtype_name == "bf16":
+        if dtype_name in ("bf16", "mxfp4"):
             place.copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
         elif dtype_name in FP8_DTYPES:
             place.copy_(torch.from_numpy(values).view(FP8_DTYPES[dtype_name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,10 @@ from headrace.v1.worker_pb2 import NewSequence, StepPlan
 from services.worker.layers.ops import Network, StepTensors
 from services.worker.loading import LoadOptions, load_runner
 from services.worker.model_runner import ModelRunner
+from tests.parity.families import FAMILIES, make_checkpoint
 
-TINY = {
-    "vocab_size": 251,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
+BACKENDS = ["torch"]
+"""What computes; every test of a family runs with each."""
 
 
 class RecordingNetwork:
@@ -131,14 +123,21 @@ class Driver:
 
 
 def _make_driver(
-    directory: Path, *, backend: str = "torch", dtype: str = "float32", page_size: int = 8, kv_cache_tokens: int = 4096
+    directory: Path,
+    *,
+    backend: str = "torch",
+    dtype: str = "float32",
+    page_size: int = 8,
+    kv_cache_tokens: int = 4096,
+    max_model_len: int | None = None,
 ) -> Driver:
+    context = load_model_config(directory).max_position_embeddings
     options = LoadOptions(
         directory=directory,
         backend=backend,
         num_threads=2,
         dtype=dtype,
-        max_model_len=512,
+        max_model_len=max_model_len or min(context, 512),
         max_num_seqs=24,
         max_num_batched_tokens=1024,
         page_size=page_size,
@@ -160,20 +159,21 @@ def make_driver() -> Callable[..., Driver]:
     return _make_driver
 
 
-@pytest.fixture
-def tiny_llama(tmp_path: Path) -> Callable[..., tuple[Path, transformers.LlamaForCausalLM]]:
-    """Write a random checkpoint of a tiny configuration; gives its directory and transformers' model of it."""
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Name of what computes, for `make_driver`."""
+    name: str = request.param
+    return name
 
-    def make(**changes: Any) -> tuple[Path, transformers.LlamaForCausalLM]:
-        torch.manual_seed(7)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | changes))).eval()
-        with torch.no_grad():
-            # Fresh biases and scales are 0 and 1, which would hide a mistake.
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias") or "norm" in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-        model.save_pretrained(tmp_path)
-        return tmp_path, model
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """Give a family's directory and transformers' model of it, made once; by its name in `FAMILIES`."""
+
+    @functools.cache
+    def make(name: str) -> tuple[Path, Any]:
+        directory = tmp_path_factory.mktemp("checkpoint")
+        return directory, make_checkpoint(FAMILIES[name], directory)
 
     return make
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.models.pooling_config import Pooling
 from kernels.cpu import library as native
-from services.worker.layers.ops import AttentionSpec, Layer, Model, Part, StepTensors
+from services.worker.layers.ops import AttentionSpec, Index, Layer, MixtureSpec, Model, Part, StepTensors
 from services.worker.layers.rotary import RotaryTables
 from services.worker.weights import WeightLoader
 
@@ -95,11 +96,19 @@ class NativeOps:
         """See `Ops.skip`."""
         self._weights.skip(name)
 
+    def skip_under(self, prefix: str) -> None:
+        """See `Ops.skip_under`."""
+        self._weights.skip_under(prefix)
+
     def matrix(self, weights: Sequence[Part], biases: Sequence[Part] = ()) -> NativeMatrix:
         """See `Ops.matrix`."""
         packed = native.stack([self._pack(name, shape) for name, shape in weights])
         bias = _floats(self._weights.take_stacked(biases)) if biases else None
         return NativeMatrix(packed, bias)
+
+    def experts(self, weights: Sequence[Sequence[Part]], biases: Sequence[Sequence[Part]] = ()) -> NoReturn:
+        """See `Ops.experts`."""
+        raise UnsupportedError("mixtures of experts")
 
     def vector(self, name: str, size: int, *, shift: float = 0.0) -> FloatArray:
         """See `Ops.vector`."""
@@ -119,13 +128,19 @@ class NativeOps:
         """See `Ops.rotary`."""
         return _floats(tables.cos), _floats(tables.sin)
 
-    def embed(self, table: NativeMatrix, *, scale: float = 1.0) -> Node:
+    def embed(self, table: NativeMatrix, *, scale: float = 1.0, by: Index = "token") -> Node:
         """See `Ops.embed`."""
+        if by != "token":
+            raise UnsupportedError(f"embedding by {by}")
         return self._node("embed", (), table.packed.in_features, False, table, scale)
 
     def rms_norm(self, x: Node, weight: FloatArray, *, eps: float) -> Node:
         """See `Ops.rms_norm`."""
         return self._node("norm", (x,), _whole(x.width, "hidden_size"), x.is_sampled, weight, None, eps, False)
+
+    def layer_norm(self, x: Node, weight: FloatArray, bias: FloatArray, *, eps: float) -> Node:
+        """See `Ops.layer_norm`."""
+        return self._node("norm", (x,), _whole(x.width, "hidden_size"), x.is_sampled, weight, bias, eps, True)
 
     def linear(self, x: Node, matrix: NativeMatrix) -> Node:
         """See `Ops.linear`."""
@@ -137,12 +152,26 @@ class NativeOps:
         width = _whole(gate_up.width // 2, "intermediate_size")
         return self._node("gated", (gate_up,), width, gate_up.is_sampled, native.ACTIVATIONS[activation])
 
+    def activated(self, x: Node, activation: str) -> NoReturn:
+        """See `Ops.activated`."""
+        raise UnsupportedError("feed-forward blocks without a gate")
+
+    def mixture(self, x: Node, spec: MixtureSpec) -> NoReturn:
+        """See `Ops.mixture`."""
+        raise UnsupportedError("mixtures of experts")
+
+    def pooled(self, x: Node, pooling: Pooling) -> NoReturn:
+        """See `Ops.pooled`."""
+        raise UnsupportedError("pooled rows")
+
     def add(self, x: Node, y: Node, *, scale: float = 1.0) -> Node:
         """See `Ops.add`."""
         return self._node("add", (x, y), _whole(x.width, "hidden_size"), x.is_sampled, scale)
 
     def attend(self, qkv: Node, spec: AttentionSpec) -> Node:
         """See `Ops.attend`."""
+        if not spec.is_causal:
+            raise UnsupportedError("attention in both directions")
         if spec.head_dim % _LANES or spec.head_dim > HEAD_DIM_MAX:
             raise UnsupportedError(f"head_dim {spec.head_dim} is not a multiple of {_LANES} up to {HEAD_DIM_MAX}")
         return self._node("attend", (qkv,), spec.num_heads * spec.head_dim, False, spec)

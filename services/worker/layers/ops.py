@@ -4,19 +4,21 @@ A family asks `Ops` for weight handles when it is built (`matrix`, `vector`, `ta
 operations together. It never touches a tensor, so one short file serves every backend: `torch_ops.py` computes at once, on any
 device that torch has; `native_ops.py` records the operations once, at load, as a program of native kernels.
 
-Values are opaque to a family. A value has one row for each of the step's tokens, or, after `sampled`, one for each token whose
-logits are wanted. Values passed as `x` to `add` may be overwritten: a family does not use them afterwards.
+Values are opaque to a family. A value has one row for each of the step's tokens; after `sampled`, one for each token whose logits
+are wanted; after `pooled`, one for each row of the step. Values passed as `x` to `add` may be overwritten: a family does not use
+them afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import torch
 
 from headrace.errors import ModelError
+from headrace.models.pooling_config import Pooling
 from services.worker.layers.rotary import RotaryTables
 
 Layer = TypeVar("Layer")
@@ -39,6 +41,12 @@ Table = Any
 Rotary = Any
 """Rotary tables where the backend wants them."""
 
+Experts = Any
+"""Weights of one linear layer for each of several experts."""
+
+Index = Literal["token", "position", "segment"]
+"""What chooses a table's rows. Segments tell the parts of a pair of texts apart; a step has one segment so far, number 0."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSpec:
@@ -58,6 +66,8 @@ class AttentionSpec:
         window: A token attends to this many tokens at most, itself included; None for all before it.
         soft_cap: Scores become `soft_cap * tanh(score / soft_cap)`; None without.
         sinks: `[num_heads]` scores of a key that takes weight and gives nothing; None without.
+        is_causal: False for encoders: a token attends to all of its row, which is whole in the step, and no pages are kept.
+            `layer`, `window`, `soft_cap` and `sinks` are then not looked at.
     """
 
     layer: int
@@ -72,10 +82,40 @@ class AttentionSpec:
     window: int | None = None
     soft_cap: float | None = None
     sinks: Vector | None = None
+    is_causal: bool = True
 
 
-class Ops(Protocol):
-    """One way of computing networks."""
+@dataclass(frozen=True, slots=True)
+class ClampedSwiglu:
+    """GPT-OSS' gate: `g * sigmoid(alpha * g) * (u + 1)`, `g` clamped to at most `limit` and `u` to within `limit` of 0."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MixtureSpec:
+    """One mixture-of-experts layer: each token goes through the `top_k` experts that score highest.
+
+    Attributes:
+        router: `[num_experts, hidden_size]`: its product with a token is the experts' scores.
+        gate_up: An expert's gate and up projections, stacked: the gate is the first half of each row.
+        down: An expert's projection back.
+        top_k: Experts a token.
+        is_normalized: An expert's weight in the sum is its part of a softmax over the chosen experts' scores; False: over all.
+        activation: As for `Ops.gated`, or the clamped gate.
+    """
+
+    router: Matrix
+    gate_up: Experts
+    down: Experts
+    top_k: int
+    is_normalized: bool
+    activation: str | ClampedSwiglu
+
+
+class WeightOps(Protocol):
+    """Where a family's weights come from."""
 
     def map_layers(self, build: Callable[[int], Layer], num_layers: int) -> Iterator[Layer]:
         """Build the layers `0 … num_layers - 1`, several at a time where the loader has threads."""
@@ -89,6 +129,10 @@ class Ops(Protocol):
         """Leave a tensor that the network does not need, if it is there."""
         ...
 
+    def skip_under(self, prefix: str) -> None:
+        """Leave all tensors whose names begin with a prefix."""
+        ...
+
     def matrix(self, weights: Sequence[Part], biases: Sequence[Part] = ()) -> Matrix:
         """Read `[out_features, in_features]` tensors of one input, stacked along their rows, and their biases.
 
@@ -97,8 +141,16 @@ class Ops(Protocol):
         """
         ...
 
+    def experts(self, weights: Sequence[Sequence[Part]], biases: Sequence[Sequence[Part]] = ()) -> Experts:
+        """Read one matrix an expert, each as `matrix` does; `biases` is empty or as long as `weights`.
+
+        Raises:
+            ModelError: As for `matrix`.
+        """
+        ...
+
     def vector(self, name: str, size: int, *, shift: float = 0.0) -> Vector:
-        """Read a vector; `shift` is added to it (Gemma stores scales minus one)."""
+        """Read a vector; `shift` is added to it, in float32 (Gemma stores scales minus one)."""
         ...
 
     def table(self, name: str, shape: tuple[int, int]) -> Table:
@@ -113,12 +165,20 @@ class Ops(Protocol):
         """Take rotary tables in; one handle may serve many layers."""
         ...
 
-    def embed(self, table: Table, *, scale: float = 1.0) -> Value:
-        """Rows of the table for the step's tokens, times `scale`."""
+
+class ComputeOps(Protocol):
+    """What a family's network is made of."""
+
+    def embed(self, table: Table, *, scale: float = 1.0, by: Index = "token") -> Value:
+        """Rows of the table for the step's tokens, chosen by each token's number, position or segment, times `scale`."""
         ...
 
     def rms_norm(self, x: Value, weight: Vector, *, eps: float) -> Value:
         """`x / sqrt(mean(x²) + eps) * weight` along a row. Source: Zhang and Sennrich (2019)."""
+        ...
+
+    def layer_norm(self, x: Value, weight: Vector, bias: Vector, *, eps: float) -> Value:
+        """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` along a row. Source: Layer Normalization (2016)."""
         ...
 
     def linear(self, x: Value, matrix: Matrix) -> Value:
@@ -127,6 +187,14 @@ class Ops(Protocol):
 
     def gated(self, gate_up: Value, activation: str) -> Value:
         """`activation(gate) * up`, the gate being the first half of each row; names as in config.json's `hidden_act`."""
+        ...
+
+    def activated(self, x: Value, activation: str) -> Value:
+        """`activation(x)`; names as for `gated`."""
+        ...
+
+    def mixture(self, x: Value, spec: MixtureSpec) -> Value:
+        """Send each token through its experts and add up what they give, weighted. Source: Shazeer et al. (2017)."""
         ...
 
     def add(self, x: Value, y: Value, *, scale: float = 1.0) -> Value:
@@ -149,6 +217,10 @@ class Ops(Protocol):
         """Keep the rows of the tokens whose logits are wanted."""
         ...
 
+    def pooled(self, x: Value, pooling: Pooling) -> Value:
+        """Make one vector of each row's tokens; rows are whole in the step."""
+        ...
+
     def soft_cap(self, x: Value, cap: float) -> Value:
         """`cap * tanh(x / cap)`."""
         ...
@@ -156,6 +228,10 @@ class Ops(Protocol):
     def scaled(self, x: Value, scale: float) -> Value:
         """`x * scale`."""
         ...
+
+
+class Ops(WeightOps, ComputeOps, Protocol):
+    """One way of computing networks."""
 
 
 ACTIVATION_NAMES: Final = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -191,7 +267,7 @@ class Model(Protocol):
     """A network of one family: weight handles, and the operations over them."""
 
     def forward(self, ops: Ops) -> Value:
-        """State one step; gives the logits of the sampled rows, `[num_sampled, vocab_size]`."""
+        """State one step: gives the sampled rows' logits, `[num_sampled, vocab_size]`, an encoder its pooled `[num_rows, size]`."""
         ...
 
 
@@ -238,4 +314,19 @@ class Network(Protocol):
 
     def clear_pages(self, pages: torch.Tensor) -> None:
         """Zero some pages in all layers: int64 `[num_pages]`."""
+        ...
+
+
+class EncoderNetwork(Protocol):
+    """A loaded encoder: no pages, and rows that are whole."""
+
+    def encode(self, step: StepTensors) -> torch.Tensor:
+        """Compute one step.
+
+        Args:
+            step: Of rows that start at 0. `slot_mapping`, `page_tables` and `sampled_tokens` are not looked at.
+
+        Returns:
+            float32 `[num_rows, size]`; valid until the next step.
+        """
         ...

@@ -36,7 +36,7 @@ def test_model_is_what_its_makers_say(model):
     assert (description.quantisation, description.context_length, description.vocab_size) == ("q4_1", 8192, 49152)
     config = load_model_config(model)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
-    assert (config.rope_theta, config.rms_norm_eps, config.tie_word_embeddings) == (100000.0, 1e-05, True)
+    assert (config.rope.theta, config.rms_norm_eps, config.tie_word_embeddings) == (100000.0, 1e-05, True)
     assert (config.eos_token_ids, config.bos_token_id) == ((2,), 1)
     assert "<|im_start|>assistant" in (load_tokenizer_config(model).chat_template or "")
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from headrace.errors import ModelError
 from headrace.models.gguf_convert import write_hf_files
-from headrace.models.model_config import load_model_config, load_tokenizer_config
+from headrace.models.model_config import RopeConfig, load_model_config, load_tokenizer_config
 
 
 def convert(builder, tmp_path):
@@ -25,9 +25,10 @@ def test_config_gives_the_shape_of_the_network(llama_builder, tmp_path):
     assert config.architecture == "LlamaForCausalLM"
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (261, 32, 64)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 8)
-    assert (config.max_position_embeddings, config.rms_norm_eps, config.rope_theta) == (128, 1e-05, 10000.0)
+    assert (config.max_position_embeddings, config.rms_norm_eps, config.rope) == (128, 1e-05, RopeConfig(10000.0))
     assert (config.eos_token_ids, config.bos_token_id) == ((0,), 1)
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (True, False, False)
+    biases = (config.fields.flag("attention_bias"), config.fields.flag("mlp_bias"))
+    assert (config.tie_word_embeddings, *biases) == (True, False, False)
 
 
 def test_output_projection_of_its_own_is_not_tied(untied_llama_builder, tmp_path):

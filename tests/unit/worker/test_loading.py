@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from headrace.errors import ConfigError, ModelError
+from headrace.models.model_config import RopeConfig
 from services.worker.kv_cache import PageShape, plan_memory
 from services.worker.layers.linear import Linear, can_pack_bfloat16
 from services.worker.layers.rotary import Rotary, rotary_tables
@@ -121,9 +123,10 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, change: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; supported are LlamaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported are default, linear, llama3"),
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; supported are Gemma2ForCausalLM, "),
+        ({"rope_scaling": {"rope_type": "ntk"}}, "'ntk' is not supported; supported are default, linear, dynamic, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method is 'hqq', which is not supported"),
         ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
         ({"tie_word_embeddings": False}, r"lm_head\.weight \[32, 8\] is missing"),
         ({"attention_bias": True}, r"q_proj\.bias \[8\] is missing"),
@@ -139,6 +142,41 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match="pull the model again"):
         load(tmp_path)
+
+
+def test_a_package_from_the_settings_gives_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "headrace_other_models.py").write_text(
+        "from services.worker.models.llama import llama\n\nARCHITECTURES = {'OtherForCausalLM': llama}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    directory = write(tmp_path, tensors(), architectures=["OtherForCausalLM"], mystery=1)
+    runner, report = load(directory, external_package="headrace_other_models")
+    assert runner.limits.vocab_size == 32
+    assert report.unknown_fields == ("mystery",)
+    with pytest.raises(ModelError, match="'OtherForCausalLM' is not supported"):
+        load(directory)
+    monkeypatch.delitem(sys.modules, "headrace_other_models")
+
+
+def test_positions_that_are_scaled_reach_past_the_context(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    directory = write(tmp_path, tensors(), rope_scaling=scaling)
+    assert load(directory)[0].limits.max_model_len == 64
+    assert load(directory, max_model_len=128)[0].limits.max_model_len == 128
+    with pytest.raises(ConfigError, match="max_model_len is 129; the model has 128"):
+        load(directory, max_model_len=129)
+
+
+def test_only_a_part_of_a_head_may_be_turned() -> None:
+    tables = rotary_tables(RopeConfig(10000.0, rotary_factor=0.5), head_dim=8, context=32, max_position=32)
+    heads = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(3))
+    turned = heads.clone()
+    rotary = Rotary(tables, torch.float32)
+    rotary.apply_(turned, rotary.rows(torch.tensor([1, 7, 31])))
+    torch.testing.assert_close(turned[..., 4:], heads[..., 4:])
+    assert not torch.allclose(turned[..., :4], heads[..., :4])
+    with pytest.raises(ModelError, match="3 of a head's 6 values are to be turned"):
+        rotary_tables(RopeConfig(10000.0, rotary_factor=0.5), head_dim=6, context=32, max_position=32)
 
 
 def test_longer_sequences_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
@@ -202,7 +240,7 @@ def test_linear_is_a_product_with_the_transposed_weight(dtype: torch.dtype, num_
 
 
 def test_rotary_keeps_lengths_and_leaves_position_zero() -> None:
-    rotary = Rotary(rotary_tables(8, max_position=32, theta=10000.0, scaling=None), torch.float32)
+    rotary = Rotary(rotary_tables(RopeConfig(10000.0), head_dim=8, context=32, max_position=32), torch.float32)
     heads = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(3))
     turned = heads.clone()
     rotary.apply_(turned, rotary.rows(torch.tensor([0, 7, 31])))
