@@ -1,8 +1,8 @@
 """Goal: a GGUF file of each architecture is the model that it was converted from.
 
 Method: a tiny random model of transformers is written as GGUF, by the rules of llama.cpp's conversion scripts and the library's
-table of names; from the config.json and the weights that we read, transformers builds the model again. Both must give the same
-logits.
+table of names; from the config.json and the weights that we read, transformers builds the model again, and our worker its own. All
+must give the same logits.
 """
 
 from __future__ import annotations
@@ -208,7 +208,9 @@ def write_gguf(path: Path, architecture: str, model: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_model_read_from_gguf_gives_the_same_logits(case: str, tmp_path: Path) -> None:
+def test_model_read_from_gguf_gives_the_same_logits(
+    case: str, tmp_path: Path, backend: str, make_driver: Callable[..., Any]
+) -> None:
     original = make_model(case)
     write_gguf(tmp_path / "model.gguf", CASES[case][0], original)
     write_hf_files(tmp_path / "model.gguf", tmp_path)
@@ -228,6 +230,12 @@ def test_model_read_from_gguf_gives_the_same_logits(case: str, tmp_path: Path) -
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert config.max_position_embeddings == 256
     assert expected.std() > 0.05
+
+    driver = make_driver(tmp_path, backend=backend)
+    driver.enter(0, token_ids[0].tolist())
+    driver.step({0: 25})
+    _, logits = driver.step({0: 15})
+    torch.testing.assert_close(logits[0], expected[0, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_every_architecture_is_covered_here() -> None:
