@@ -217,6 +217,9 @@ def _ropes(fields: ConfigFields, max_position_embeddings: int) -> tuple[RopeConf
     for layer_type, value in nested.items():
         if not isinstance(value, dict):
             raise fields.bad(key, f"has {layer_type} {value!r}, not an object")
+        if value.get("rope_theta") is None and fields.raw.get("rope_theta") is None:
+            # Families have defaults by layer type, and writers of this form leave none out.
+            raise fields.bad(key, f"has no rope_theta for {layer_type}")
         by_layer_type[layer_type] = reader.read(value)
     first = next(iter(by_layer_type.values()))
     return by_layer_type.get("full_attention", first), by_layer_type

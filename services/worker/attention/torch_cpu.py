@@ -183,8 +183,14 @@ class TorchCpuAttention:
         gathered = gathered.view(group.num_rows, -1, 2, num_kv_heads, head_dim)
         keys, values = gathered[:, :, 0].transpose(1, 2), gathered[:, :, 1].transpose(1, 2)
         heads = selected.reshape(group.num_rows, num_kv_heads, -1, head_dim)
-        sinks = None if spec.sinks is None else spec.sinks.view(1, num_kv_heads, -1, 1)
-        attended = _attend(heads, keys, values, group.mask, sinks, spec).reshape(group.num_rows, -1, head_dim)
+        if spec.sinks is None and spec.soft_cap is None:
+            attended = functional.scaled_dot_product_attention(heads, keys, values, attn_mask=group.mask, scale=spec.scale)
+        else:
+            sinks = None if spec.sinks is None else spec.sinks.view(1, num_kv_heads, -1, 1)
+            # Products over a batch of matrices are summed in an order that depends on how many there are.
+            parts = zip(heads.split(1), keys.split(1), values.split(1), group.mask.split(1), strict=True)
+            attended = torch.cat([_attend(*part, sinks, spec) for part in parts])
+        attended = attended.reshape(group.num_rows, -1, head_dim)
         if group.rows is None:
             outputs[: group.num_rows] = attended
         else:
@@ -209,8 +215,13 @@ class TorchCpuAttention:
         # [tokens, 2, num_kv_heads, head_dim] → keys and values [1, num_heads, tokens, head_dim].
         keys, values = context.permute(1, 2, 0, 3).repeat_interleave(num_repeats, dim=1).unsqueeze(1).unbind(0)
         selected = queries[tokens].transpose(0, 1).unsqueeze(0)
-        sinks = None if spec.sinks is None else spec.sinks.view(1, -1, 1, 1)
-        attended = _attend(selected, keys, values, extend.mask, sinks, spec)
+        if spec.sinks is None and spec.soft_cap is None:
+            attended = functional.scaled_dot_product_attention(
+                selected, keys, values, attn_mask=extend.mask, is_causal=extend.mask is None, scale=spec.scale
+            )
+        else:
+            sinks = None if spec.sinks is None else spec.sinks.view(1, -1, 1, 1)
+            attended = _attend(selected, keys, values, extend.mask, sinks, spec)
         outputs[tokens] = attended.squeeze(0).transpose(0, 1)
 
 
@@ -226,11 +237,16 @@ def _attend(
     sinks: torch.Tensor | None,
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """Attend over `[…, num_keys, head_dim]`; without a mask each query attends to the keys up to its own index."""
-    if sinks is None and spec.soft_cap is None:
-        return functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=spec.scale
-        )
+    """Attend step by step, where torch has no one call for it: with a soft cap or sinks.
+
+    Args:
+        queries: `[…, num_queries, head_dim]`.
+        keys: `[…, num_keys, head_dim]`.
+        values: The same shape.
+        mask: Added to the scores; None where each query attends to the keys up to its own index.
+        sinks: As wide as the scores, but for their last dimension, which is 1.
+        spec: The layer.
+    """
     scores = (queries.float() @ keys.float().transpose(-1, -2)).mul_(spec.scale)
     if spec.soft_cap is not None:
         scores.div_(spec.soft_cap).tanh_().mul_(spec.soft_cap)

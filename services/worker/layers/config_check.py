@@ -24,7 +24,7 @@ COMPUTING: Final[Mapping[str, tuple[Any, ...]]] = {
     "layer_types": (),
     **dict.fromkeys(("sliding_window", "use_sliding_window", "attention_chunk_size", "sliding_window_pattern"), _OFF),
     **dict.fromkeys(("use_bidirectional_attention", "is_decoder", "is_encoder_decoder", "add_cross_attention"), _OFF),
-    **dict.fromkeys(("alibi", "attention_sinks"), _OFF),
+    **dict.fromkeys(("alibi", "attention_sinks", "dual_chunk_attention_config", "attn_output_gate", "gating"), _OFF),
     "is_causal": (True,),
     # Positions.
     "position_embedding_type": ("rope", "absolute"),

@@ -145,6 +145,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rope": ({"rope_scaling": [1]}, r"rope_scaling is \[1\]"),
     "rope type": ({"rope_scaling": {"rope_type": 3}}, "rope_type 3"),
     "rope of layers": ({"rope_parameters": {"full_attention": 3}}, "full_attention 3, not an object"),
+    "theta of layers": ({"rope_parameters": {"sliding_attention": {}}}, "has no rope_theta for sliding_attention"),
     "rotary factor": ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, not a number up to 1"),
     "flag": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
     "eos": ({"eos_token_id": 100}, "eos_token_id is 100"),
