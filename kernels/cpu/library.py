@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 LIBRARY_FILE: Final = Path(__file__).resolve().parent / "libheadrace_cpu.so"
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 
 KIND_F32, KIND_Q8, KIND_BF16 = 0, 1, 2
 DOMAIN_TOKENS, DOMAIN_SAMPLED = 0, 1
@@ -37,6 +37,7 @@ OP_KINDS: Final = (
     "rotate_store",
     "attend",
     "merge",
+    "best",
 )
 """Kinds of operations, in the order in which a profile tells their times."""
 
@@ -105,6 +106,8 @@ class Step(Structure):
         ("sampled_tokens", c_void_p),
         ("logits", c_void_p),
         ("logits_stride", c_int64),
+        ("best", c_void_p),
+        ("is_finite", c_void_p),
     ]
 
 

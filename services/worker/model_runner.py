@@ -65,7 +65,7 @@ class ModelRunner:
             return step_result(plan, step, _NO_TOKEN_IDS, _ALL_FINITE)
         with torch.inference_mode():
             logits = self._network.forward(self._tensors(step))
-            sampled, is_finite = sample(logits, step.sampled)
+            sampled, is_finite = sample(logits, step.sampled, self._network.best())
         self._inputs.commit(step, sampled, is_finite)
         if not is_finite.all():
             self._clear_pages(step.sampled.slots[~is_finite].tolist())

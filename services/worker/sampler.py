@@ -15,30 +15,31 @@ import numpy.typing as npt
 import torch
 
 from services.worker.batch_inputs import Int64Array, SampledRows
+from services.worker.layers.ops import Best
 from services.worker.philox import uniforms
 
 # Nearly always the nucleus lies in this many likeliest tokens, and finding them is ten times cheaper than a whole sort.
 _NUM_CANDIDATES: Final = 512
 
 
-def sample(logits: torch.Tensor, rows: SampledRows) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+def sample(logits: torch.Tensor, rows: SampledRows, best: Best | None = None) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
     """Choose one token a row.
 
     Args:
         logits: float32 `[num_rows, vocab_size]`.
         rows: Parameters of the rows.
+        best: What `Network.best` found; None to look for it here.
 
     Returns:
         Token ids, and whether the row's logits were finite; where they were not, the token means nothing.
     """
     # A sum is finite only if all its terms are, and is one pass.
-    is_finite = torch.isfinite(logits.sum(dim=-1))
-    token_ids = logits.argmax(dim=-1)
-    is_drawn = torch.from_numpy(rows.temperature > 0) & is_finite
-    if bool(is_drawn.any()):
-        drawn = is_drawn.nonzero().squeeze(1)
-        token_ids[drawn] = _draw(logits if len(drawn) == len(logits) else logits[drawn], rows, drawn.numpy())
-    return token_ids.numpy(), is_finite.numpy()
+    token_ids, is_finite = best or (logits.argmax(dim=-1).numpy(), torch.isfinite(logits.sum(dim=-1)).numpy())
+    (drawn,) = np.nonzero((rows.temperature > 0) & is_finite)
+    if len(drawn):
+        drawn_logits = logits if len(drawn) == len(logits) else logits[torch.from_numpy(drawn)]
+        token_ids[drawn] = _draw(drawn_logits, rows, drawn).numpy()
+    return token_ids, is_finite
 
 
 def _draw(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> torch.Tensor:

@@ -16,7 +16,7 @@ from headrace.models.model_config import load_model_config
 from headrace.models.weights import open_weights
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
-from services.worker.layers.ops import Network, StepTensors
+from services.worker.layers.ops import Best, Network, StepTensors
 from services.worker.loading import LoadOptions, load_runner
 from services.worker.model_runner import ModelRunner
 from tests.parity.families import FAMILIES, make_checkpoint
@@ -38,6 +38,9 @@ class RecordingNetwork:
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         self._network.copy_pages(sources, targets)
+
+    def best(self) -> Best | None:
+        return self._network.best()
 
     def clear_pages(self, pages: torch.Tensor) -> None:
         self._network.clear_pages(pages)

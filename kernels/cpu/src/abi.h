@@ -86,6 +86,8 @@ struct Step {
   const int64_t* sampled_tokens;
   float* logits;  // [num_sampled][logits_stride]
   int64_t logits_stride;
+  int64_t* best;       // [num_sampled], where each row's largest logit is; the first of equals
+  uint8_t* is_finite;  // [num_sampled], whether all of a row's logits are
 };
 
 // Rows of a value, whatever its kind.
@@ -168,6 +170,7 @@ struct Kernels {
                        int64_t begin, int64_t end);
   void (*attend)(const AttendContext& context, const AttendUnit& unit, int kv_head);
   void (*merge)(const AttendContext& context, const AttendUnit* units, int64_t num_units, int kv_head);
+  void (*best)(const Rows& in, int64_t begin, int64_t end, int64_t* best, uint8_t* is_finite);
 };
 
 inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 512) + 256; }

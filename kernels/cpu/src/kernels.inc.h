@@ -17,6 +17,7 @@ const Kernels* KERNELS() {
   static const Kernels kernels = {
       KERNELS_NAME, embed,  norm,          pack,         gated,  activate, add,
       scale_rows,   soft_cap_rows, linear, gated_linear, rotate_store, attend, merge,
+      best,
   };
   return &kernels;
 }

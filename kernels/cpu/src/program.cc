@@ -12,7 +12,7 @@
 namespace headrace {
 namespace {
 
-enum OpKind { EMBED, NORM, PACK, LINEAR, GATED_LINEAR, GATED, ACTIVATE, ADD, SCALE, SOFT_CAP, GATHER, ROTATE_STORE, ATTEND, MERGE, NUM_OP_KINDS };
+enum OpKind { EMBED, NORM, PACK, LINEAR, GATED_LINEAR, GATED, ACTIVATE, ADD, SCALE, SOFT_CAP, GATHER, ROTATE_STORE, ATTEND, MERGE, BEST, NUM_OP_KINDS };
 
 struct Op {
   OpKind kind;
@@ -94,6 +94,9 @@ class Program {
   // Memory for all buffers; false when there is none.
   bool finish(int logits) {
     logits_ = logits;
+    Op best{BEST};
+    best.in = logits;
+    add_op(std::move(best));
     std::vector<int64_t> sizes;
     for (size_t i = 0; i < values_.size(); i++) {
       const Value& value = values_[i];
@@ -124,8 +127,9 @@ class Program {
       memory = aligned_alloc(64, (size_t)(gates_offset_ + 128 * max_rows_[0]));
       if (!memory) return false;
     }
-    for (auto& set : counters_) {
-      for (int thread = 0; thread < team_.size(); thread++) set.emplace_back(ops_.size());
+    for (int parity = 0; parity < 2; parity++) {
+      for (int thread = 0; thread < team_.size(); thread++) counters_[parity].emplace_back(ops_.size());
+      done_[parity] = std::vector<Counter>(ops_.size());
     }
     return true;
   }
@@ -252,23 +256,33 @@ class Program {
       // Small enough to share the end of the work, large enough to be worth the counter.
       const int64_t grain = std::max<int64_t>(1, (last - first) / 16);
       Counter& counter = counters_[parity_][(size_t)part][op];
+      int64_t num_done = 0;
       for (;;) {
         if (turn > 0 && counter.load(std::memory_order_relaxed) >= last - first) break;
         const int64_t begin = first + counter.fetch_add(grain, std::memory_order_relaxed);
         if (begin >= last) break;
-        body(begin * unit, std::min(std::min(begin + grain, last) * unit, count));
+        const int64_t end = std::min(begin + grain, last);
+        body(begin * unit, std::min(end * unit, count));
+        num_done += end - begin;
       }
+      if (num_done > 0) done_[parity_][op].fetch_add(num_done, std::memory_order_release);
     }
+    // The operation is over when its pieces are, not when the threads are here: one that lost its core between two operations holds up
+    // nobody.
+    const Counter& done = done_[parity_][op];
+    for (int spins = 0; done.load(std::memory_order_acquire) < num_units; spins++) wait_a_moment(spins);
   }
 
   void work(int id) {
     // Nobody looks at the other set of counters in this step.
     for (Counter& counter : counters_[1 - parity_][(size_t)id]) counter.store(0, std::memory_order_relaxed);
+    if (id == 0) {
+      for (Counter& counter : done_[1 - parity_]) counter.store(0, std::memory_order_relaxed);
+    }
     const bool is_timed = id == 0 && !nanoseconds_.empty();
     int64_t begin = is_timed ? now() : 0;
     for (size_t i = 0; i < ops_.size(); i++) {
       execute(i, id);
-      if (i + 1 < ops_.size()) team_.barrier();
       if (is_timed) {
         const int64_t end = now();
         nanoseconds_[ops_[i].kind] += end - begin;
@@ -331,6 +345,9 @@ class Program {
         share(index, id, count, 1, [&](int64_t b, int64_t e) {
           k.rotate_store(in, out, op.attention, pages_[(size_t)op.attention.layer], step_, b, e);
         });
+        break;
+      case BEST:
+        share(index, id, count, 1, [&](int64_t b, int64_t e) { k.best(in, b, e, step_.best, step_.is_finite); });
         break;
       case NUM_OP_KINDS:
         break;
@@ -397,8 +414,9 @@ class Program {
   std::vector<void*> scratch_;
   std::vector<Pages> pages_;
   std::vector<AttendPlan> plans_;
-  // By parity of the step, thread and operation.
+  // Pieces given out, by parity of the step, thread and operation; and pieces done.
   std::vector<std::vector<Counter>> counters_[2];
+  std::vector<Counter> done_[2];
   int parity_ = 0;
   float* partials_ = nullptr;
   int64_t partials_capacity_ = 0;
@@ -415,7 +433,7 @@ using namespace headrace;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The number of the interface: a library of another build is refused.
-EXPORT int32_t hr_abi_version() { return 1; }
+EXPORT int32_t hr_abi_version() { return 2; }
 
 // The best instruction set of this CPU that is built in: 3 AVX-512 with BF16 and VNNI, 2 AVX-512 with VNNI, 1 AVX2, 0 any.
 EXPORT int32_t hr_best_isa() {

@@ -237,4 +237,29 @@ void soft_cap_rows(const Rows& x, int64_t begin, int64_t end, float cap) {
   }
 }
 
+void best(const Rows& in, int64_t begin, int64_t end, int64_t* best, uint8_t* is_finite) {
+  for (int64_t row = begin; row < end; row++) {
+    const float* x = f32_row(in, row);
+    const int64_t whole = in.width / 16 * 16;
+    vf largest = vset(-INFINITY), zero = vset(0.0f);
+    for (int64_t i = 0; i < whole; i += 16) {
+      const vf value = vload(x + i);
+      largest = vmax(largest, value);
+      // What is not finite becomes a NaN and stays one.
+      zero = vfma(value, vset(0.0f), zero);
+    }
+    float maximum = vmaximum(largest), poison = vsum(zero);
+    for (int64_t i = whole; i < in.width; i++) {
+      maximum = x[i] > maximum ? x[i] : maximum;
+      poison += x[i] * 0.0f;
+    }
+    is_finite[row] = poison == 0.0f;
+    best[row] = 0;
+    if (!is_finite[row]) continue;
+    int64_t at = 0;
+    while (x[at] != maximum) at++;
+    best[row] = at;
+  }
+}
+
 }  // namespace

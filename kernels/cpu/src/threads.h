@@ -1,8 +1,4 @@
-// Threads that go through one list of operations side by side. Between operations they meet at a barrier; work inside an operation is
-// handed out by counters, so a thread whose core is taken away holds up no more than its last piece.
-//
-// Waiting: a short spin (the pieces of a step are microseconds), then giving the core away, so that the services that share it run.
-// Between steps threads sleep.
+// Threads that do one thing side by side, again and again; between two times they sleep.
 #pragma once
 
 #include <linux/futex.h>
@@ -23,6 +19,16 @@ inline void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// One turn of waiting for another thread: the pieces of a step are microseconds; after some of these the core is given away, so that
+// the services that share it run.
+inline void wait_a_moment(int spins) {
+  if (spins < 2000) {
+    relax();
+  } else {
+    sched_yield();
+  }
 }
 
 class Team {
@@ -57,6 +63,14 @@ class Team {
     barrier();
   }
 
+ private:
+  static constexpr int SPINS_IDLE = 400;
+
+  struct Start {
+    Team* team;
+    int id;
+  };
+
   void barrier() {
     if (size_ == 1) return;
     const uint32_t round = round_.load(std::memory_order_relaxed);
@@ -65,23 +79,8 @@ class Team {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
-      if (spins < SPINS) {
-        relax();
-      } else {
-        sched_yield();
-      }
-    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) wait_a_moment(spins);
   }
-
- private:
-  static constexpr int SPINS = 2000;
-  static constexpr int SPINS_IDLE = 400;
-
-  struct Start {
-    Team* team;
-    int id;
-  };
 
   void wake() {
     epoch_.fetch_add(1, std::memory_order_release);

@@ -20,7 +20,7 @@ import torch
 
 from headrace.models.pooling_config import Pooling
 from kernels.cpu import library as native
-from services.worker.layers.ops import AttentionSpec, Index, Layer, MixtureSpec, Model, Part, StepTensors
+from services.worker.layers.ops import AttentionSpec, Best, Index, Layer, MixtureSpec, Model, Part, StepTensors
 from services.worker.layers.rotary import RotaryTables
 from services.worker.weights import WeightLoader
 
@@ -263,6 +263,7 @@ class NativeNetwork:
         self._num_kv_layers = _Lowering(library, self._program, ops.nodes).lower(output)
         self._pages: list[npt.NDArray[np.uint16]] = []
         self._logits = torch.empty(0)
+        self._best, self._is_finite = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
         self._step = native.Step()
 
     def __del__(self) -> None:
@@ -287,6 +288,8 @@ class NativeNetwork:
         if self._logits.shape[0] < num_sampled:
             # Rows a multiple of a page apart would meet in the same places of a cache.
             self._logits = torch.empty((num_sampled, native.padded(self._width, 32) + 32))
+            self._best = np.zeros(num_sampled, dtype=np.int64)
+            self._is_finite = np.zeros(num_sampled, dtype=np.bool_)
         page_tables = step.page_tables.contiguous()
         native_step = self._step
         native_step.num_tokens = step.token_ids.shape[0]
@@ -300,9 +303,15 @@ class NativeNetwork:
         native_step.page_tables = page_tables.data_ptr()
         native_step.sampled_tokens = step.sampled_tokens.data_ptr()
         native_step.logits, native_step.logits_stride = self._logits.data_ptr(), self._logits.shape[1]
+        native_step.best, native_step.is_finite = self._best.ctypes.data, self._is_finite.ctypes.data
         if not self._library.hr_run(self._program, native_step):
             raise MemoryError("the native kernels have no memory for this step")
         return self._logits[:num_sampled, : self._width]
+
+    def best(self) -> Best | None:
+        """See `Network.best`."""
+        num_sampled = self._step.num_sampled
+        return self._best[:num_sampled].copy(), self._is_finite[:num_sampled].copy()
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """See `Network.copy_pages`."""

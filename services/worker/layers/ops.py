@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.errors import ModelError
@@ -297,6 +299,10 @@ class StepTensors:
     sampled_tokens: torch.Tensor
 
 
+Best = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
+"""For each row of logits: the first of the largest, and whether all are finite; where they are not, the first means nothing."""
+
+
 class Network(Protocol):
     """A loaded model with its KV pages, ready to compute steps."""
 
@@ -306,6 +312,10 @@ class Network(Protocol):
         Returns:
             float32 logits `[num_sampled, vocab_size]` of the step's sampled tokens; valid until the next step.
         """
+        ...
+
+    def best(self) -> Best | None:
+        """The likeliest token of each row of the last `forward`, where the backend found it by the way."""
         ...
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:

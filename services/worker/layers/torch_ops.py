@@ -17,7 +17,7 @@ from services.worker.attention.backend import AttentionBackend
 from services.worker.attention.whole_rows import attend_whole_rows
 from services.worker.kv_cache import KvCache
 from services.worker.layers.linear import Linear
-from services.worker.layers.ops import AttentionSpec, Index, Layer, MixtureSpec, Model, Part, StepTensors
+from services.worker.layers.ops import AttentionSpec, Best, Index, Layer, MixtureSpec, Model, Part, StepTensors
 from services.worker.layers.rotary import Rotary, RotaryTables
 from services.worker.layers.torch_mixture import clamped_swiglu, mix
 from services.worker.weights import WeightLoader
@@ -222,6 +222,10 @@ class TorchNetwork:
         self._ops.begin(step, self._kv_layers)
         logits: torch.Tensor = self._model.forward(self._ops)
         return logits.float()
+
+    def best(self) -> Best | None:
+        """See `Network.best`."""
+        return None
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """See `Network.copy_pages`."""

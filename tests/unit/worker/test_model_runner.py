@@ -30,6 +30,9 @@ class StandIn:
         for layer_pages in self._kv_layers:
             layer_pages[targets] = layer_pages[sources]
 
+    def best(self) -> None:
+        return None
+
     def clear_pages(self, pages: torch.Tensor) -> None:
         for layer_pages in self._kv_layers:
             layer_pages[pages] = 0
