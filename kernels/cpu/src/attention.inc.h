@@ -130,26 +130,41 @@ INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace& pl
   for (; dim < hd; dim += 16) weighted<R, 1>(weights, place, hd, dim, out);
 }
 
-// What one chunk gives a row: the largest score, the sum of weights, the weighted sum of values [head_dim].
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// What one chunk gives a row: the largest score (in units of the base-2 logarithm), the sum of weights, the weighted sum of values
+// [head_dim].
 struct Partial {
   float maximum;
   float weight;
   float* sums;
 };
 
+// 2 ** (x - maximum) for both at once.
+INLINE void rescale(float x, float y, float maximum, float* factors) {
+  float lanes[16] = {};
+  lanes[0] = x - maximum;
+  lanes[1] = y - maximum;
+  vstore(lanes, vexp2(vload(lanes)));
+  factors[0] = lanes[0];
+  factors[1] = lanes[1];
+}
+
 INLINE void merge_partial(Partial& total, const Partial& part, int64_t hd) {
   if (part.weight == 0.0f) return;
+  if (total.weight == 0.0f) {
+    total.maximum = part.maximum;
+    total.weight = part.weight;
+    memcpy(total.sums, part.sums, sizeof(float) * (size_t)hd);
+    return;
+  }
+  float factors[2];
   const float maximum = total.maximum > part.maximum ? total.maximum : part.maximum;
-  float factors[16];
-  vf shifts = vset(total.maximum - maximum);
-  vstore(factors, vexp(shifts));
-  const float a = total.weight == 0.0f ? 0.0f : factors[0];
-  vstore(factors, vexp(vset(part.maximum - maximum)));
-  const float b = factors[0];
+  rescale(total.maximum, part.maximum, maximum, factors);
   total.maximum = maximum;
-  total.weight = __builtin_fmaf(total.weight, a, part.weight * b);
+  total.weight = __builtin_fmaf(total.weight, factors[0], part.weight * factors[1]);
   for (int64_t d = 0; d < hd; d += 16) {
-    vstore(total.sums + d, vfma(vload(total.sums + d), vset(a), vmul(vload(part.sums + d), vset(b))));
+    vstore(total.sums + d, vfma(vload(total.sums + d), vset(factors[0]), vmul(vload(part.sums + d), vset(factors[1]))));
   }
 }
 
@@ -199,8 +214,12 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
     const bool is_whole = end <= all_see + 1 && start >= low;
     vf largest = vset(-INFINITY);
     for (int block = 0; block < place.num_blocks; block++) {
-      vf s = vmul(vload(score[r] + 16 * block), vset(layer.scale));
-      if (layer.soft_cap > 0.0f) s = vmul(vset(layer.soft_cap), vtanh(vmul(s, vset(1.0f / layer.soft_cap))));
+      vf s = vload(score[r] + 16 * block);
+      if (layer.soft_cap > 0.0f) {
+        s = vmul(vset(layer.soft_cap * LOG2_E), vtanh(vmul(s, vset(layer.scale / layer.soft_cap))));
+      } else {
+        s = vmul(s, vset(layer.scale * LOG2_E));
+      }
       if (!is_whole) s = vselect(vbetween(start + 16 * block, low, high), s, vset(-INFINITY));
       vstore(score[r] + 16 * block, s);
       largest = vmax(largest, s);
@@ -214,7 +233,7 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
     }
     vf total = vset(0.0f);
     for (int block = 0; block < place.num_blocks; block++) {
-      vf p = vexp(vsub(vload(score[r] + 16 * block), vset(maximum)));
+      vf p = vexp2(vsub(vload(score[r] + 16 * block), vset(maximum)));
       if (!is_whole) p = vselect(vbetween(start + 16 * block, low, high), p, vset(0.0f));
       vstore_bf16(weight[r] + 16 * block, p);
       // Weights are summed as they are used, rounded.
@@ -237,13 +256,11 @@ INLINE void finish_row(const AttendContext& context, Partial& total, int64_t tok
   const int64_t hd = layer.head_dim;
   if (layer.sinks) {
     // A sink takes weight and gives nothing.
-    float factors[16];
-    const float sink = layer.sinks[head], maximum = total.maximum > sink ? total.maximum : sink;
-    vstore(factors, vexp(vset(total.maximum - maximum)));
-    const float a = factors[0];
-    vstore(factors, vexp(vset(sink - maximum)));
-    total.weight = __builtin_fmaf(total.weight, a, factors[0]);
-    for (int64_t d = 0; d < hd; d += 16) vstore(total.sums + d, vmul(vload(total.sums + d), vset(a)));
+    float factors[2];
+    const float sink = layer.sinks[head] * LOG2_E, maximum = total.maximum > sink ? total.maximum : sink;
+    rescale(total.maximum, sink, maximum, factors);
+    total.weight = __builtin_fmaf(total.weight, factors[0], factors[1]);
+    for (int64_t d = 0; d < hd; d += 16) vstore(total.sums + d, vmul(vload(total.sums + d), vset(factors[0])));
   }
   const vf inverse = vset(1.0f / total.weight);
   float* out = f32_row(context.out, token) + head * hd;

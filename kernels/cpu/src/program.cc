@@ -357,15 +357,16 @@ class Program {
         const AttendContext context{&op.attention, pages_[(size_t)op.attention.layer], &step_, in, out, partials_};
         const int64_t heads = op.attention.num_kv_heads;
         const int64_t pieces = op.kind == ATTEND ? (int64_t)plan.units.size() : (int64_t)plan.splits.size();
+        // One head after the other: its keys and values then stay in a core's cache while the rows of a long prompt go by.
         share(index, id, pieces * heads, 1, [&](int64_t begin, int64_t end) {
           for (int64_t piece = begin; piece < end; piece++) {
-          const int head = (int)(piece % heads);
-          if (op.kind == ATTEND) {
-            k.attend(context, plan.units[(size_t)(piece / heads)], head);
-          } else {
-            const AttendPlan::Split& split = plan.splits[(size_t)(piece / heads)];
-            k.merge(context, plan.units.data() + split.first, split.count, head);
-          }
+            const int head = (int)(piece / pieces);
+            if (op.kind == ATTEND) {
+              k.attend(context, plan.units[(size_t)(piece % pieces)], head);
+            } else {
+              const AttendPlan::Split& split = plan.splits[(size_t)(piece % pieces)];
+              k.merge(context, plan.units.data() + split.first, split.count, head);
+            }
           }
         });
         break;

@@ -13,14 +13,11 @@ INLINE void zero_tail(const Rows& rows, int64_t row) {
 
 // Quantise 32 numbers: the scale makes the largest magnitude 127. A group that is not finite gets a scale that is not finite either.
 INLINE void quantise_32(vf a, vf b, const Rows& out, int64_t row, int64_t group) {
-  const float poison = vsum(vfma(a, vset(0.0f), vmul(b, vset(0.0f))));
-  const float scale = vmaximum(vmax(vabs(a), vabs(b))) * (1.0f / 127.0f) + poison;
+  const float scale = vmagnitude(a, b) * (1.0f / 127.0f);
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
   const vf qa = vround(vmul(a, vset(inverse))), qb = vround(vmul(b, vset(inverse)));
   int8_t* q = out.q8 + row * out.stride + group * 32;
-  vstore_int8(q, qa);
-  vstore_int8(q + 16, qb);
-  const int32_t sum_a = (int32_t)vsum(qa), sum_b = (int32_t)vsum(qb);
+  const int32_t sum_a = vstore_int8(q, qa), sum_b = vstore_int8(q + 16, qb);
   const int64_t at = 2 * (group * out.capacity + row);
   out.q8_sums[at] = sum_a;
   out.q8_sums[at + 1] = sum_b;
@@ -73,6 +70,18 @@ struct RowPlace {
   float* buffer_ = nullptr;
 };
 
+INLINE float read_scale(const uint8_t* p, int64_t item) {
+  float lanes[16];
+  if (item == 4) {
+    memcpy(lanes, p, 4);
+    return lanes[0];
+  }
+  uint16_t half[16] = {};
+  memcpy(half, p, 2);
+  vstore(lanes, vload_half(half));
+  return lanes[0];
+}
+
 // One lane of a panel: a row of a packed matrix as numbers.
 INLINE void unpack_row(const Segment& table, int64_t n, float* x) {
   const uint8_t* panel = (const uint8_t*)table.data + n / 32 * unit_bytes(table);
@@ -92,24 +101,16 @@ INLINE void unpack_row(const Segment& table, int64_t n, float* x) {
   const int64_t scale_bytes = 2 * parts * 16 * item;
   const int64_t stride = code_bytes + scale_bytes * (table.has_minimums ? 2 : 1);
   for (int64_t g = 0; g < table.k / 32; g++, panel += stride) {
-    for (int64_t i = 0; i < 32; i++) {
-      const uint8_t* at = panel + block * code_bytes / 2 + lane * 4 + i % 4;
-      int32_t code = table.format == FORMAT_Q4 ? at[i / 8 * 64] : at[i / 4 * 64];
-      if (table.format == FORMAT_Q4) code = i % 8 < 4 ? code & 15 : code >> 4;
-      const uint8_t* scale = panel + code_bytes + ((block * parts + i / table.group) * 16 + lane) * item;
-      float values[2] = {0.0f, 0.0f};
-      for (int64_t v = 0; v < (table.has_minimums ? 2 : 1); v++) {
-        if (table.half_scales) {
-          uint16_t half[16] = {};
-          float lanes[16];
-          memcpy(half, scale + v * scale_bytes, 2);
-          vstore(lanes, vload_half(half));
-          values[v] = lanes[0];
-        } else {
-          memcpy(&values[v], scale + v * scale_bytes, 4);
-        }
+    const uint8_t* codes = panel + block * code_bytes / 2 + lane * 4;
+    for (int64_t part = 0; part < parts; part++) {
+      const uint8_t* scale = panel + code_bytes + ((block * parts + part) * 16 + lane) * item;
+      const float factor = read_scale(scale, item);
+      const float minimum = table.has_minimums ? read_scale(scale + scale_bytes, item) : 0.0f;
+      for (int64_t i = part * table.group; i < (part + 1) * table.group; i++) {
+        int32_t code = table.format == FORMAT_Q4 ? codes[i / 8 * 64 + i % 4] : codes[i / 4 * 64 + i % 4];
+        if (table.format == FORMAT_Q4) code = i % 8 < 4 ? code & 15 : code >> 4;
+        x[32 * g + i] = __builtin_fmaf(factor, (float)(code - table.zero), minimum);
       }
-      x[32 * g + i] = __builtin_fmaf(values[0], (float)(code - table.zero), values[1]);
     }
   }
 }

@@ -55,7 +55,21 @@ INLINE vf vselect(vm mask, vf a, vf b) { return _mm512_mask_blend_ps(mask, b, a)
 INLINE vf vexp2i(vf n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-INLINE void vstore_int8(int8_t* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
+// Store whole numbers from -128 to 127; gives their sum.
+INLINE int32_t vstore_int8(int8_t* p, vf x) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+  _mm_storeu_si128((__m128i*)p, bytes);
+  const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)), _mm_setzero_si128());
+  return (int32_t)(_mm_extract_epi64(sums, 0) + _mm_extract_epi64(sums, 1)) - 16 * 128;
+}
+// The largest magnitude; a NaN where something is not finite, whose bits are above those of all finite numbers.
+INLINE float vmagnitude(vf a, vf b) {
+  const vi bits = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
+  const int32_t largest = _mm512_reduce_max_epi32(bits);
+  float out;
+  memcpy(&out, &largest, 4);
+  return largest >= 0x7f800000 ? NAN : out;
+}
 
 // acc + four products a lane; codes are unsigned, `four` holds four signed bytes.
 template <int BITS>
@@ -162,12 +176,17 @@ INLINE __m256 exp2i_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE vf vexp2i(vf n) { return {exp2i_half(n.a), exp2i_half(n.b)}; }
-INLINE void vstore_int8(int8_t* p, vf x) {
+INLINE int32_t vstore_int8(int8_t* p, vf x) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
   // Packing works within halves: a0-3 b0-3 | a4-7 b4-7.
   const __m256i bytes = _mm256_packs_epi16(words, words);
   const __m256i order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(order));
+  return (int32_t)vsum(x);
+}
+INLINE float vmagnitude(vf a, vf b) {
+  const vf zero = vset(0.0f);
+  return vmaximum(vmax(vabs(a), vabs(b))) + vsum(vfma(a, zero, vmul(b, zero)));
 }
 INLINE __m256i dot4_half(__m256i codes, __m256i four, int bits) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -272,10 +291,15 @@ INLINE vm vbetween(int32_t first, int32_t low, int32_t high) {
 }
 INLINE vf vselect(vm mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vexp2i(vf n) { return (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
-INLINE void vstore_int8(int8_t* p, vf x) {
+INLINE int32_t vstore_int8(int8_t* p, vf x) {
   float s[16];
   vstore(s, x);
   for (int i = 0; i < 16; i++) p[i] = (int8_t)(int32_t)s[i];
+  return (int32_t)vsum(x);
+}
+INLINE float vmagnitude(vf a, vf b) {
+  const vf zero = vset(0.0f);
+  return vmaximum(vmax(vabs(a), vabs(b))) + vsum(vfma(a, zero, vmul(b, zero)));
 }
 #if defined(__ARM_FEATURE_DOTPROD)
 template <int BITS>
@@ -346,6 +370,27 @@ INLINE vf vexp(vf x) {
   p = vfma(p, r, vset(5.0000001201e-1f));
   p = vadd(vfma(p, vmul(r, r), r), vset(1.0f));
   return vmul(p, vexp2i(n));
+}
+
+// 2 ** x for x of at most 0, to 4e-6, more than bfloat16 keeps.
+INLINE vf vexp2(vf x) {
+#if defined(__AVX512F__)
+  const vf n = vround(x);
+#else
+  x = vmax(vset(-126.0f), x);
+  const vf n = vround(x);
+#endif
+  const vf f = vsub(x, n);
+  vf p = vset(9.57009897e-03f);
+  p = vfma(p, f, vset(5.59178601e-02f));
+  p = vfma(p, f, vset(2.40247449e-01f));
+  p = vfma(p, f, vset(6.93121815e-01f));
+  p = vfma(p, f, vset(9.99999261e-01f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return vmul(p, vexp2i(n));
+#endif
 }
 
 INLINE vf vtanh(vf x) {
