@@ -37,7 +37,7 @@ class Settings(Section):
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Most sequences held at once.")
     max_num_batched_tokens: int = Field(512, ge=1, le=65536, description="Most tokens a step computes; long prompts are chunked.")
     page_size: int = Field(32, ge=1, le=256, description="Tokens a KV page; the unit of allocation and of prefix sharing.")
-    kv_cache_bytes: int = Field(512 * 1024 * 1024, ge=1, description="Memory for KV pages.")
+    kv_cache_bytes: int = Field(256 * 1024 * 1024, ge=1, description="Memory for KV pages.")
     kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens that the KV pages hold; leads over kv_cache_bytes.")
     mock_step_s: float = Field(0.005, ge=0, le=60, description="Mock runner: time of a step.")
     mock_token_s: float = Field(0.00005, ge=0, le=1, description="Mock runner: further time a token computed.")

@@ -313,6 +313,16 @@ class NativeNetwork:
         num_sampled = self._step.num_sampled
         return self._best[:num_sampled].copy(), self._is_finite[:num_sampled].copy()
 
+    def start_profile(self) -> None:
+        """Time every operation from now on."""
+        self._library.hr_start_profile(self._program)
+
+    def profile(self) -> list[int]:
+        """Nanoseconds since `start_profile`, by kind of operation in the order of `native.OP_KINDS`."""
+        nanoseconds = np.zeros(len(native.OP_KINDS), dtype=np.int64)
+        self._library.hr_profile(self._program, nanoseconds.ctypes.data)
+        return list(map(int, nanoseconds))
+
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """See `Network.copy_pages`."""
         for pages in self._pages:
