@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, Literal
 
 import torch
@@ -53,6 +54,7 @@ INTERPRETED: Final = ARCHITECTURES["sm_90"]
 """Whose configurations run on the CPU, under Triton's interpreter."""
 
 
+@cache
 def architecture_of(device: torch.device) -> Architecture:
     """Name the architecture of a device; a CPU stands for `INTERPRETED`.
 

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import torch
 
+from kernels.interpreting import is_interpreted
+
 FLOAT_TYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 """What activations may be."""
 
@@ -46,11 +48,16 @@ class Arguments:
     Args:
         op: Name of the op, which opens every message.
         device: Where all tensors must be.
+
+    Raises:
+        KernelArgumentError: It is a CPU, and kernels are not interpreted.
     """
 
     def __init__(self, op: str, device: torch.device) -> None:
         self._op = op
         self._device = device
+        if device.type == "cpu" and not is_interpreted():
+            raise KernelArgumentError(f"{op}: on a CPU kernels run under Triton's interpreter: start with TRITON_INTERPRET=1")
 
     def tensor(
         self,

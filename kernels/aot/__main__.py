@@ -10,7 +10,8 @@ import argparse
 import sys
 
 from kernels.aot.compiling import Outcome, compile_all, compile_shard, to_json
-from kernels.aot.registry import all_workloads
+from kernels.aot.fingerprint import fingerprints
+from kernels.aot.registry import all_cases, all_workloads
 from kernels.aot.report import RESOURCES_PATH, write
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     outcomes = compile_all(quick=False)
     status = _conclude(outcomes)
     if status == 0:
-        write(outcomes, all_workloads())
+        write(outcomes, fingerprints(all_cases()), all_workloads())
         print(f"written: {RESOURCES_PATH}")
     return status
 

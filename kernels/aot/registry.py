@@ -31,9 +31,14 @@ class RegisteredCase:
         return str(self.case.kernel.__name__)
 
     @property
+    def row(self) -> str:
+        """Names the case in the report, over all architectures: `kernel | label`."""
+        return f"{self.kernel_name} | {self.case.label}"
+
+    @property
     def key(self) -> str:
-        """Names the case in the report and in messages: `kernel | label | architecture`."""
-        return f"{self.kernel_name} | {self.case.label} | {self.architecture.name}"
+        """Names the case in messages: `kernel | label | architecture`."""
+        return f"{self.row} | {self.architecture.name}"
 
 
 def op_names() -> list[str]:

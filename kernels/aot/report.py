@@ -1,12 +1,15 @@
 """`kernels/RESOURCES.md`: what every compiled kernel takes, and every op's roofline; written by `make kernels-report`.
 
-The cells are read back by a test, which compiles some of the cases and compares: the page cannot go stale unseen.
+The page is read back by tests: fingerprints say whether a kernel or a case has changed since, and some of the cases are compiled
+and compared. It cannot go stale unseen.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from kernels.aot.cases import Workload
@@ -23,9 +26,10 @@ _HEAD: Final = """\
 
 Written by `make kernels-report`, with Triton {triton}; not by hand. A cell is registers a thread / bytes a thread spilled to memory
 / bytes of shared memory a program. Registers on gfx are those of the unified vector file. Limits: `kernels/architecture.py`.
+"Made of" is a digest of the kernel's source and the case, by which a test sees that the row is of today's kernel.
 
-| kernel | case | {names} |
-|---|---|{rules}|
+| kernel | case | {names} | made of |
+|---|---|{rules}|---|
 """
 
 _ROOFLINE: Final = """
@@ -39,7 +43,16 @@ M: memory bounds it; C: computing does.
 """
 
 
-def write(outcomes: Mapping[str, Outcome], workloads: Iterable[tuple[str, Workload]]) -> None:
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The page as read back: Triton's version, fingerprints by row, resources by key."""
+
+    triton: str
+    fingerprints: Mapping[str, str]
+    resources: Mapping[str, Resources]
+
+
+def write(outcomes: Mapping[str, Outcome], fingerprints: Mapping[str, str], workloads: Iterable[tuple[str, Workload]]) -> None:
     """Write the page.
 
     Raises:
@@ -54,24 +67,29 @@ def write(outcomes: Mapping[str, Outcome], workloads: Iterable[tuple[str, Worklo
     names = " | ".join(ARCHITECTURES)
     text = _HEAD.format(triton=importlib.metadata.version("triton"), names=names, rules="|".join("--:" for _ in ARCHITECTURES))
     for case, cells in rows.items():
-        text += f"| {case} | {' | '.join(cells.get(name, '') for name in ARCHITECTURES)} |\n"
+        text += f"| {case} | {' | '.join(cells.get(name, '') for name in ARCHITECTURES)} | {fingerprints[case]} |\n"
     names = " | ".join(f"{each.name} µs" for each in ACCELERATORS)
     text += _ROOFLINE.format(names=names, rules="|".join("--:" for _ in ACCELERATORS))
     text += "".join(_roofline_row(op, workload) for op, workload in workloads)
     RESOURCES_PATH.write_text(text)
 
 
-def read_page() -> dict[str, Resources]:
-    """Read the page back: resources by key."""
-    found = {}
-    for line in RESOURCES_PATH.read_text().splitlines():
+def read_page() -> Page:
+    """Read the page back."""
+    text = RESOURCES_PATH.read_text()
+    version = re.search(r"with Triton (\S+);", text)
+    fingerprints: dict[str, str] = {}
+    resources: dict[str, Resources] = {}
+    for line in text.splitlines():
         kernel, *rest = (part.strip() for part in line.strip("|").split("|"))
         if not kernel.endswith("_kernel"):
             continue
-        for name, cell in zip(ARCHITECTURES, rest[1:], strict=True):
+        label, *cells, fingerprint = rest
+        fingerprints[f"{kernel} | {label}"] = fingerprint
+        for name, cell in zip(ARCHITECTURES, cells, strict=True):
             if cell:
-                found[f"{kernel} | {rest[0]} | {name}"] = Resources(*map(int, cell.split("/")))
-    return found
+                resources[f"{kernel} | {label} | {name}"] = Resources(*map(int, cell.split("/")))
+    return Page(version.group(1) if version else "", fingerprints, resources)
 
 
 def _cell(resources: Resources) -> str:

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from kernels.architecture import ARCHITECTURES, INTERPRETED, UnsupportedArchitectureError, architecture_of
 from kernels.interpreting import is_interpreted
+from kernels.launching import KernelArgumentError
+from kernels.rms_norm.launch import rms_norm
 from tests.kernels.comparing import normal
 
 
@@ -59,8 +61,16 @@ def test_a_cpu_stands_for_one_architecture_and_unknown_devices_are_refused(monke
     assert architecture_of(torch.device("cpu")) is INTERPRETED
     with pytest.raises(UnsupportedArchitectureError, match="device type 'meta'"):
         architecture_of(torch.device("meta"))
+    architecture_of.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UnsupportedArchitectureError, match="sm_75; the kernels are compiled and checked for sm_80"):
         architecture_of(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert architecture_of(torch.device("cuda:0")) is ARCHITECTURES["sm_100"]
+    architecture_of.cache_clear()
+
+
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(KernelArgumentError, match="rms_norm: on a CPU kernels run under Triton's interpreter"):
+        rms_norm(torch.zeros(1, 8), torch.zeros(8), eps=1e-5)
