@@ -116,10 +116,15 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
     for axis in (ttft, itl):
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axis.xaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+        axis.xaxis.set_minor_formatter(ticker.FuncFormatter(_minor_label))
         axis.tick_params(axis="x", which="minor", labelsize=7)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
+
+
+def _minor_label(value: float, _: object) -> str:
+    """Of a logarithmic axis only 2 and 5 are labelled between the powers of ten; more would run into each other."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def _cdf(axis: Any, values: Any, name: str, *, scale: float) -> None:
