@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from kernels.interpreting import is_interpreted
 from kernels.launching import KernelArgumentError
 from kernels.rms_norm.launch import rms_norm
 from tests.kernels.comparing import normal
+
+ROOT = Path(__file__).parents[2]
 
 
 @triton.jit
@@ -48,13 +51,19 @@ def test_matrix_products_are_of_the_numbers(dtype: torch.dtype) -> None:
     torch.testing.assert_close(c, a.float() @ b.float())
 
 
-def test_child_processes_do_not_interpret_unless_asked() -> None:
-    """The tests' own environment has the variable, compiling processes must not."""
+def test_the_interpreter_is_on_for_these_tests_alone(tmp_path: Path) -> None:
+    """Method: a test of another folder, before and after one of these in one run, looks for the variable at import and when run."""
     assert is_interpreted()
+    seeing = "import os\nASKED = 'TRITON_INTERPRET' in os.environ\n"
+    seeing += "def test_sees_none(): assert not ASKED and 'TRITON_INTERPRET' not in os.environ\n"
+    for name in ("test_before.py", "test_after.py"):
+        (tmp_path / name).write_text(seeing)
+    ours = f"{ROOT}/tests/kernels/test_store_kv.py::test_an_empty_step_writes_nothing"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", "from kernels.interpreting import is_interpreted; print(is_interpreted())"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=True)
-    assert done.stdout == "False\n"
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml")]
+    command += [str(tmp_path / "test_before.py"), ours, str(tmp_path / "test_after.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert "3 passed" in done.stdout, done.stdout
 
 
 def test_a_cpu_stands_for_one_architecture_and_unknown_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
