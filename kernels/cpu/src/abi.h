@@ -99,7 +99,7 @@ struct Rows {
   uint16_t* bf16;
   // What belongs to a group lies by group, then by row, so that threads that make different groups write to different places.
   int8_t* q8;
-  float* q8_scales;   // [stride/32][capacity][2]: the scale, and the scale times the sum of the group
+  float* q8_scales;   // [stride/32][capacity][4]: the scale, the sum of the group's numbers, minus the code of 0, nothing
   int32_t* q8_sums;   // [stride/32][capacity][2]: sums of the half groups
   int64_t capacity;   // rows
 };
@@ -173,7 +173,7 @@ struct Kernels {
   void (*best)(const Rows& in, int64_t begin, int64_t end, int64_t* best, uint8_t* is_finite);
 };
 
-inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 512) + 256; }
+inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 768) + 256; }
 
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();

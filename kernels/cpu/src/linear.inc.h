@@ -71,15 +71,20 @@ INLINE void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+constexpr int32_t ONES = 0x01010101;
+
 // How far ahead of a stream of weights memory is asked for.
 constexpr int64_t AHEAD_BYTES = 3072;
 
+// With weights d * (c - z) (+ m) and activations s * (a - y), a group of 32 gives d * s * (sum of (c - z) * a - y * sum of (c - z)), and
+// m * s * sum of (a - y). The sum over codes is worked out here, or was when the panel was unpacked (UNPACKED).
+//
 // BITS 4: codes as nibbles; 8: as bytes. PARTS: scales in 32 codes, 1 or 2. `next` is asked for from memory meanwhile, where it is not null.
-template <int BITS, bool HALF, bool MINIMUMS, int PARTS, int MR>
+template <int BITS, bool UNPACKED, bool HALF, bool MINIMUMS, int PARTS, int MR>
 INLINE void multiply_codes(const uint8_t* panel, const uint8_t* next, int64_t next_bytes, int64_t k, int32_t zero, const Rows& in,
                            int64_t row, vf (&sum)[MR][2]) {
   constexpr int64_t CODES = BITS == 4 ? 512 : 1024, SCALES = 2 * PARTS * 16 * (HALF ? 2 : 4);
-  constexpr int64_t STRIDE = CODES + (MINIMUMS ? 2 : 1) * SCALES;
+  constexpr int64_t STRIDE = CODES + ((MINIMUMS ? 2 : 1) + (UNPACKED ? 1 : 0)) * SCALES;
   constexpr int QUADS = 8 / PARTS;
   const int64_t num_groups = k / 32;
   const int8_t* a[MR];
@@ -88,7 +93,7 @@ INLINE void multiply_codes(const uint8_t* panel, const uint8_t* next, int64_t ne
     sum[r][0] = sum[r][1] = vset(0.0f);
   }
   for (int64_t g = 0; g < num_groups; g++, panel += STRIDE) {
-    const float* scales_of = in.q8_scales + 2 * (g * in.capacity + row);
+    const float* scales_of = in.q8_scales + 4 * (g * in.capacity + row);
     const int32_t* sums_of = in.q8_sums + 2 * (g * in.capacity + row);
     if (next) prefetch(next + g * next_bytes, next_bytes);
     for (int part = 0; part < PARTS; part++) {
@@ -98,6 +103,8 @@ INLINE void multiply_codes(const uint8_t* panel, const uint8_t* next, int64_t ne
         const int32_t start = zero == 0 ? 0 : -zero * total;
         acc[r][0] = acc[r][1] = viset(start);
       }
+      vi code_sums[2];
+      if (!UNPACKED) code_sums[0] = code_sums[1] = viset(-zero * 32 / PARTS);
       if (BITS == 4) {
         for (int pair = part * QUADS / 2; pair < (part + 1) * QUADS / 2; pair++) {
           vi low[2], high[2];
@@ -105,6 +112,7 @@ INLINE void multiply_codes(const uint8_t* panel, const uint8_t* next, int64_t ne
             const vi bytes = viload(panel + 256 * b + 64 * pair);
             low[b] = vlow_nibbles(bytes);
             high[b] = vhigh_nibbles(bytes);
+            code_sums[b] = vdot4<4>(vdot4<4>(code_sums[b], low[b], ONES), high[b], ONES);
           }
           for (int r = 0; r < MR; r++) {
             int32_t four[2];
@@ -116,6 +124,9 @@ INLINE void multiply_codes(const uint8_t* panel, const uint8_t* next, int64_t ne
 #pragma GCC unroll 8
         for (int quad = part * QUADS; quad < (part + 1) * QUADS; quad++) {
           const vi codes[2] = {viload(panel + 64 * quad), viload(panel + 512 + 64 * quad)};
+          if (!UNPACKED) {
+            for (int b = 0; b < 2; b++) code_sums[b] = vdot4<BITS>(code_sums[b], codes[b], ONES);
+          }
           for (int r = 0; r < MR; r++) {
             int32_t four;
             memcpy(&four, a[r] + g * 32 + quad * 4, 4);
@@ -126,10 +137,13 @@ INLINE void multiply_codes(const uint8_t* panel, const uint8_t* next, int64_t ne
       for (int b = 0; b < 2; b++) {
         const vf scales = load_scales<HALF>(panel + CODES, b * PARTS + part);
         const vf minimums = MINIMUMS ? load_scales<HALF>(panel + CODES + SCALES, b * PARTS + part) : vset(0.0f);
+        const vf totals = UNPACKED ? load_scales<HALF>(panel + CODES + (MINIMUMS ? 2 : 1) * SCALES, b * PARTS + part) : vcvt(code_sums[b]);
         for (int r = 0; r < MR; r++) {
-          sum[r][b] = vfma(vcvt(acc[r][b]), vmul(scales, vset(scales_of[2 * r])), sum[r][b]);
+          const vf products = vfma(totals, vset(scales_of[4 * r + 2]), vcvt(acc[r][b]));
+          sum[r][b] = vfma(products, vmul(scales, vset(scales_of[4 * r])), sum[r][b]);
           if (MINIMUMS) {
-            const float total = PARTS == 1 ? scales_of[2 * r + 1] : scales_of[2 * r] * (float)sums_of[2 * r + part];
+            const float half = (float)sums_of[2 * r + part] + 16.0f * scales_of[4 * r + 2];
+            const float total = PARTS == 1 ? scales_of[4 * r + 1] : scales_of[4 * r] * half;
             sum[r][b] = vfma(minimums, vset(total), sum[r][b]);
           }
         }
@@ -171,7 +185,7 @@ INLINE void multiply_f32(const uint8_t* panel, int64_t k, const Rows& in, int64_
   }
 }
 
-enum Product { PRODUCT_F32, PRODUCT_BF16, PRODUCT_Q4, PRODUCT_Q8 };
+enum Product { PRODUCT_F32, PRODUCT_BF16, PRODUCT_Q4, PRODUCT_Q8, PRODUCT_UNPACKED };
 
 // The weights of 32 outputs, and those that follow them in memory.
 struct Panel {
@@ -180,11 +194,14 @@ struct Panel {
   int64_t next_bytes;  // of each group of 32
 };
 
+constexpr int64_t PACKED_ROWS_MAX = 4;
+
 // Whole tiles of MR rows; gives the first row left.
 template <Product PRODUCT, bool HALF, bool MINIMUMS, int PARTS, int MR>
 INLINE int64_t whole_tiles(Panel& panel, const Segment& segment, const Rows& in, int64_t row, int64_t end, const Sink& sink) {
-  // Nibbles are unpacked for each tile, so products with them are for few rows: see `unit_product`.
-  if constexpr (MR <= TILE_ROWS && (PRODUCT != PRODUCT_Q4 || MR <= 4)) {
+  // Products with codes as they are packed are for few rows: see `unit_product`.
+  constexpr bool IS_FOR_FEW = PRODUCT == PRODUCT_Q4 || PRODUCT == PRODUCT_Q8;
+  if constexpr (MR <= TILE_ROWS && (!IS_FOR_FEW || MR <= PACKED_ROWS_MAX)) {
     for (; end - row >= MR; row += MR) {
       vf sum[MR][2];
       if constexpr (PRODUCT == PRODUCT_F32) {
@@ -193,7 +210,9 @@ INLINE int64_t whole_tiles(Panel& panel, const Segment& segment, const Rows& in,
         multiply_bf16<MR>(panel.data, segment.k, in, row, sum);
       } else {
         constexpr int BITS = PRODUCT == PRODUCT_Q4 ? 4 : 8;
-        multiply_codes<BITS, HALF, MINIMUMS, PARTS, MR>(panel.data, panel.next, panel.next_bytes, segment.k, segment.zero, in, row, sum);
+        constexpr bool UNPACKED = PRODUCT == PRODUCT_UNPACKED;
+        multiply_codes<BITS, UNPACKED, HALF, MINIMUMS, PARTS, MR>(panel.data, panel.next, panel.next_bytes, segment.k, segment.zero, in,
+                                                                  row, sum);
         panel.next = nullptr;
       }
       if (sink.is_gated) {
@@ -216,12 +235,11 @@ __attribute__((noinline)) void tiles(Panel panel, const Segment& segment, const 
   whole_tiles<PRODUCT, HALF, MINIMUMS, PARTS, 1>(panel, segment, in, row, end, sink);
 }
 
-constexpr int64_t NIBBLE_ROWS_MAX = 4;
-
-// Codes to bytes and scales to float, once for all rows.
+// Codes to bytes and scales to float, and sums of codes, once for all rows.
 INLINE void unpack_panel(const Segment& segment, const uint8_t* data, uint8_t* out) {
-  const int64_t num_scales = 2 * (32 / segment.group) * (segment.has_minimums ? 2 : 1);
+  const int64_t parts = 32 / segment.group, num_scales = 2 * parts * (segment.has_minimums ? 2 : 1);
   for (int64_t g = 0; g < segment.k / 32; g++) {
+    const uint8_t* codes = out;
     if (segment.format == FORMAT_Q4) {
       for (int i = 0; i < 8; i++, data += 64, out += 128) {
         const vi bytes = viload(data);
@@ -235,13 +253,22 @@ INLINE void unpack_panel(const Segment& segment, const uint8_t* data, uint8_t* o
       vstore((float*)out, segment.half_scales ? vload_half((const uint16_t*)data) : vload((const float*)data));
       data += segment.half_scales ? 32 : 64;
     }
+    for (int64_t block = 0; block < 2; block++) {
+      for (int64_t part = 0; part < parts; part++, out += 64) {
+        vi sums = viset(-segment.zero * segment.group);
+        for (int64_t quad = part * 8 / parts; quad < (part + 1) * 8 / parts; quad++) {
+          sums = vdot4<8>(sums, viload(codes + 512 * block + 64 * quad), ONES);
+        }
+        vstore((float*)out, vcvt(sums));
+      }
+    }
   }
 }
 
 void unit_product(const Segment& segment, int64_t unit, const Rows& in, int64_t begin, int64_t end, const Sink& sink, uint8_t* scratch) {
   const int64_t bytes = unit_bytes(segment);
   const uint8_t* data = (const uint8_t*)segment.data + unit * bytes;
-  const bool is_whole = segment.group == 32, is_few = end - begin <= NIBBLE_ROWS_MAX;
+  const bool is_whole = segment.group == 32, is_few = end - begin <= PACKED_ROWS_MAX;
   const int64_t group_bytes = bytes / (segment.k / 32);
   Panel panel{data, data + AHEAD_BYTES, group_bytes};
 #define TILES(PRODUCT, HALF, MINIMUMS, PARTS) return tiles<PRODUCT, HALF, MINIMUMS, PARTS>(panel, segment, in, begin, end, sink)
@@ -259,16 +286,14 @@ void unit_product(const Segment& segment, int64_t unit, const Rows& in, int64_t 
     if (segment.has_minimums) TILES(PRODUCT_Q8, true, true, 1);
     TILES(PRODUCT_Q8, true, false, 1);
   }
-  if (segment.format == FORMAT_Q4 || segment.half_scales) {
-    unpack_panel(segment, data, scratch);
-    panel = {scratch, data + bytes, group_bytes};
-  }
+  unpack_panel(segment, data, scratch);
+  panel = {scratch, data + bytes, group_bytes};
   if (is_whole) {
-    if (segment.has_minimums) TILES(PRODUCT_Q8, false, true, 1);
-    TILES(PRODUCT_Q8, false, false, 1);
+    if (segment.has_minimums) TILES(PRODUCT_UNPACKED, false, true, 1);
+    TILES(PRODUCT_UNPACKED, false, false, 1);
   }
-  if (segment.has_minimums) TILES(PRODUCT_Q8, false, true, 2);
-  TILES(PRODUCT_Q8, false, false, 2);
+  if (segment.has_minimums) TILES(PRODUCT_UNPACKED, false, true, 2);
+  TILES(PRODUCT_UNPACKED, false, false, 2);
 #undef TILES
 }
 

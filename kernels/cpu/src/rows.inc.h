@@ -11,18 +11,27 @@ INLINE void zero_tail(const Rows& rows, int64_t row) {
   for (int64_t i = rows.width; i < rows.stride; i++) out[i] = 0.0f;
 }
 
-// Quantise 32 numbers: the scale makes the largest magnitude 127. A group that is not finite gets a scale that is not finite either.
+// Quantise 32 numbers: x = scale * (code - zero), codes from -128 to 127, so that the largest and the smallest number (and 0) are met.
+// Groups mostly reach further to one side than to the other: that halves the error of codes that are symmetric about 0. A group that is
+// not finite gets a scale that is not finite either.
 INLINE void quantise_32(vf a, vf b, const Rows& out, int64_t row, int64_t group) {
-  const float scale = vmagnitude(a, b) * (1.0f / 127.0f);
-  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  const vf qa = vround(vmul(a, vset(inverse))), qb = vround(vmul(b, vset(inverse)));
+  float low, high;
+  const bool is_finite = vbounds(a, b, &low, &high);
+  low = low < 0.0f ? low : 0.0f;
+  high = high > 0.0f ? high : 0.0f;
+  const float scale = is_finite ? (high - low) * (1.0f / 255.0f) : NAN;
+  // A smaller scale has no inverse; what it would scale is nothing beside any other number.
+  const float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
+  const float zero = rintf(-128.0f - low * inverse);
+  const vf qa = vadd(vround(vmul(a, vset(inverse))), vset(zero)), qb = vadd(vround(vmul(b, vset(inverse))), vset(zero));
   int8_t* q = out.q8 + row * out.stride + group * 32;
   const int32_t sum_a = vstore_int8(q, qa), sum_b = vstore_int8(q + 16, qb);
-  const int64_t at = 2 * (group * out.capacity + row);
-  out.q8_sums[at] = sum_a;
-  out.q8_sums[at + 1] = sum_b;
-  out.q8_scales[at] = scale;
-  out.q8_scales[at + 1] = scale * (float)(sum_a + sum_b);
+  const int64_t at = group * out.capacity + row;
+  out.q8_sums[2 * at] = sum_a;
+  out.q8_sums[2 * at + 1] = sum_b;
+  out.q8_scales[4 * at] = scale;
+  out.q8_scales[4 * at + 1] = scale * ((float)(sum_a + sum_b) - 32.0f * zero);
+  out.q8_scales[4 * at + 2] = -zero;
 }
 
 // Put 32 numbers into a value of any kind.

@@ -55,20 +55,19 @@ INLINE vf vselect(vm mask, vf a, vf b) { return _mm512_mask_blend_ps(mask, b, a)
 INLINE vf vexp2i(vf n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-// Store whole numbers from -128 to 127; gives their sum.
+// Store whole numbers, those beyond -128 or 127 as these; gives the sum of what was stored.
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
-  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+  const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
   _mm_storeu_si128((__m128i*)p, bytes);
   const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)), _mm_setzero_si128());
   return (int32_t)(_mm_extract_epi64(sums, 0) + _mm_extract_epi64(sums, 1)) - 16 * 128;
 }
-// The largest magnitude; a NaN where something is not finite, whose bits are above those of all finite numbers.
-INLINE float vmagnitude(vf a, vf b) {
+// The smallest and the largest of 32 numbers; false where one is not finite: its bits are above those of all finite numbers.
+INLINE bool vbounds(vf a, vf b, float* low, float* high) {
   const vi bits = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
-  const int32_t largest = _mm512_reduce_max_epi32(bits);
-  float out;
-  memcpy(&out, &largest, 4);
-  return largest >= 0x7f800000 ? NAN : out;
+  *low = _mm512_reduce_min_ps(_mm512_min_ps(a, b));
+  *high = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+  return _mm512_cmpge_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)) == 0;
 }
 
 // acc + four products a lane; codes are unsigned, `four` holds four signed bytes.
@@ -182,11 +181,15 @@ INLINE int32_t vstore_int8(int8_t* p, vf x) {
   const __m256i bytes = _mm256_packs_epi16(words, words);
   const __m256i order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(order));
-  return (int32_t)vsum(x);
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += p[i];
+  return sum;
 }
-INLINE float vmagnitude(vf a, vf b) {
+INLINE bool vbounds(vf a, vf b, float* low, float* high) {
   const vf zero = vset(0.0f);
-  return vmaximum(vmax(vabs(a), vabs(b))) + vsum(vfma(a, zero, vmul(b, zero)));
+  *low = -vmaximum(vmax(vsub(zero, a), vsub(zero, b)));
+  *high = vmaximum(vmax(a, b));
+  return vsum(vfma(a, zero, vmul(b, zero))) == 0.0f;
 }
 INLINE __m256i dot4_half(__m256i codes, __m256i four, int bits) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -293,13 +296,16 @@ INLINE vf vselect(vm mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (
 INLINE vf vexp2i(vf n) { return (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
   float s[16];
-  vstore(s, x);
-  for (int i = 0; i < 16; i++) p[i] = (int8_t)(int32_t)s[i];
-  return (int32_t)vsum(x);
+  int32_t sum = 0;
+  vstore(s, vmin(vset(127.0f), vmax(vset(-128.0f), x)));
+  for (int i = 0; i < 16; i++) sum += p[i] = (int8_t)(int32_t)s[i];
+  return sum;
 }
-INLINE float vmagnitude(vf a, vf b) {
+INLINE bool vbounds(vf a, vf b, float* low, float* high) {
   const vf zero = vset(0.0f);
-  return vmaximum(vmax(vabs(a), vabs(b))) + vsum(vfma(a, zero, vmul(b, zero)));
+  *low = -vmaximum(vmax(vsub(zero, a), vsub(zero, b)));
+  *high = vmaximum(vmax(a, b));
+  return vsum(vfma(a, zero, vmul(b, zero))) == 0.0f;
 }
 #if defined(__ARM_FEATURE_DOTPROD)
 template <int BITS>
