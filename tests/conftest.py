@@ -35,6 +35,19 @@ def default_model_directory(model_store: Path) -> Path:
     return pull(MODEL_NAME, model_store)
 
 
+@pytest.fixture(scope="session")
+def native_library() -> None:
+    """Asked for by tests of the native CPU kernels: they run wherever these can be built, and nothing else is an excuse."""
+    from kernels.cpu.build import find_compiler
+    from kernels.cpu.library import LIBRARY_FILE
+
+    if LIBRARY_FILE.is_file():
+        return
+    if find_compiler() is None:
+        pytest.skip("the native library is not built: there is no C++ compiler")
+    pytest.fail("the native library is not built, and a C++ compiler is there: run make setup")
+
+
 @pytest.fixture
 def short_tmp_path() -> Iterator[Path]:
     """A temporary directory with a path short enough for ipc sockets, which pytest's own may not have."""

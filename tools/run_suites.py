@@ -21,6 +21,7 @@ from pathlib import Path
 LIMITS_S = {
     "unit": 480,
     "contract": 300,
+    "native": 120,
     "properties": 600,
     "integration": 420,
     "supervision": 420,

@@ -71,10 +71,10 @@ def build(directory: Path, compiler: str) -> Path:
     """
     sources = directory / "src"
     target, stamp_file = directory / LIBRARY, directory / f"{LIBRARY}.stamp"
-    flags = {source.name: _flags(source.name) for source in sorted(sources.glob("*.cc")) if _is_wanted(source.name)}
-    stamp = _stamp(sources, flags, compiler)
-    if target.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
+    if is_current(directory, compiler):
         return target
+    flags = _flags_by_source(sources)
+    stamp = _stamp(sources, flags, compiler)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as scratch:
         objects = [Path(scratch) / f"{name}.o" for name in flags]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -90,6 +90,19 @@ def build(directory: Path, compiler: str) -> Path:
         os.replace(made, target)
     stamp_file.write_text(stamp)
     return target
+
+
+def is_current(directory: Path, compiler: str) -> bool:
+    """Whether the library in `directory` (`kernels/cpu`) is there and of these very sources, flags and compiler."""
+    target, stamp_file = directory / LIBRARY, directory / f"{LIBRARY}.stamp"
+    if not target.is_file() or not stamp_file.is_file():
+        return False
+    sources = directory / "src"
+    return stamp_file.read_text() == _stamp(sources, _flags_by_source(sources), compiler)
+
+
+def _flags_by_source(sources: Path) -> dict[str, tuple[str, ...]]:
+    return {source.name: _flags(source.name) for source in sorted(sources.glob("*.cc")) if _is_wanted(source.name)}
 
 
 def _is_wanted(name: str) -> bool:

@@ -17,19 +17,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from kernels.cpu.library import LIBRARY_FILE
-
-pytestmark = [
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(not LIBRARY_FILE.is_file(), reason="the native library is not built: no C++ compiler"),
-]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("native_library")]
 
 MEAN_KL_MAX = 5e-3
 """Mean over positions of KL(float32 ‖ native), in nats: what int8 activations cost beside the file's exact weights."""
 
 
 @pytest.fixture(scope="module")
-def native_driver(default_model_directory: Path, make_driver: Callable[..., Any]) -> Any:
+def native_driver(native_library: None, default_model_directory: Path, make_driver: Callable[..., Any]) -> Any:
     return make_driver(default_model_directory, backend="native", dtype="auto", page_size=32, kv_cache_tokens=32768)
 
 

@@ -226,7 +226,8 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
     }
     const float maximum = vmaximum(largest);
     parts[r].maximum = maximum;
-    if (maximum == -INFINITY) {
+    // Not by the maximum: that of scores which are all NaN may be what hides the other lanes.
+    if (high <= start || low >= end) {
       parts[r].weight = 0.0f;
       memset(weight[r], 0, sizeof(weight[r]));
       continue;

@@ -1,0 +1,216 @@
+"""What the native kernels compute, in numpy: their specification, which tests/native holds every instruction set to.
+
+Results are float64. What the kernels round on purpose is rounded here too (int8 activations, bfloat16 inputs, keys, values and
+attention weights), so what is left between the two is the rounding of float32 sums, and bounds on it can be tight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
+
+CHUNK_TOKENS: Final = 128
+"""Keys attended to in one piece; weights are rounded beside the largest score of their piece."""
+
+GROUP: Final = 32
+"""Activations that share a scale."""
+
+SCALE_MIN: Final = np.float32(1e-38)
+"""A group of activations whose scale is no larger is taken for zeros."""
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def round_bfloat16(values: npt.NDArray[Any]) -> FloatArray:
+    """The nearest bfloat16 of each number, ties to even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32)
+
+
+def quantize(x: FloatArray) -> DoubleArray:
+    """Activations `[rows, k]` as products with integer codes see them: int8 in groups of 32, `k` padded with zeros.
+
+    Returns:
+        `(int8 - zero) * scale`, `[rows, k]`.
+    """
+    rows, k = x.shape
+    padded = np.zeros((rows, -(-k // GROUP) * GROUP), np.float32)
+    padded[:, :k] = x
+    groups = padded.reshape(rows, -1, GROUP)
+    low = np.minimum(groups.min(axis=2, keepdims=True), np.float32(0))
+    high = np.maximum(groups.max(axis=2, keepdims=True), np.float32(0))
+    scales = (high - low) * np.float32(1 / 255)
+    # A scale whose inverse float32 cannot hold counts as 0.
+    is_number = scales > SCALE_MIN
+    inverses = np.where(is_number, np.float32(1) / np.where(is_number, scales, np.float32(1)), np.float32(0))
+    zeros = np.rint(np.float32(-128) - low * inverses)
+    codes = np.clip(np.rint(groups * inverses) + zeros, -128, 127)
+    return ((codes.astype(np.float64) - zeros) * scales).reshape(rows, -1)[:, :k]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedMatrix:
+    """A group-quantised matrix.
+
+    Attributes:
+        codes: `[n, k]`, unsigned.
+        scales: `[n, num_groups]`.
+        zero: Code of 0, where there are no minimums.
+        minimums: `[n, num_groups]` or None.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scales: npt.NDArray[Any]
+    zero: int
+    minimums: npt.NDArray[Any] | None
+
+    def parts(self) -> tuple[DoubleArray, DoubleArray]:
+        """What codes and minimums add to each weight, `[n, k]` each."""
+        span = self.codes.shape[1] // self.scales.shape[1]
+        scales = np.repeat(self.scales.astype(np.float64), span, axis=1)
+        if self.minimums is None:
+            return scales * (self.codes.astype(np.float64) - self.zero), np.zeros(self.codes.shape)
+        return scales * self.codes, np.repeat(self.minimums.astype(np.float64), span, axis=1)
+
+    def weights(self) -> DoubleArray:
+        """`scale * (code - zero)`, or `scale * code + minimum`: `[n, k]`."""
+        codes, minimums = self.parts()
+        return codes + minimums
+
+
+def gguf_blocks(dtype_name: str, rows: npt.NDArray[np.uint8]) -> CodedMatrix:
+    """Read GGUF blocks `[n, bytes_per_row]` of type q4_0, q4_1 or q8_0. Source: block layouts of ggml (ggml-common.h)."""
+    num_halves = 2 if dtype_name == "q4_1" else 1
+    size = 2 * num_halves + (32 if dtype_name == "q8_0" else 16)
+    blocks = rows.reshape(rows.shape[0], -1, size)
+    halves = np.ascontiguousarray(blocks[:, :, : 2 * num_halves]).view(np.float16)
+    packed = blocks[:, :, 2 * num_halves :]
+    codes = packed ^ 0x80 if dtype_name == "q8_0" else np.concatenate([packed & 15, packed >> 4], axis=2)
+    minimums = halves[:, :, 1] if dtype_name == "q4_1" else None
+    zero = {"q4_0": 8, "q4_1": 0, "q8_0": 128}[dtype_name]
+    return CodedMatrix(codes.reshape(rows.shape[0], -1), halves[:, :, 0], zero, minimums)
+
+
+def norm(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None, *, eps: float, is_layer_norm: bool) -> DoubleArray:
+    """RMS norm or layer norm along the last axis."""
+    values = x.astype(np.float64)
+    if is_layer_norm:
+        values = values - values.mean(axis=-1, keepdims=True)
+    out: DoubleArray = values / np.sqrt(np.square(values).mean(axis=-1, keepdims=True) + eps) * weight
+    return out if bias is None else out + bias
+
+
+def activate(x: npt.NDArray[Any], name: str) -> DoubleArray:
+    """One of the activation functions."""
+    x = x.astype(np.float64)
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    if name == "gelu":
+        return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    if name == "gelu_pytorch_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "relu":
+        return np.maximum(x, 0)
+    raise ValueError(f"activation function {name!r} is not known")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """One attention layer; see `AttentionLayer` of `library.py`.
+
+    Attributes:
+        window: Tokens seen, the own one included; 0 for all.
+        soft_cap: 0 for none.
+        cos: `[positions, num_pairs]`, or None for no rotation; so is `sin`.
+        q_norm: `[head_dim]`, or `[num_heads * head_dim]` for all heads together; so is `k_norm`.
+        sinks: `[num_heads]`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    soft_cap: float = 0.0
+    norm_eps: float = 1e-6
+    cos: FloatArray | None = None
+    sin: FloatArray | None = None
+    q_norm: FloatArray | None = None
+    k_norm: FloatArray | None = None
+    sinks: FloatArray | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row of queries, keys and values."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+def attend(qkv: FloatArray, layer: Attention) -> DoubleArray:
+    """Outputs of all tokens of one sequence, from its first on.
+
+    Args:
+        qkv: `[num_tokens, layer.width]`.
+        layer: The layer.
+
+    Returns:
+        `[num_tokens, num_heads * head_dim]`.
+    """
+    num_tokens, hd = qkv.shape[0], layer.head_dim
+    ends = np.cumsum([layer.num_heads * hd, layer.num_kv_heads * hd])
+    queries, keys, values = np.split(qkv, ends, axis=1)
+    q = round_bfloat16(_rotate(_norm_heads(queries, layer.q_norm, layer), layer)).astype(np.float64)
+    k = round_bfloat16(_rotate(_norm_heads(keys, layer.k_norm, layer), layer)).astype(np.float64)
+    v = round_bfloat16(values).reshape(num_tokens, layer.num_kv_heads, hd).astype(np.float64)
+    out = np.empty((num_tokens, layer.num_heads, hd))
+    for head in range(layer.num_heads):
+        kv_head = head // (layer.num_heads // layer.num_kv_heads)
+        scores = q[:, head] @ k[:, kv_head].T * layer.scale
+        if layer.soft_cap:
+            scores = layer.soft_cap * np.tanh(scores / layer.soft_cap)
+        sink = None if layer.sinks is None else float(layer.sinks[head])
+        for token in range(num_tokens):
+            first = max(0, token + 1 - layer.window) if layer.window else 0
+            out[token, head] = _attend_row(scores[token], v[:, kv_head], first=first, end=token + 1, sink=sink)
+    return out.reshape(num_tokens, -1)
+
+
+def _attend_row(scores: DoubleArray, values: DoubleArray, *, first: int, end: int, sink: float | None) -> DoubleArray:
+    """The weighted mean of `values[first:end]`. Each chunk's weights are rounded beside that chunk's largest score."""
+    largest = max(scores[first:end].max(), -math.inf if sink is None else sink)
+    total = 0.0 if sink is None else math.exp(sink - largest)
+    sums = np.zeros(values.shape[1])
+    for start in range(first // CHUNK_TOKENS * CHUNK_TOKENS, end, CHUNK_TOKENS):
+        part = slice(max(first, start), min(end, start + CHUNK_TOKENS))
+        maximum = scores[part].max()
+        weights = round_bfloat16(np.exp(scores[part] - maximum)).astype(np.float64) * math.exp(maximum - largest)
+        total += weights.sum()
+        sums += weights @ values[part]
+    return sums / total
+
+
+def _norm_heads(x: FloatArray, weight: FloatArray | None, layer: Attention) -> DoubleArray:
+    """Norm each head, or all together; gives `[num_tokens, heads, head_dim]`."""
+    heads = x.reshape(x.shape[0], -1, layer.head_dim).astype(np.float64)
+    if weight is None:
+        return heads
+    if weight.shape[0] == layer.head_dim:
+        return norm(heads, weight, None, eps=layer.norm_eps, is_layer_norm=False)
+    return norm(x, weight, None, eps=layer.norm_eps, is_layer_norm=False).reshape(heads.shape)
+
+
+def _rotate(heads: DoubleArray, layer: Attention) -> DoubleArray:
+    """Rotate the first `2 * num_pairs` numbers of each head; number i goes with number `i + num_pairs`."""
+    if layer.cos is None or layer.sin is None:
+        return heads
+    pairs = layer.cos.shape[1]
+    cos, sin = (table[: heads.shape[0], None].astype(np.float64) for table in (layer.cos, layer.sin))
+    a, b = heads[:, :, :pairs], heads[:, :, pairs : 2 * pairs]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, heads[:, :, 2 * pairs :]], axis=2)

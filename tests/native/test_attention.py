@@ -1,0 +1,188 @@
+"""Goal: rotation, storing and attention over pages are those of `kernels/cpu/reference.py`, and the same bits in any batch.
+
+Bounds: rounding a query, key or attention weight to bfloat16 may go the other way where the kernels' float32 numbers lie at a tie.
+Such an element moves an output by up to 2 ** -8 of a value times its weight; they are few, so the mean is held far closer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kernels.cpu.library import aligned_zeros
+from kernels.cpu.reference import Attention, attend
+from tests.native.programs import Program, Rows
+
+DIFFERENCE_MAX = 2e-2
+DIFFERENCE_MEAN = 2e-4
+"""Of values that are of order 1."""
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def layer_of(random: np.random.Generator, **changes: Any) -> Attention:
+    """A layer; `pairs`, `norms` ("heads" or "all") and `has_sinks` make its vectors."""
+    pairs, norms, has_sinks = (changes.pop(name, None) for name in ("pairs", "norms", "has_sinks"))
+    head_dim = changes.get("head_dim", 32)
+    layer = Attention(**{"num_heads": 6, "num_kv_heads": 2, "head_dim": head_dim, "scale": head_dim**-0.5} | changes)
+    if pairs:
+        angles = np.arange(512)[:, None] * 10.0 ** -np.linspace(0, 4, pairs)
+        layer = replace(layer, cos=np.cos(angles).astype(np.float32), sin=np.sin(angles).astype(np.float32))
+    if norms:
+        sizes = [head_dim, head_dim] if norms == "heads" else [layer.num_heads * head_dim, layer.num_kv_heads * head_dim]
+        q_norm, k_norm = ((1 + 0.3 * random.standard_normal(size)).astype(np.float32) for size in sizes)
+        layer = replace(layer, q_norm=q_norm, k_norm=k_norm)
+    if has_sinks:
+        layer = replace(layer, sinks=random.standard_normal(layer.num_heads).astype(np.float32) * 2)
+    return layer
+
+
+class Sequences:
+    """Sequences of a layer's inputs, and a program that computes pieces of them over shuffled pages."""
+
+    def __init__(self, library: Any, isa: int, layer: Attention, tokens: list[FloatArray], **options: Any) -> None:
+        page_size = options.setdefault("page_size", 16)
+        self.layer = layer
+        self._tokens = tokens
+        self._page_size = page_size
+        self._program = Program(library, isa=isa, **{"max_tokens": 700} | options)
+        self._program.finish(
+            self._program.attend(self._program.feed(np.concatenate(tokens)), layer), layer.num_heads * layer.head_dim
+        )
+        self._offsets = np.cumsum([0, *map(len, tokens)])
+        counts = [-(-len(each) // page_size) for each in tokens]
+        items = 2 * layer.num_kv_heads * layer.head_dim * page_size
+        # Old numbers, but finite ones, as in pages that served other sequences.
+        pages = aligned_zeros((sum(counts) + 1) * items, np.uint16).reshape(-1, items)
+        pages[...] = 0x4640
+        self._program.set_pages(pages)
+        order = iter(np.random.default_rng(len(tokens)).permutation(sum(counts)) + 1)
+        width = max(counts)
+        self._tables = np.array([([next(order) for _ in range(count)] * width)[:width] for count in counts])
+        self.num_computed = [0] * len(tokens)
+
+    def step(self, counts: dict[int, int]) -> dict[int, FloatArray]:
+        """Compute the next tokens of some sequences: number by sequence."""
+        ids: list[int] = []
+        rows = Rows(page_tables=self._tables[list(counts)])
+        for which, count in counts.items():
+            start = self.num_computed[which]
+            positions = range(start, start + count)
+            ids += (self._offsets[which] + np.array(positions)).tolist()
+            rows.positions += positions
+            rows.slot_mapping += [
+                int(self._tables[which, position // self._page_size]) * self._page_size + position % self._page_size
+                for position in positions
+            ]
+            rows.row_starts.append(start)
+            rows.row_counts.append(count)
+            self.num_computed[which] += count
+        out = self._program.run(ids, rows)
+        ends = np.cumsum(rows.row_counts)[:-1]
+        return dict(zip(counts, np.split(out, ends), strict=True))
+
+
+def tokens_of(random: np.random.Generator, layer: Attention, *lengths: int) -> list[FloatArray]:
+    return [(random.standard_normal((length, layer.width)) * 1.5).astype(np.float32) for length in lengths]
+
+
+def assert_near(ours: FloatArray, expected: npt.NDArray[np.float64]) -> None:
+    difference = np.abs(ours - expected)
+    assert difference.max() <= DIFFERENCE_MAX
+    assert difference.mean() <= DIFFERENCE_MEAN
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "grouped": {"pairs": 16},
+    "multi_head": {"num_heads": 4, "num_kv_heads": 4, "pairs": 16},
+    "one_kv_head": {"num_heads": 16, "num_kv_heads": 1, "head_dim": 16, "pairs": 8},
+    "no_rotation": {},
+    "partial_rotation": {"head_dim": 80, "pairs": 20},
+    "odd_pairs": {"head_dim": 48, "pairs": 9},
+    "window": {"pairs": 16, "window": 37},
+    "window_of_one": {"pairs": 16, "window": 1},
+    "wide_window": {"pairs": 16, "window": 140},
+    "soft_cap": {"pairs": 16, "soft_cap": 5.0},
+    "soft_cap_and_window": {"pairs": 16, "soft_cap": 50.0, "window": 64, "scale": 0.3},
+    "sinks": {"pairs": 16, "has_sinks": True},
+    "sinks_and_window": {"pairs": 16, "has_sinks": True, "window": 20},
+    "norms_per_head": {"pairs": 16, "norms": "heads"},
+    "norms_over_all_heads": {"pairs": 16, "norms": "all"},
+    "head_dim_16": {"head_dim": 16, "pairs": 8},
+    "head_dim_64": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 64, "pairs": 32},
+    "head_dim_96": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 96, "pairs": 48},
+    "head_dim_256": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 256, "pairs": 128},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_prefill_and_decode_attend_as_the_reference(library: Any, isa: int, name: str, random: np.random.Generator) -> None:
+    layer = layer_of(random, **LAYERS[name])
+    tokens = tokens_of(random, layer, 150, 23)
+    sequences = Sequences(library, isa, layer, tokens)
+    expected = [attend(each, layer) for each in tokens]
+    first = sequences.step({1: 20, 0: 131})
+    assert_near(first[0], expected[0][:131])
+    assert_near(first[1], expected[1][:20])
+    second = sequences.step({0: 1, 1: 3})
+    assert_near(second[0], expected[0][131:132])
+    assert_near(second[1], expected[1][20:])
+    assert_near(sequences.step({0: 18})[0], expected[0][132:])
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+def test_pages_of_any_size_hold_the_same(library: Any, isa: int, page_size: int, random: np.random.Generator) -> None:
+    layer = layer_of(random, pairs=16)
+    tokens = tokens_of(random, layer, 150, 40, 1)
+    results = [Sequences(library, isa, layer, tokens, page_size=size).step({2: 1, 0: 150, 1: 40}) for size in (16, page_size)]
+    for which, each in enumerate(tokens):
+        assert_near(results[1][which], attend(each, layer))
+        assert np.array_equal(results[0][which], results[1][which])
+
+
+@pytest.mark.parametrize("name", ["grouped", "wide_window", "sinks", "one_kv_head"])
+def test_chunks_neighbours_and_threads_change_no_bit(library: Any, isa: int, name: str, random: np.random.Generator) -> None:
+    """A long row alone is split by chunks among threads; among others it is not."""
+    layer = layer_of(random, **LAYERS[name])
+    tokens = tokens_of(random, layer, 300, 61, 17, 5, 130, 1, 2)
+    whole = [Sequences(library, isa, layer, [each]).step({0: len(each)})[0] for each in tokens]
+    for num_threads in (1, 2, 3):
+        alone = Sequences(library, isa, layer, tokens, num_threads=num_threads)
+        for count in (297, 1, 1, 1):
+            first = alone.num_computed[0]
+            assert np.array_equal(alone.step({0: count})[0], whole[0][first : first + count])
+        together = Sequences(library, isa, layer, tokens, num_threads=num_threads)
+        together.step({0: 200, 4: 129, 1: 1})
+        for counts in ({4: 1, 0: 99, 1: 30, 2: 17, 3: 5}, {0: 1, 1: 30, 5: 1, 6: 2}):
+            firsts = dict.fromkeys(counts, 0) | {which: together.num_computed[which] for which in counts}
+            for which, out in together.step(counts).items():
+                assert np.array_equal(out, whole[which][firsts[which] : firsts[which] + counts[which]]), (num_threads, which)
+
+
+@pytest.mark.parametrize("name", ["grouped", "sinks", "window", "soft_cap", "norms_per_head"])
+@pytest.mark.parametrize("part", ["queries", "keys", "values"])
+def test_poison_ends_in_its_own_sequence(library: Any, isa: int, name: str, part: str, random: np.random.Generator) -> None:
+    """From the poisoned token on, as far as its keys are seen; and in no other sequence."""
+    layer = layer_of(random, **LAYERS[name])
+    tokens = tokens_of(random, layer, 40, 25, 150)
+    width, kv_width = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    start, end = {"queries": (0, width), "keys": (width, width + kv_width), "values": (width + kv_width, layer.width)}[part]
+    poisoned = [each.copy() for each in tokens]
+    poisoned[0][3:16, start:end] = np.nan
+    clean, dirty = (Sequences(library, isa, layer, given).step({0: 40, 1: 25, 2: 150}) for given in (tokens, poisoned))
+    assert np.array_equal(clean[1], dirty[1])
+    assert np.array_equal(clean[2], dirty[2])
+    assert not np.isfinite(dirty[0][3:16]).all(axis=1).any()
+    assert np.isfinite(clean[0]).all()
+
+
+def test_all_keys_poisoned_is_never_taken_for_none(library: Any, isa: int, random: np.random.Generator) -> None:
+    """A sink would make the result finite."""
+    layer = layer_of(random, **LAYERS["sinks"])
+    tokens = tokens_of(random, layer, 40)
+    tokens[0][:16] = np.nan
+    assert not np.isfinite(Sequences(library, isa, layer, tokens).step({0: 40})[0]).any()
