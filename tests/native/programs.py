@@ -129,6 +129,8 @@ class Program:
         stride = native.padded(self._logits_width, 32) + 32
         logits = native.aligned_zeros(num_outputs * stride, np.float32).reshape(num_outputs, stride)
         logits[...] = np.nan
+        best = np.full(num_outputs, -1, np.int64)
+        is_finite = np.full(num_outputs, 2, np.uint8)
         step = native.Step(
             num_tokens=len(ids),
             num_rows=len(arrays["row_starts"]),
@@ -138,10 +140,16 @@ class Program:
             sampled_tokens=sampled_ids.ctypes.data,
             logits=logits.ctypes.data,
             logits_stride=logits.shape[1],
+            best=best.ctypes.data,
+            is_finite=is_finite.ctypes.data,
             **{name: array.ctypes.data for name, array in arrays.items()},
         )
         assert self.library.hr_run(self.pointer, step)
-        return logits[:, : self._logits_width]
+        outputs = logits[:, : self._logits_width]
+        # Every run finds the likeliest tokens by the way.
+        np.testing.assert_array_equal(is_finite, np.isfinite(outputs).all(axis=1))
+        np.testing.assert_array_equal(best[is_finite == 1], outputs[is_finite == 1].argmax(axis=1))
+        return outputs
 
 
 @dataclass(slots=True)
