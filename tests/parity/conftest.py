@@ -16,13 +16,17 @@ from headrace.models.model_config import load_model_config
 from headrace.models.weights import open_weights
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
+from kernels.cpu.library import LIBRARY_FILE
 from services.worker.layers.ops import Best, Network, StepTensors
 from services.worker.loading import LoadOptions, load_runner
 from services.worker.model_runner import ModelRunner
 from tests.parity.families import FAMILIES, make_checkpoint
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "native"]
 """What computes; every test of a family runs with each."""
+
+PAGE_SIZES = {"torch": {"small": 1, "odd": 5, "large": 16}, "native": {"small": 16, "odd": 32, "large": 64}}
+"""Page sizes to try, by backend; the native kernels have these alone."""
 
 
 class RecordingNetwork:
@@ -129,8 +133,8 @@ def _make_driver(
     directory: Path,
     *,
     backend: str = "torch",
-    dtype: str = "float32",
-    page_size: int = 8,
+    dtype: str | None = None,
+    page_size: int | None = None,
     kv_cache_tokens: int = 4096,
     max_model_len: int | None = None,
 ) -> Driver:
@@ -139,11 +143,12 @@ def _make_driver(
         directory=directory,
         backend=backend,
         num_threads=2,
-        dtype=dtype,
+        # The native kernels know no other type.
+        dtype=dtype or {"torch": "float32", "native": "auto"}[backend],
         max_model_len=max_model_len or min(context, 512),
         max_num_seqs=24,
         max_num_batched_tokens=1024,
-        page_size=page_size,
+        page_size=page_size or {"torch": 8, "native": 16}[backend],
         kv_cache_bytes=0,
         kv_cache_tokens=kv_cache_tokens,
     )
@@ -166,6 +171,8 @@ def make_driver() -> Callable[..., Driver]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Name of what computes, for `make_driver`."""
     name: str = request.param
+    if name == "native" and not LIBRARY_FILE.is_file():
+        pytest.skip("the native library is not built: no C++ compiler")
     return name
 
 

@@ -208,9 +208,7 @@ def write_gguf(path: Path, architecture: str, model: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_model_read_from_gguf_gives_the_same_logits(
-    case: str, tmp_path: Path, backend: str, make_driver: Callable[..., Any]
-) -> None:
+def test_model_read_from_gguf_gives_the_same_logits(case: str, tmp_path: Path, make_driver: Callable[..., Any]) -> None:
     original = make_model(case)
     write_gguf(tmp_path / "model.gguf", CASES[case][0], original)
     write_hf_files(tmp_path / "model.gguf", tmp_path)
@@ -231,7 +229,7 @@ def test_model_read_from_gguf_gives_the_same_logits(
     assert config.max_position_embeddings == 256
     assert expected.std() > 0.05
 
-    driver = make_driver(tmp_path, backend=backend)
+    driver = make_driver(tmp_path)
     driver.enter(0, token_ids[0].tolist())
     driver.step({0: 25})
     _, logits = driver.step({0: 15})

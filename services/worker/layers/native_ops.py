@@ -262,7 +262,7 @@ class NativeNetwork:
         self._program = library.hr_program_new(self.isa, max_tokens, max_tokens, num_threads, page_size)
         self._num_kv_layers = _Lowering(library, self._program, ops.nodes).lower(output)
         self._pages: list[npt.NDArray[np.uint16]] = []
-        self._logits = torch.empty(0)
+        self._logits = torch.empty((0, output.width))
         self._best, self._is_finite = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
         self._step = native.Step()
 
