@@ -53,7 +53,8 @@ def quantize(x: FloatArray) -> DoubleArray:
     inverses = np.where(is_number, np.float32(1) / np.where(is_number, scales, np.float32(1)), np.float32(0))
     zeros = np.rint(np.float32(-128) - low * inverses)
     codes = np.clip(np.rint(groups * inverses) + zeros, -128, 127)
-    return ((codes.astype(np.float64) - zeros) * scales).reshape(rows, -1)[:, :k]
+    values: DoubleArray = ((codes.astype(np.float64) - zeros) * scales).reshape(rows, -1)[:, :k]
+    return values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +94,7 @@ def gguf_blocks(dtype_name: str, rows: npt.NDArray[np.uint8]) -> CodedMatrix:
     blocks = rows.reshape(rows.shape[0], -1, size)
     halves = np.ascontiguousarray(blocks[:, :, : 2 * num_halves]).view(np.float16)
     packed = blocks[:, :, 2 * num_halves :]
-    codes = packed ^ 0x80 if dtype_name == "q8_0" else np.concatenate([packed & 15, packed >> 4], axis=2)
+    codes: Any = packed ^ 0x80 if dtype_name == "q8_0" else np.concatenate([packed & 15, packed >> 4], axis=2)
     minimums = halves[:, :, 1] if dtype_name == "q4_1" else None
     zero = {"q4_0": 8, "q4_1": 0, "q8_0": 128}[dtype_name]
     return CodedMatrix(codes.reshape(rows.shape[0], -1), halves[:, :, 0], zero, minimums)
@@ -111,15 +112,18 @@ def norm(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None, *, ep
 def activate(x: npt.NDArray[Any], name: str) -> DoubleArray:
     """One of the activation functions."""
     x = x.astype(np.float64)
+    out: DoubleArray
     if name == "silu":
-        return x / (1 + np.exp(-x))
-    if name == "gelu":
-        return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
-    if name == "gelu_pytorch_tanh":
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    if name == "relu":
-        return np.maximum(x, 0)
-    raise ValueError(f"activation function {name!r} is not known")
+        out = x / (1 + np.exp(-x))
+    elif name == "gelu":
+        out = 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    elif name == "gelu_pytorch_tanh":
+        out = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    elif name == "relu":
+        out = np.maximum(x, 0)
+    else:
+        raise ValueError(f"activation function {name!r} is not known")
+    return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
