@@ -1,0 +1,384 @@
+"""Host side of `quantized_matmul`: checks, tiles, launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, get_args
+
+import torch
+
+from kernels.architecture import Architecture, architecture_of
+from kernels.launching import FLOAT_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.quantized_matmul.kernel import (
+    quantized_matmul_fp8_kernel,
+    quantized_matmul_int8_kernel,
+    quantized_matmul_quantize_fp8_kernel,
+    quantized_matmul_quantize_int8_kernel,
+    quantized_matmul_w4a16_kernel,
+)
+from kernels.quantized_matmul.reference import FP8_BLOCK, PER_WORD, Layout, W4Weight
+
+GROUP_M: Final = 8
+"""Blocks of tokens that walk the weights together."""
+
+INT8_INPUTS_MAX: Final = (2**31 - 1) // 128**2
+"""Inputs whose products an int32 can sum up, whatever they are."""
+
+BLOCK_K_MIN: Final = 16
+
+QUANTIZE: Final = LaunchConfig(num_warps=4)
+QUANTIZE_FP8_TOKENS: Final = 16
+"""How activations are quantised: tokens a program, in FP8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Shape of a product's tile.
+
+    Attributes:
+        block_m: Tokens.
+        block_n: Outputs.
+        block_k: Inputs a step.
+        config: Warps and stages.
+        is_native: FP8 alone: whether the hardware multiplies e4m3fn; else it is decoded.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    config: LaunchConfig
+    is_native: bool = True
+
+    def constants(self) -> dict[str, Any]:
+        """Constants that every product has."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": GROUP_M}
+
+    def grid(self, num_tokens: int, num_outputs: int) -> tuple[int]:
+        """Programs of a product."""
+        return (-(-num_tokens // self.block_m) * -(-num_outputs // self.block_n),)
+
+
+def w4_tiles_of(architecture: Architecture, dtype: torch.dtype, block_k_max: int, *, is_prefill: bool = False) -> Tiles:
+    """Choose the tile of a product with 4-bit weights.
+
+    Args:
+        architecture: Where it runs.
+        dtype: Of the activations.
+        block_k_max: Inputs a step at most, so that a step lies in one group; see `block_k_max_of`.
+        is_prefill: Tiles of many tokens, for which other instructions are used: a token's last bits then depend on which tiles are
+            chosen. By default one tile serves every batch.
+    """
+    stages = 2 if architecture.backend == "hip" else 3
+    if dtype == torch.float32:
+        return Tiles(16, 64, min(32, block_k_max), LaunchConfig(num_warps=4, num_stages=2))
+    if is_prefill:
+        return Tiles(64, 128, min(64, block_k_max), LaunchConfig(num_warps=4, num_stages=stages))
+    return Tiles(32, 64, min(64, block_k_max), LaunchConfig(num_warps=4, num_stages=stages))
+
+
+def block_k_max_of(weight: W4Weight, num_inputs: int) -> int:
+    """Give the longest step of 16 to 128 inputs that never leaves a group; 0 where there is none."""
+    if weight.group_index is not None or weight.group_size >= num_inputs:
+        return 128
+    size = weight.group_size
+    return min(size & -size, 128) if size % BLOCK_K_MIN == 0 else 0
+
+
+def int8_tiles_of(architecture: Architecture) -> Tiles:
+    """Choose the tile of an int8 product; one for every batch."""
+    return Tiles(64, 128, 128, LaunchConfig(num_warps=4, num_stages=2 if architecture.backend == "hip" else 3))
+
+
+def fp8_tiles_of(architecture: Architecture) -> Tiles:
+    """Choose the tile of an FP8 product; one for every batch."""
+    if architecture.name in ("sm_80", "gfx942"):
+        return Tiles(64, 64, 64, LaunchConfig(num_warps=4, num_stages=2), is_native=False)
+    return Tiles(64, 128, 128, LaunchConfig(num_warps=4, num_stages=2 if architecture.backend == "hip" else 3))
+
+
+def quantize_int8_constants(num_inputs: int) -> dict[str, Any]:
+    """Constants of the kernel that quantises to int8."""
+    return {"BLOCK": min(next_power_of_2(num_inputs), 4096)}
+
+
+def matmul_w4a16(
+    x: torch.Tensor,
+    weight: W4Weight,
+    *,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Multiply by 4-bit weights; see `reference.matmul_w4a16`.
+
+    Args:
+        x: `[num_tokens, num_inputs]`; rows may be strided.
+        weight: The weights, on x's device; int32 words, whose rows may be strided.
+        bias: `[num_outputs]`.
+        out: `[num_tokens, num_outputs]` of x's type. A new tensor by default.
+        tiles: By default `w4_tiles_of` the device; its `block_k` must divide the groups.
+
+    Returns:
+        `out`.
+
+    Raises:
+        KernelArgumentError: A shape, type, stride or device is wrong, or a group has no multiple of 16 inputs.
+    """
+    arguments = Arguments("matmul_w4a16", x.device)
+    arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
+    num_tokens, num_inputs = x.shape
+    num_outputs = _check_w4(arguments, weight, num_inputs)
+    out = _check_out(arguments, x.new_empty((num_tokens, num_outputs)) if out is None else out, bias, num_tokens, num_outputs)
+    arguments.require(out.dtype == x.dtype, "out", str(x.dtype), out.dtype)
+    block_k_max = block_k_max_of(weight, num_inputs)
+    arguments.require(block_k_max > 0, "group_size", f"a multiple of {BLOCK_K_MIN}, or all inputs", weight.group_size)
+    tiles = tiles or w4_tiles_of(architecture_of(x.device), x.dtype, block_k_max)
+    arguments.require(tiles.block_k <= block_k_max, "tiles", f"block_k up to {block_k_max}", tiles.block_k)
+    if num_tokens == 0:
+        return out
+    qzeros = weight.qzeros
+    quantized_matmul_w4a16_kernel[tiles.grid(num_tokens, num_outputs)](
+        x,
+        weight.qweight,
+        weight.scales,
+        qzeros,
+        weight.group_index,
+        bias,
+        out,
+        num_tokens,
+        num_outputs,
+        num_inputs,
+        weight.group_size,
+        weight.zero_offset,
+        x.stride(0),
+        weight.qweight.stride(0),
+        weight.scales.stride(0),
+        0 if qzeros is None else qzeros.stride(0),
+        out.stride(0),
+        IS_AWQ=weight.layout == "awq",
+        HAS_ZEROS=qzeros is not None,
+        HAS_GROUP_INDEX=weight.group_index is not None,
+        HAS_BIAS=bias is not None,
+        **tiles.constants(),
+        **tiles.config.options(),
+    )
+    return out
+
+
+def _check_w4(arguments: Arguments, weight: W4Weight, num_inputs: int) -> int:
+    """Check 4-bit weights; gives the number of outputs."""
+    layouts = get_args(Layout)
+    arguments.require(weight.layout in layouts, "layout", " or ".join(layouts), weight.layout)
+    arguments.require(weight.scales.dim() == 2, "scales", "2 dimensions", weight.scales.dim())
+    num_groups, num_outputs = weight.scales.shape
+    arguments.tensor("scales", weight.scales, shape=(None, None), dtypes=FLOAT_TYPES)
+    arguments.require(num_outputs > 0 and num_outputs % PER_WORD == 0, "scales", "a multiple of 8 outputs", num_outputs)
+    arguments.require(num_inputs > 0 and num_inputs % PER_WORD == 0, "x", "a multiple of 8 inputs", num_inputs)
+    arguments.require(weight.group_size > 0, "group_size", "positive", weight.group_size)
+    arguments.require(weight.zero_offset in (0, 1), "zero_offset", "0 or 1", weight.zero_offset)
+    shape = (num_inputs // PER_WORD, num_outputs) if weight.layout == "gptq" else (num_inputs, num_outputs // PER_WORD)
+    arguments.tensor("qweight", weight.qweight, shape=shape, dtypes=(torch.int32,))
+    if weight.group_index is None:
+        wanted = -(-num_inputs // weight.group_size)
+        arguments.require(num_groups == wanted, "scales", f"{wanted} groups of {weight.group_size}", num_groups)
+    else:
+        arguments.tensor("group_index", weight.group_index, shape=(num_inputs,), dtypes=(torch.int32,))
+    if weight.qzeros is not None:
+        arguments.tensor("qzeros", weight.qzeros, shape=(num_groups, num_outputs // PER_WORD), dtypes=(torch.int32,))
+    return num_outputs
+
+
+def _check_out(
+    arguments: Arguments, out: torch.Tensor, bias: torch.Tensor | None, num_tokens: int, num_outputs: int
+) -> torch.Tensor:
+    if bias is not None:
+        arguments.tensor("bias", bias, shape=(num_outputs,), dtypes=FLOAT_TYPES)
+    arguments.tensor("out", out, shape=(num_tokens, num_outputs), dtypes=FLOAT_TYPES)
+    return out
+
+
+def matmul_int8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Multiply int8 by int8; see `reference.matmul_int8`.
+
+    Args:
+        x: int8 `[num_tokens, num_inputs]`; rows may be strided.
+        x_scale: float32 `[num_tokens]`.
+        weight: int8 `[num_outputs, num_inputs]`; rows may be strided.
+        weight_scale: float32 `[num_outputs]`.
+        out: `[num_tokens, num_outputs]`, floating-point.
+        bias: `[num_outputs]`.
+        tiles: By default `int8_tiles_of` the device.
+
+    Returns:
+        `out`.
+
+    Raises:
+        KernelArgumentError: A shape, type, stride or device is wrong.
+    """
+    arguments = Arguments("matmul_int8", x.device)
+    arguments.tensor("x", x, shape=(None, None), dtypes=(torch.int8,))
+    num_tokens, num_inputs = x.shape
+    arguments.require(1 <= num_inputs <= INT8_INPUTS_MAX, "x", f"1 to {INT8_INPUTS_MAX} inputs", num_inputs)
+    arguments.tensor("weight", weight, shape=(None, num_inputs), dtypes=(torch.int8,))
+    num_outputs = weight.shape[0]
+    arguments.tensor("x_scale", x_scale, shape=(num_tokens,), dtypes=(torch.float32,))
+    arguments.tensor("weight_scale", weight_scale, shape=(num_outputs,), dtypes=(torch.float32,))
+    _check_out(arguments, out, bias, num_tokens, num_outputs)
+    if num_tokens == 0 or num_outputs == 0:
+        return out
+    tiles = tiles or int8_tiles_of(architecture_of(x.device))
+    quantized_matmul_int8_kernel[tiles.grid(num_tokens, num_outputs)](
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        bias,
+        out,
+        num_tokens,
+        num_outputs,
+        num_inputs,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        HAS_BIAS=bias is not None,
+        **tiles.constants(),
+        **tiles.config.options(),
+    )
+    return out
+
+
+def matmul_fp8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Multiply FP8 by FP8, scaled by blocks of 128; see `reference.matmul_fp8`.
+
+    Args:
+        x: float8_e4m3fn `[num_tokens, num_inputs]`; rows may be strided.
+        x_scale: float32 `[num_tokens, ceil(num_inputs / 128)]`, of any strides.
+        weight: float8_e4m3fn `[num_outputs, num_inputs]`; rows may be strided.
+        weight_scale: float32 `[ceil(num_outputs / 128), ceil(num_inputs / 128)]`.
+        out: `[num_tokens, num_outputs]`, floating-point.
+        bias: `[num_outputs]`.
+        tiles: By default `fp8_tiles_of` the device; `block_n` and `block_k` must divide 128.
+
+    Returns:
+        `out`.
+
+    Raises:
+        KernelArgumentError: A shape, type, stride or device is wrong.
+    """
+    arguments = Arguments("matmul_fp8", x.device)
+    arguments.tensor("x", x, shape=(None, None), dtypes=(torch.float8_e4m3fn,))
+    num_tokens, num_inputs = x.shape
+    arguments.require(num_inputs > 0, "x", "at least 1 input", num_inputs)
+    arguments.tensor("weight", weight, shape=(None, num_inputs), dtypes=(torch.float8_e4m3fn,))
+    num_outputs, num_groups = weight.shape[0], -(-num_inputs // FP8_BLOCK)
+    arguments.tensor("x_scale", x_scale, shape=(num_tokens, num_groups), dtypes=(torch.float32,), is_dense_last=False)
+    shape = (-(-num_outputs // FP8_BLOCK), num_groups)
+    arguments.tensor("weight_scale", weight_scale, shape=shape, dtypes=(torch.float32,))
+    _check_out(arguments, out, bias, num_tokens, num_outputs)
+    tiles = tiles or fp8_tiles_of(architecture_of(x.device))
+    does_divide = FP8_BLOCK % tiles.block_n == 0 and FP8_BLOCK % tiles.block_k == 0
+    arguments.require(does_divide, "tiles", "block_n and block_k that divide 128", (tiles.block_n, tiles.block_k))
+    if num_tokens == 0 or num_outputs == 0:
+        return out
+    quantized_matmul_fp8_kernel[tiles.grid(num_tokens, num_outputs)](
+        x if tiles.is_native else x.view(torch.uint8),
+        x_scale,
+        weight if tiles.is_native else weight.view(torch.uint8),
+        weight_scale,
+        bias,
+        out,
+        num_tokens,
+        num_outputs,
+        num_inputs,
+        x.stride(0),
+        x_scale.stride(0),
+        x_scale.stride(1),
+        weight.stride(0),
+        weight_scale.stride(0),
+        out.stride(0),
+        IS_NATIVE=tiles.is_native,
+        HAS_BIAS=bias is not None,
+        **tiles.constants(),
+        **tiles.config.options(),
+    )
+    return out
+
+
+def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise activations to int8, a scale a token; see `reference.quantize_int8`.
+
+    Args:
+        x: `[num_tokens, num_inputs]`; rows may be strided.
+
+    Returns:
+        int8 as `x`, and scales float32 `[num_tokens]`.
+
+    Raises:
+        KernelArgumentError: A shape, type or stride is wrong.
+    """
+    arguments = Arguments("quantize_int8", x.device)
+    arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
+    num_tokens, num_inputs = x.shape
+    arguments.require(num_inputs > 0, "x", "at least 1 input", num_inputs)
+    out = torch.empty((num_tokens, num_inputs), dtype=torch.int8, device=x.device)
+    scale = torch.empty((num_tokens,), dtype=torch.float32, device=x.device)
+    if num_tokens:
+        quantized_matmul_quantize_int8_kernel[(num_tokens,)](
+            x, out, scale, num_inputs, x.stride(0), out.stride(0), **quantize_int8_constants(num_inputs), **QUANTIZE.options()
+        )
+    return out, scale
+
+
+def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise activations to FP8, a scale for every 128 inputs of a token; see `reference.quantize_fp8`.
+
+    Args:
+        x: `[num_tokens, num_inputs]`; rows may be strided.
+
+    Returns:
+        float8_e4m3fn as `x`, and scales float32 `[num_tokens, ceil(num_inputs / 128)]`.
+
+    Raises:
+        KernelArgumentError: A shape, type or stride is wrong.
+    """
+    arguments = Arguments("quantize_fp8", x.device)
+    arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
+    num_tokens, num_inputs = x.shape
+    arguments.require(num_inputs > 0, "x", "at least 1 input", num_inputs)
+    num_groups = -(-num_inputs // FP8_BLOCK)
+    out = torch.empty((num_tokens, num_inputs), dtype=torch.uint8, device=x.device)
+    scale = torch.empty((num_tokens, num_groups), dtype=torch.float32, device=x.device)
+    if num_tokens:
+        grid = (-(-num_tokens // QUANTIZE_FP8_TOKENS), num_groups)
+        quantized_matmul_quantize_fp8_kernel[grid](
+            x,
+            out,
+            scale,
+            num_tokens,
+            num_inputs,
+            x.stride(0),
+            out.stride(0),
+            scale.stride(0),
+            scale.stride(1),
+            BLOCK_TOKENS=QUANTIZE_FP8_TOKENS,
+            **QUANTIZE.options(),
+        )
+    return out.view(torch.float8_e4m3fn), scale
