@@ -73,7 +73,6 @@ def test_a_selection_bias_chooses_and_does_not_weigh(scoring: reference.Scoring)
     assert_matches(weights.sort(1).values, wanted.sort(1).values)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_equal_logits_rank_by_expert_and_nan_ranks_last() -> None:
     """Goal: one answer whatever the hardware. Method: ties, zeros of both signs, infinities and NaN."""
     inf, nan = torch.inf, torch.nan
