@@ -1,16 +1,17 @@
-"""One block of a comparison: a workload played on one server and then on another, in a process of its own.
+"""One block of a comparison: a workload played on ours, a peer, ours, the next peer ..., in a process of its own.
 
     python -m bench.peers block BLOCK.json RESULT.json
 
 Servers whose turn it is not stay up and idle; what they use meanwhile, and what anything else on the machine uses, is measured too.
-A measurement that was disturbed is made again. `bench.peers run` starts one such process for each workload, round and peer.
+A measurement that was disturbed is made again. `bench.peers run` starts one such process for each workload and round.
+Results are written after every turn, so a block that is cut off loses what was under way and no more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Turn:
-    """One measurement: on which server, and whether without HTTP."""
+    """One measurement."""
 
     server: str
+    pair: str
+    """Names what it is compared in; with workload and round it seeds the prompts, which are the same for both of a pair."""
     is_in_process: bool = False
+    """Whether without HTTP."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,6 @@ class Block:
 
     workload: str
     round: int
-    pair: str
-    """Names what its turns are compared for; with workload and round it seeds the prompts, which are the same in all of them."""
     seed: str
     scale: float
     limit_s: float
@@ -88,18 +90,19 @@ class Block:
         return cls(**raw)
 
 
-async def play(block: Block) -> list[dict[str, Any]]:
+async def play(block: Block) -> AsyncIterator[dict[str, Any]]:
     """Measure every turn of the block; one that fails or takes too long says so in its result, and the others go on."""
     tokenizer = Tokenizer.from_file(block.tokenizer_file)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text).ids)
 
-    return [await _play_turn(block, turn, encode) for turn in block.turns]
+    for turn in block.turns:
+        yield await _play_turn(block, turn, encode)
 
 
 async def _play_turn(block: Block, turn: Turn, encode: Callable[[str], list[int]]) -> dict[str, Any]:
-    names = {"workload": block.workload, "round": block.round, "pair": block.pair, **asdict(turn)}
+    names = {"workload": block.workload, "round": block.round, **asdict(turn)}
     for attempt in range(1 + block.num_retries):
         player = _Player(block, turn, encode, attempt)
         begin_s = time.monotonic()
@@ -120,7 +123,7 @@ class _Player:
 
     def __init__(self, block: Block, turn: Turn, encode: Callable[[str], list[int]], attempt: int) -> None:
         # A further attempt has prompts of its own, since those of the one before are in prefix caches.
-        self._seed = f"{block.seed}/{block.workload}/{block.round}/{block.pair}/{attempt}"
+        self._seed = f"{block.seed}/{block.workload}/{block.round}/{turn.pair}/{attempt}"
         self._block = block
         self._turn = turn
         self._workload = WORKLOADS[block.workload]
@@ -235,8 +238,16 @@ async def play_in_process(
 
 def main(block_path: Path, result_path: Path) -> None:
     """Play the block of a file and write its results to another."""
-    results = uvloop.run(play(Block.from_json(block_path.read_bytes())))
-    result_path.write_bytes(orjson.dumps(results))
+    uvloop.run(_write(Block.from_json(block_path.read_bytes()), result_path))
+
+
+async def _write(block: Block, result_path: Path) -> None:
+    results = []
+    async for result in play(block):
+        results.append(result)
+        unfinished = result_path.with_suffix(".part")
+        unfinished.write_bytes(orjson.dumps(results))
+        unfinished.replace(result_path)
 
 
 def supports_in_process(workload: Workload) -> bool:

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,15 +66,16 @@ class Comparison:
     python: str
 
 
-def pairs(workload: str, peers: Sequence[str], round_index: int, *, in_process: bool) -> list[tuple[str, tuple[Turn, ...]]]:
-    """The blocks of one round, each by its name: ours and a peer, ours and the next ...; each round begins with another peer."""
+def turns(workload: str, peers: Sequence[str], round_index: int, *, in_process: bool) -> tuple[Turn, ...]:
+    """The order of one round: ours, a peer, ours, the next peer ...; each round begins with another peer."""
     at = round_index % len(peers)
-    found: list[tuple[str, tuple[Turn, ...]]] = []
+    found: list[Turn] = []
     for peer in [*peers[at:], *peers[:at]]:
-        found.append((peer, (Turn(OURS), Turn(peer))))
+        found += [Turn(OURS, pair=peer), Turn(peer, pair=peer)]
         if in_process and peer in IN_PROCESS_PEERS and supports_in_process(WORKLOADS[workload]):
-            found.append((f"{peer}/in-process", (Turn(OURS), Turn(peer, is_in_process=True))))
-    return found
+            pair = f"{peer}/in-process"
+            found += [Turn(OURS, pair=pair), Turn(peer, pair=pair, is_in_process=True)]
+    return tuple(found)
 
 
 def run(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def run(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> dic
             servers_up = {name: server for name, (server, _) in started.items()}
             measurements: list[dict[str, Any]] = []
             for block in blocks(comparison, _targets(servers_up)):
-                measurements += _ended(block, servers_up) or _measure(comparison, block, Path(scratch), say)
+                measurements += _measure(comparison, _without_ended(block, servers_up, say), Path(scratch), say)
                 settings = _settings(comparison)
                 result = report.as_json(measurements, provenance=provenance(), servers=described, settings=settings)
                 out.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
@@ -147,35 +148,31 @@ def blocks(comparison: Comparison, targets: tuple[Target, ...]) -> list[Block]:
         Block(
             workload=workload,
             round=round_index,
-            pair=pair,
             seed=comparison.seed,
             scale=comparison.scale,
             limit_s=comparison.turn_limit_s,
             num_retries=comparison.retries,
             tokenizer_file=str(comparison.layout.hf_model / TOKENIZER_FILE),
             targets=targets,
-            turns=turns,
+            turns=turns(workload, comparison.peers, round_index, in_process=comparison.in_process),
             calm_wait_s=comparison.calm_wait_s,
         )
         for round_index in range(comparison.rounds)
         for workload in comparison.workloads
-        for pair, turns in pairs(workload, comparison.peers, round_index, in_process=comparison.in_process)
     ]
 
 
-def _ended(block: Block, started: Mapping[str, RunningServer]) -> list[dict[str, Any]]:
-    """An error for each turn of a block that a server is missing for; nothing where all are up."""
-    gone = [turn.server for turn in block.turns if not started[turn.server].is_alive]
-    return _errors(block, f"{gone[0]} has ended; its log: {started[gone[0]].log_path}") if gone else []
-
-
-def _errors(block: Block, error: str) -> list[dict[str, Any]]:
-    names = {"workload": block.workload, "round": block.round, "pair": block.pair, "error": error}
-    return [{**names, **asdict(turn)} for turn in block.turns]
+def _without_ended(block: Block, started: Mapping[str, RunningServer], say: Callable[[str], None]) -> Block:
+    """The block without the pairs that a server is missing for."""
+    ended = {name for name, server in started.items() if not server.is_alive}
+    for name in sorted(ended):
+        say(f"{block.workload} round {block.round + 1}: {name} has ended; its log: {started[name].log_path}")
+    missing = {turn.pair for turn in block.turns if turn.server in ended}
+    return replace(block, turns=tuple(turn for turn in block.turns if turn.pair not in missing))
 
 
 def _measure(comparison: Comparison, block: Block, scratch: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Play a block in a process of its own; one that fails as a whole gives an error for each of its turns."""
+    """Play a block in a process of its own."""
     block_path, result_path, log_path = scratch / "block.json", scratch / "result.json", scratch / "block.log"
     block_path.write_bytes(block.as_json())
     result_path.unlink(missing_ok=True)
@@ -192,11 +189,13 @@ def _measure(comparison: Comparison, block: Block, scratch: Path, say: Callable[
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    if not result_path.exists():
-        error = f"the measuring process ended with status {process.returncode}:\n{tail(log_path)}"
+    results: list[dict[str, Any]] = orjson.loads(result_path.read_bytes()) if result_path.exists() else []
+    # What was not reached when the process ended, for whatever reason, is an error each.
+    if missing := block.turns[len(results) :]:
+        error = f"the measuring process ended with status {process.returncode}: {tail(log_path)}"
+        names = {"workload": block.workload, "round": block.round, "error": error}
+        results += [{**names, **asdict(turn)} for turn in missing]
         say(f"{block.workload} round {block.round + 1}: {error}")
-        return _errors(block, error)
-    results: list[dict[str, Any]] = orjson.loads(result_path.read_bytes())
     took_s = time.monotonic() - begin_s
     say(f"{block.workload} round {block.round + 1} of {comparison.rounds}, {took_s:.0f} s: {_in_short(results)}")
     return results

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -80,21 +82,25 @@ def busy() -> Iterator[None]:
         process.kill()
 
 
+async def played(block: Block) -> list[dict[str, Any]]:
+    return [result async for result in play(block)]
+
+
 def block(base_url: str, model: str, pid: int, tokenizer_file: Path, workload: str = "W1", limit_s: float = 30.0) -> Block:
     names = {"headrace": model, "vllm": model}
     targets = tuple(
         Target(name, base_url, names[name], pid, sends_ignore_eos=True, sends_done=True, work_share=0.5) for name in names
     )
     return Block(
-        workload=workload, round=0, pair="vllm", seed="s", scale=0.5, limit_s=limit_s, num_retries=0,
-        tokenizer_file=str(tokenizer_file), targets=targets, turns=(Turn("headrace"), Turn("vllm")), calm_wait_s=0.0,
+        workload=workload, round=0, seed="s", scale=0.5, limit_s=limit_s, num_retries=0, tokenizer_file=str(tokenizer_file),
+        targets=targets, turns=(Turn("headrace", "vllm"), Turn("vllm", "vllm")), calm_wait_s=0.0,
     )  # fmt: skip
 
 
 async def test_a_block_measures_each_turn_with_the_same_prompts(
     base_url: str, fake: FakeOpenAI, sleeper: subprocess.Popen[bytes], tokenizer_file: Path
 ) -> None:
-    results = await play(block(base_url, "ok", sleeper.pid, tokenizer_file))
+    results = await played(block(base_url, "ok", sleeper.pid, tokenizer_file))
     assert [(result["server"], result["summary"]["num_ok"]) for result in results] == [("headrace", 2), ("vllm", 2)]
     assert all(result["memory"]["pss_mib"] > 0 for result in results)
     asked = [(body["prompt"], body["max_tokens"], body["ignore_eos"]) for body in fake.bodies]
@@ -108,8 +114,8 @@ async def test_no_two_blocks_have_a_prompt_in_common(
 ) -> None:
     """Or else a prefix cache would help the later one."""
     first = block(base_url, "ok", sleeper.pid, tokenizer_file)
-    for other in (first, replace(first, workload="W4"), replace(first, round=1), replace(first, pair="llamacpp")):
-        await play(replace(other, turns=(Turn("vllm"),)))
+    for other in (first, replace(first, workload="W4"), replace(first, round=1)):
+        await played(replace(other, turns=(Turn("vllm", "vllm"), Turn("vllm", "llamacpp"))))
     beginnings = [" ".join(body["prompt"].split()[:16]) for body in fake.bodies]
     assert len(set(beginnings)) == len(beginnings)
 
@@ -117,18 +123,38 @@ async def test_no_two_blocks_have_a_prompt_in_common(
 async def test_a_server_that_fails_or_hangs_is_an_error_and_the_next_is_measured(
     base_url: str, sleeper: subprocess.Popen[bytes], tokenizer_file: Path
 ) -> None:
-    failing, _ = await play(block(base_url, "busy", sleeper.pid, tokenizer_file))
+    failing, _ = await played(block(base_url, "busy", sleeper.pid, tokenizer_file))
     assert failing["summary"]["num_ok"] == 0
     assert any("failed: 2 of 2 requests: http_429: queue is full" in remark for remark in failing["remarks"])
-    results = await play(block(base_url, "mute", sleeper.pid, tokenizer_file, limit_s=0.5))
+    results = await played(block(base_url, "mute", sleeper.pid, tokenizer_file, limit_s=0.5))
     assert [result["error"] for result in results] == ["not done within 0 s"] * 2
+
+
+async def test_a_block_that_is_cut_off_has_written_what_was_done(
+    base_url: str, sleeper: subprocess.Popen[bytes], tokenizer_file: Path, tmp_path: Path
+) -> None:
+    whole = block(base_url, "ok", sleeper.pid, tokenizer_file)
+    hanging = replace(whole, targets=(whole.targets[0], replace(whole.targets[1], model="mute")))
+    result_path = tmp_path / "result.json"
+    (tmp_path / "block.json").write_bytes(hanging.as_json())
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.peers", "block", str(tmp_path / "block.json"), str(result_path), cwd=ROOT
+    )
+    try:
+        async with asyncio.timeout(30):
+            while not result_path.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    finally:
+        process.kill()
+        await process.wait()
+    assert [result["server"] for result in orjson.loads(result_path.read_bytes())] == ["headrace"]
 
 
 @pytest.mark.usefixtures("busy")
 async def test_a_measurement_waits_for_a_busy_machine_no_longer_than_it_may_and_says_so(
     base_url: str, sleeper: subprocess.Popen[bytes], tokenizer_file: Path
 ) -> None:
-    result, _ = await play(replace(block(base_url, "ok", sleeper.pid, tokenizer_file), calm_wait_s=1.0, num_retries=1))
+    result, _ = await played(replace(block(base_url, "ok", sleeper.pid, tokenizer_file), calm_wait_s=1.0, num_retries=1))
     assert result["num_attempts"] == 2
     assert result["took_s"] >= 1.0
     assert result["remarks"][-1].startswith("disturbed: something else on the machine used")
@@ -226,7 +252,9 @@ def test_a_measuring_process_that_fails_is_an_error_of_its_pair(tmp_path: Path) 
     arguments = ["run", "--root", str(tmp_path), "--workloads", "W1", "--peers", "llamacpp", "--rounds", "1", "--out", str(out)]
     done = CliRunner().invoke(main, [*arguments, "--measure-under", "false"])
     assert done.exit_code == 0, done.output
-    assert all("the measuring process ended with status 1" in each["error"] for each in json.loads(out.read_text())["measurements"])
+    measurements = json.loads(out.read_text())["measurements"]
+    assert [each["server"] for each in measurements] == ["headrace", "llamacpp"]
+    assert all("the measuring process ended with status 1" in each["error"] for each in measurements)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from bench.peers import compare, report, servers
 from bench.peers.block import Block, Target, Turn
-from bench.peers.compare import Comparison, pairs
+from bench.peers.compare import Comparison, turns
 from bench.peers.figures import Usage, figures
 from bench.peers.layout import Layout
 from bench.peers.proc import Memory
@@ -140,23 +140,26 @@ def test_the_table_shows_ours_first_then_each_peer_then_the_ratios_and_remarks()
 
 
 def test_a_round_goes_ours_peer_ours_peer_and_each_begins_with_another_peer() -> None:
-    def order(round_index: int) -> list[str]:
-        return [turn.server for _, turns in pairs("W1", ["vllm", "llamacpp"], round_index, in_process=False) for turn in turns]
+    def order(round_index: int) -> list[tuple[str, str]]:
+        found = turns("W1", ["vllm", "llamacpp"], round_index, in_process=False)
+        return [(turn.server, turn.pair) for turn in found]
 
-    assert order(0) == ["headrace", "vllm", "headrace", "llamacpp"]
-    assert order(1) == ["headrace", "llamacpp", "headrace", "vllm"]
+    first = [("headrace", "vllm"), ("vllm", "vllm")]
+    second = [("headrace", "llamacpp"), ("llamacpp", "llamacpp")]
+    assert order(0) == first + second
+    assert order(1) == second + first
 
 
 def test_in_process_is_a_pair_of_its_own_where_it_can_be_played() -> None:
-    found = dict(pairs("W2", ["openvino", "vllm"], 0, in_process=True))
-    assert found["openvino/in-process"] == (Turn("headrace"), Turn("openvino", is_in_process=True))
-    assert set(found) == {"openvino", "openvino/in-process", "vllm"}
-    assert set(dict(pairs("W5", ["openvino"], 0, in_process=True))) == {"openvino"}
+    found = turns("W2", ["openvino", "vllm"], 0, in_process=True)
+    assert found[2:4] == (Turn("headrace", "openvino/in-process"), Turn("openvino", "openvino/in-process", is_in_process=True))
+    assert len(found) == 6
+    assert len(turns("W5", ["openvino"], 0, in_process=True)) == 2
 
 
 def test_a_block_is_the_same_after_a_way_through_its_file() -> None:
     target = Target("vllm", "http://127.0.0.1:1", "m", 1, sends_ignore_eos=True, sends_done=True, work_share=0.25)
-    block = Block("W1", 0, "vllm", "seed", 1.0, 10.0, 1, "tokenizer.json", (target,), (Turn("vllm"),), 1.0)
+    block = Block("W1", 0, "seed", 1.0, 10.0, 1, "tokenizer.json", (target,), (Turn("vllm", "vllm"),), 1.0)
     assert Block.from_json(block.as_json()) == block
 
 
