@@ -31,6 +31,7 @@ def cases(architecture: Architecture) -> Iterator[CompileCase]:
         (torch.float32, HeadShape(16, 8, 256, 16), ()),
     ):
         yield _case(architecture, dtype, shape, features)
+    yield _case(architecture, torch.bfloat16, llama, (), indices="i32")
 
 
 def workloads() -> Iterator[Workload]:
@@ -43,10 +44,12 @@ def workloads() -> Iterator[Workload]:
         yield Workload(label, num_bytes, num_pairs * 32 * 128 * 4, "fp16")
 
 
-def _case(architecture: Architecture, dtype: torch.dtype, shape: HeadShape, features: tuple[str, ...]) -> CompileCase:
+def _case(
+    architecture: Architecture, dtype: torch.dtype, shape: HeadShape, features: tuple[str, ...], *, indices: str = "i64"
+) -> CompileCase:
     name, blocks = TYPE_NAMES[dtype], blocks_of(architecture, shape, dtype, has_mask="MASK" in features)
     types = dict.fromkeys(("out_ptr", "queries_ptr", "pages_ptr"), f"*{name}")
-    types |= dict.fromkeys(("page_tables_ptr", "query_starts_ptr", "context_lengths_ptr"), "*i64")
+    types |= dict.fromkeys(("page_tables_ptr", "query_starts_ptr", "context_lengths_ptr"), f"*{indices}")
     types |= {"scale": "fp32", "soft_cap": "fp32", "window": "i32"}
     strides = ("out_token", "out_head", "queries_token", "queries_head", "pages_page", "pages_offset", "pages_kv", "pages_head")
     types |= dict.fromkeys((f"stride_{each}" for each in (*strides, "page_tables_row")), "i32")
@@ -54,13 +57,14 @@ def _case(architecture: Architecture, dtype: torch.dtype, shape: HeadShape, feat
     constants |= {"GROUP": shape.group, "HEAD_DIM": shape.head_dim, "PAGE_SIZE": shape.page_size}
     constants |= {"BLOCK_Q": blocks.num_tokens, "BLOCK_M": blocks.num_lines}
     constants |= {"BLOCK_D": blocks.num_dims, "BLOCK_N": blocks.num_keys}
-    optional = {"mask_ptr": ("MASK", "*u8"), "mask_starts_ptr": ("MASK", "*i64"), "positions_ptr": ("MASK", "*i64")}
+    optional = {"mask_ptr": ("MASK", "*u8"), "mask_starts_ptr": ("MASK", f"*{indices}"), "positions_ptr": ("MASK", f"*{indices}")}
     for argument, (feature, kind) in (optional | {"sinks_ptr": ("SINKS", "*fp32")}).items():
         if feature in features:
             types[argument] = kind
         else:
             constants[argument] = None
     extra = "".join(f", {each.lower().replace('_', ' ')}" for each in features)
+    extra += "" if indices == "i64" else f", indices {indices}"
     label = f"{name}, {shape.num_heads} heads on {shape.num_kv_heads} of {shape.head_dim}, page {shape.page_size}{extra}"
     unaligned = frozenset({"window", "stride_page_tables_row"})
     return CompileCase(label, extend_attention_kernel, types, constants, blocks.config, unaligned, is_hot=dtype.itemsize == 2)

@@ -32,6 +32,7 @@ def cases(architecture: Architecture) -> Iterator[CompileCase]:
         (torch.float32, HeadShape(16, 8, 256, 16), ()),
     ):
         yield _split_case(architecture, dtype, shape, features)
+    yield _split_case(architecture, torch.bfloat16, llama, (), indices="i32")
     for dtype, head_dim, features in (
         (torch.bfloat16, 128, ()),
         (torch.bfloat16, 64, ("WINDOW", "SINKS")),
@@ -60,10 +61,12 @@ def _strides(*names: str) -> dict[str, str]:
     return dict.fromkeys((f"stride_{name}" for name in names), "i32")
 
 
-def _split_case(architecture: Architecture, dtype: torch.dtype, shape: HeadShape, features: tuple[str, ...]) -> CompileCase:
+def _split_case(
+    architecture: Architecture, dtype: torch.dtype, shape: HeadShape, features: tuple[str, ...], *, indices: str = "i64"
+) -> CompileCase:
     name, blocks = TYPE_NAMES[dtype], blocks_of(architecture, shape, dtype)
     types = dict.fromkeys(("out_ptr", "queries_ptr", "pages_ptr"), f"*{name}")
-    types |= {"partials_ptr": "*fp32", "log_sums_ptr": "*fp32", "page_tables_ptr": "*i64", "lengths_ptr": "*i64"}
+    types |= {"partials_ptr": "*fp32", "log_sums_ptr": "*fp32", "page_tables_ptr": f"*{indices}", "lengths_ptr": f"*{indices}"}
     types |= {"scale": "fp32", "soft_cap": "fp32", "window": "i32"}
     types |= _strides("out_row", "out_head", "partials_row", "partials_head", "partials_split", "log_sums_row", "log_sums_head")
     types |= _strides("queries_row", "queries_head", "pages_page", "pages_offset", "pages_kv", "pages_head", "page_tables_row")
@@ -77,6 +80,7 @@ def _split_case(architecture: Architecture, dtype: torch.dtype, shape: HeadShape
         constants["sinks_ptr"] = None
     unaligned = frozenset({"window", "stride_log_sums_row", "stride_log_sums_head", "stride_page_tables_row"})
     what = f"{shape.num_heads} heads on {shape.num_kv_heads} of {shape.head_dim}, page {shape.page_size}"
+    what += "" if indices == "i64" else f", indices {indices}"
     label = _label(dtype, features, what)
     kernel = paged_decode_attention_split_kernel
     return CompileCase(label, kernel, types, constants, blocks.config, unaligned, is_hot=dtype.itemsize == 2)
