@@ -31,7 +31,7 @@ from services.router.backplane import Backplane
 from services.router.config import Settings
 from services.router.generation import Call, EncodedPrompt, GenerationRequest, ModelOffer, OutputPiece, Prompt, TokenPrompt
 from services.router.observation import Observation
-from services.router.open_request import Kind, OpenRequest, Patience
+from services.router.open_request import Kind, OpenRequest, Patience, begin_beside
 from services.router.output_buffer import OutputBuffer
 from services.router.tenants import cache_namespace
 
@@ -137,7 +137,7 @@ class ClientStream:
         first = self._choices[0].request
         for choice in self._choices[1:]:
             if self._error is None:
-                choice.request.begin_beside(first)
+                begin_beside(choice.request, first)
                 self._open(choice)
 
     def end_all(self, error: HeadraceError) -> None:

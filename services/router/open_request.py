@@ -130,7 +130,8 @@ class OpenRequest:
         self.num_sent_chars = 0
         self.num_cached_tokens = 0
         self.num_moves = 0
-        self._first: OpenRequest | None = None
+        # The choice whose tokens it has, if it is another one of the same client request.
+        self.first: OpenRequest | None = None
         self._held = self.places.held
         self._patience = patience
         self._needs_redirect = False
@@ -149,13 +150,6 @@ class OpenRequest:
         else:
             due = min(self.deadline_ns, self.places.waiting_since_ns + self._patience.wait_ns(self.num_moves))
         return due if self.places.retry_at_ns is None else min(due, self.places.retry_at_ns)
-
-    def begin_beside(self, first: OpenRequest) -> None:
-        """Begin, when it is opened, with the tokens of another choice of the same client request, and near it."""
-        assert first.encoded is not None
-        self.encoded = first.encoded
-        self.stage = Stage.SUBMITTED
-        self._first = first
 
     # What the request needs, against what it has.
 
@@ -176,7 +170,7 @@ class OpenRequest:
                 actions.append(SendOpenStream(self, self._held[DETOKENIZER]))
                 self._needs_redirect = SCHEDULER in self._held
             if SCHEDULER not in self._held:
-                near = None if self._first is None else self._first.places.held.get(SCHEDULER)
+                near = None if self.first is None else self.first.places.held.get(SCHEDULER)
                 if places.take(SCHEDULER, now_ns, partial(_cache_prompt, self), near=near):
                     self._needs_redirect = False
                     actions.append(SendSubmit(self, self._held[SCHEDULER]))
@@ -343,6 +337,14 @@ class OpenRequest:
                 actions.append(SendCloseStream(self.stream_id, self._held[DETOKENIZER]))
         self.places.drop_all()
         return [*actions, End(self, error)]
+
+
+def begin_beside(request: OpenRequest, first: OpenRequest) -> None:
+    """Have a request begin, when it is opened, with the tokens of another choice of the same client request, and near it."""
+    assert first.encoded is not None
+    request.encoded = first.encoded
+    request.stage = Stage.SUBMITTED
+    request.first = first
 
 
 def _cache_prompt(request: OpenRequest) -> CachePrompt:

@@ -25,7 +25,6 @@ RATCHET: dict[str, int] = {
     "headrace/supervision/supervisor.py::Supervisor": 17,
     "services/detokenizer/service.py::DetokenizerService": 28,
     "services/detokenizer/streams.py::StreamTable": 17,
-    "services/router/open_request.py::OpenRequest": 16,
     "services/scheduler/scheduler.py::Scheduler": 19,
     "services/scheduler/service.py::SchedulerService": 16,
     "services/tokenizer/service.py::TokenizerService": 23,

@@ -32,7 +32,7 @@ from services.router.actions import (
 )
 from services.router.directory import Directory, Instance
 from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, TextPrompt
-from services.router.open_request import Kind, OpenRequest, Output, Patience
+from services.router.open_request import Kind, OpenRequest, Output, Patience, begin_beside
 from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import least_loaded
 
@@ -109,7 +109,7 @@ def test_other_choices_begin_with_the_tokens_of_the_first_and_at_its_scheduler()
     assert actions[-1] == ShareTokens(first)
     others = [bench.another(f"r-{index}") for index in (1, 2, 3)]
     for other in others:
-        other.begin_beside(first)
+        begin_beside(other, first)
         sent = other.advance(SECOND)
         assert kinds(sent) == [SendOpenStream, SendSubmit]
         assert other.places.held[SCHEDULER] == first.places.held[SCHEDULER]
@@ -124,7 +124,7 @@ def test_a_choice_goes_elsewhere_when_its_first_has_ended() -> None:
     bench = Bench()
     first = bench.stream()
     other = bench.another("r-1")
-    other.begin_beside(first)
+    begin_beside(other, first)
     first.on_output(30, Output(3, (4,), "x", FINISH_REASON_STOP), SECOND)
     assert kinds(other.advance(SECOND)) == [SendOpenStream, SendSubmit]
 

@@ -30,7 +30,7 @@ from services.router.actions import (
 )
 from services.router.directory import Directory, Instance
 from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, TextPrompt
-from services.router.open_request import Kind, OpenRequest, Output, Patience
+from services.router.open_request import Kind, OpenRequest, Output, Patience, begin_beside
 from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import least_loaded
 from services.router.streams import Streams
@@ -136,7 +136,7 @@ class World:
             fork_group=f"r{stream_id % CHOICE}",
         )
         if first is not None:
-            request.begin_beside(first)
+            begin_beside(request, first)
         self.texts[request.request_id] = ""
         self.ends[request.request_id] = []
         self.perform(self.streams.open(request, self.now))
