@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, min-p, in this order, each row with its own parameters.
+"""From logits to tokens: adjustments, temperature, top-k, top-p, min-p, in this order, each row with its own parameters.
 
 A greedy row (temperature 0) takes the largest logit. Any other row draws by inverting the cumulative distribution, in order of
 token ids, at a number that depends on nothing but (seed, position): see `philox.py`. What stands between logits and draw is
@@ -8,7 +8,8 @@ by top-k or top-p are kept with it: which of equals would go must not depend on 
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +23,42 @@ from services.worker.philox import uniforms
 _NUM_CANDIDATES: Final = 512
 
 
-def sample(logits: torch.Tensor, rows: SampledRows, best: Best | None = None) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+class LogitAdjustment(Protocol):
+    """Changes logits before anything is drawn from them: penalties and biases, then masks."""
+
+    def adjust(self, logits: torch.Tensor, rows: SampledRows) -> Int64Array:
+        """Change the logits of some rows in place.
+
+        Args:
+            logits: float32 `[num_rows, vocab_size]`; after earlier adjustments a token that is ruled out has minus infinity.
+            rows: Whose they are. A slot comes as often as tokens are drawn for it.
+
+        Returns:
+            Indices of the rows that were changed, strictly ascending.
+        """
+        ...
+
+
+def sample(
+    logits: torch.Tensor, rows: SampledRows, best: Best | None = None, adjustments: Sequence[LogitAdjustment] = ()
+) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
     """Choose one token a row.
 
     Args:
-        logits: float32 `[num_rows, vocab_size]`.
+        logits: float32 `[num_rows, vocab_size]`; changed where an adjustment changes it.
         rows: Parameters of the rows.
         best: What `Network.best` found; None to look for it here.
+        adjustments: What changes the logits first, in this order.
 
     Returns:
-        Token ids, and whether the row's logits were finite; where they were not, the token means nothing.
+        Token ids, and whether the row's logits were finite before any adjustment; where they were not, the token means nothing.
     """
     # A sum is finite only if all its terms are, and is one pass.
     token_ids, is_finite = best or (logits.argmax(dim=-1).numpy(), torch.isfinite(logits.sum(dim=-1)).numpy())
+    for adjustment in adjustments:
+        changed = adjustment.adjust(logits, rows)
+        if len(changed):
+            token_ids[changed] = logits[torch.from_numpy(changed)].argmax(dim=-1).numpy()
     (drawn,) = np.nonzero((rows.temperature > 0) & is_finite)
     if len(drawn):
         drawn_logits = logits if len(drawn) == len(logits) else logits[torch.from_numpy(drawn)]

@@ -130,3 +130,30 @@ def test_parameters_at_their_limits_keep_everything() -> None:
     plain, _ = sample(logits, rows(64))
     for parameters in ({"top_k": VOCAB}, {"top_k": VOCAB + 5}, {"top_p": 1.0}, {"min_p": 0.0}):
         assert sample(logits, rows(64, **parameters))[0].tolist() == plain.tolist()
+
+
+class Ruling:
+    """Rules some tokens out of some rows."""
+
+    def __init__(self, indices: list[int], token_ids: list[int]) -> None:
+        self.indices = np.array(indices, dtype=np.int64)
+        self.token_ids = token_ids
+
+    def adjust(self, logits: torch.Tensor, rows: SampledRows) -> np.ndarray[Any, np.dtype[np.int64]]:
+        for index in self.indices:
+            logits[index, self.token_ids] = -torch.inf
+        return self.indices
+
+
+def test_what_adjustments_rule_out_is_neither_the_likeliest_nor_drawn() -> None:
+    count = 2000
+    logits = logits_of(PROBABILITIES, count)
+    temperature = np.where(np.arange(count) % 2 == 0, 0.0, 1.0)
+    adjusted = [index for index in range(count) if index % 4 < 2]
+    found, is_finite = sample(logits, rows(count, temperature=temperature), None, [Ruling(adjusted, [0]), Ruling(adjusted, [4, 2])])
+    assert is_finite.all()
+    by_kind = [set(found[kind::4].tolist()) for kind in range(4)]
+    assert by_kind[0] == {6}
+    assert by_kind[1] == {1, 3, 5, 6}
+    assert by_kind[2] == {0}
+    assert by_kind[3] == set(range(7))
