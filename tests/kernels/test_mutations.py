@@ -19,7 +19,17 @@ import torch
 from kernels.attention_inputs import Scoring
 from kernels.extend_attention import launch as extend_launch
 from kernels.paged_decode_attention import launch as decode_launch
-from tests.kernels import test_extend_attention, test_paged_decode_attention, test_rms_norm, test_store_kv
+from tests.kernels import (
+    test_causal_conv1d,
+    test_extend_attention,
+    test_fused_moe,
+    test_lora,
+    test_paged_decode_attention,
+    test_quantized_matmul,
+    test_rms_norm,
+    test_selective_state_update,
+    test_store_kv,
+)
 from tests.kernels.comparing import normal
 from tests.kernels.paging import paged
 
@@ -63,6 +73,34 @@ def normalise_rows() -> None:
     test_rms_norm.test_rows_are_normalised(3, 63, torch.float32)
 
 
+def route_tokens() -> None:
+    test_fused_moe.test_a_token_gets_its_best_experts(9, 8, 2, {}, torch.float32)
+
+
+def run_experts() -> None:
+    test_fused_moe.test_tokens_get_their_experts_weighted_sum(21, 3, 2, 33, 21, torch.float32)
+
+
+def multiply_by_4_bits() -> None:
+    test_quantized_matmul.test_zero_points_may_be_absent_or_stored_less_1("gptq")
+
+
+def convolve_with_long_states() -> None:
+    test_causal_conv1d.test_a_state_may_be_longer_than_the_window(6)
+
+
+def keep_states_between() -> None:
+    test_selective_state_update.test_without_keeping_it_the_state_stays_bit_for_bit()
+
+
+def adapt_rows() -> None:
+    test_lora.test_ranks_of_all_sizes(16)
+
+
+def split_rows() -> None:
+    test_lora.test_a_split_sum_is_the_sum(2)
+
+
 MUTATIONS: dict[str, tuple[Callable[[], None], str, str, str]] = {
     "mask-shows-the-next-token": (
         extend_rows,
@@ -94,6 +132,47 @@ MUTATIONS: dict[str, tuple[Callable[[], None], str, str, str]] = {
         "mask=splits < num_splits - 1,",
     ),
     "mean-is-over-the-block": (normalise_rows, "rms_norm", "axis=1) / hidden_size", "axis=1) / BLOCK"),
+    "expert-is-chosen-twice": (route_tokens, "fused_moe", "tl.where(is_best, never, packed)", "packed"),
+    "gate-is-taken-for-up": (run_experts, "fused_moe", "(1 if IS_INTERLEAVED else intermediate)", "0"),
+    "router-weight-is-forgotten": (run_experts, "fused_moe", "result *= tl.load(", "_ = tl.load("),
+    "zero-point-does-not-wrap": (
+        multiply_by_4_bits,
+        "quantized_matmul",
+        "(unpack_words(zero_words, shifts, BLOCK_N) + zero_offset) & 15",
+        "unpack_words(zero_words, shifts, BLOCK_N) + zero_offset",
+    ),
+    "group-is-that-of-the-step-before": (
+        multiply_by_4_bits,
+        "quantized_matmul",
+        "first // group_size",
+        "(first // group_size) // 2",
+    ),
+    "state-is-read-one-early": (convolve_with_long_states, "causal_conv1d", "(STATE_LEN + sources)", "(STATE_LEN - 1 + sources)"),
+    "state-moves-one-too-few": (
+        convolve_with_long_states,
+        "causal_conv1d",
+        "moved = columns + num_tokens",
+        "moved = columns + num_tokens - 1",
+    ),
+    "row-is-the-slot": (
+        keep_states_between,
+        "selective_state_update",
+        "tl.load(intermediate_indices_ptr + sequence)",
+        "tl.load(slots_ptr + sequence)",
+    ),
+    "group-of-heads-is-interleaved": (
+        keep_states_between,
+        "selective_state_update",
+        "group = head // heads_per_group",
+        "group = head % heads_per_group",
+    ),
+    "rank-is-the-largest": (adapt_rows, "lora", "is_rank = rows < rank", "is_rank = rows < rank_max"),
+    "split-is-left-out": (
+        split_rows,
+        "lora",
+        "for split in tl.static_range(NUM_SPLITS)",
+        "for split in tl.static_range(NUM_SPLITS - 1)",
+    ),
 }
 
 

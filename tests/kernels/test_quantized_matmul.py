@@ -32,6 +32,8 @@ def w4_weight(
 ) -> W4Weight:
     num_groups = -(-num_inputs // group_size)
     values, zeros = torch.randint(0, 16, (num_inputs, num_outputs)), torch.randint(0, 16, (num_groups, num_outputs))
+    # The zero point that wraps when it is stored less 1.
+    zeros[0, 0] = 0
     qweight, qzeros = reference.pack_w4(values, zeros, layout, zero_offset=zero_offset)
     scales = (torch.rand(num_groups, num_outputs) + 0.5).to(dtype)
     return W4Weight(qweight, scales, layout, group_size, qzeros, zero_offset=zero_offset)
