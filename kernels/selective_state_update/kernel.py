@@ -76,20 +76,17 @@ def selective_state_update_kernel(
     BLOCK_STATE: tl.constexpr,
 ):
     """A program owns BLOCK_DIM channels of one head of one sequence: their state, in float32 registers, through all steps."""
-    sequence = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
     if slot < 0:
         return
     group = head // heads_per_group
-    dims = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    dims = (tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)).to(tl.int64)
     places = tl.arange(0, BLOCK_STATE)
     is_dim, is_place = dims < head_dim, places < state_size
-    dims = dims.to(tl.int64)
     inside = is_dim[:, None] & is_place[None, :]
-    state_ptrs = (
-        state_ptr + slot * stride_state_slot + head * stride_state_head + dims[:, None] * stride_state_dim + places[None, :]
-    )
+    state_ptrs = state_ptr + slot * stride_state_slot + head * stride_state_head
+    state_ptrs += dims[:, None] * stride_state_dim + places[None, :]
     state = tl.load(state_ptrs, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_DIM, BLOCK_STATE]
     a_ptrs = a_ptr + head * stride_a_head + dims[:, None] * stride_a_dim + places[None, :] * stride_a_state
     a = tl.load(a_ptrs, mask=inside, other=0.0).to(tl.float32)

@@ -23,7 +23,6 @@ VOCABULARY_METHODS_MAX = 40
 
 RATCHET: dict[str, int] = {
     "headrace/supervision/supervisor.py::Supervisor": 17,
-    "kernels/selective_state_update/kernel.py::selective_state_update_kernel": 123,
     "services/detokenizer/service.py::DetokenizerService": 28,
     "services/detokenizer/streams.py::StreamTable": 17,
     "services/scheduler/scheduler.py::Scheduler": 19,
