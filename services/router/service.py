@@ -23,7 +23,8 @@ from services.router.courier import Clock
 from services.router.directory import Directory
 from services.router.gateway import Gateway
 from services.router.grpc.server import GrpcServer
-from services.router.http.app import HttpApp, HttpLimits
+from services.router.http.app import HttpApp
+from services.router.http.exchange import HttpLimits
 from services.router.http.server import HttpServer
 from services.router.policies.choice import POLICIES
 

@@ -7,13 +7,11 @@ own books (`IGNORED_FIELDS`) are accepted and ignored. Answers are rendered in `
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from headrace.errors import InvalidRequestError
 from services.router.generation import (
@@ -26,6 +24,7 @@ from services.router.generation import (
     TextPrompt,
     TokenPrompt,
 )
+from services.router.http.validation import Body, drop_unused, load_object, require_unused, validate
 from services.router.limits import (
     MAX_MESSAGES,
     check_cache_salt,
@@ -35,8 +34,9 @@ from services.router.limits import (
     check_stopping,
     check_token_ids,
     refuse,
-    shown,
 )
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"})
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
@@ -93,17 +93,13 @@ _UNIONS = {"stop": "a string or an array of strings", "prompt": "a string or an 
 _PARTS_NOT_YET = frozenset({"image_url", "input_audio", "file", "video_url", "refusal"})
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class _StreamOptions(_Body):
+class _StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
     continuous_usage_stats: bool = False
 
 
-class _Shared(_Body):
+class _Shared(Body):
     model: str | None = None
     n: int | None = None
     stream: bool | None = None
@@ -137,7 +133,7 @@ class _Completion(_Shared):
     add_special_tokens: bool | None = None
 
 
-class _Tokenize(_Body):
+class _Tokenize(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
@@ -146,7 +142,7 @@ class _Tokenize(_Body):
     continue_final_message: bool | None = None
 
 
-class _Detokenize(_Body):
+class _Detokenize(Body):
     model: str | None = None
     tokens: list[int]
     skip_special_tokens: bool | None = None
@@ -185,7 +181,7 @@ def parse_chat(body: bytes) -> ParsedRequest:
     Raises:
         InvalidRequestError: It names the first thing that is wrong.
     """
-    chat = _validate(_Chat, _drop_unused(_load(body)))
+    chat = _validate(_Chat, _drop_unused(load_object(body)))
     prompt = _conversation(chat.messages, chat.add_generation_prompt, chat.continue_final_message)
     max_tokens, param = chat.max_tokens, "max_tokens"
     if chat.max_completion_tokens is not None:
@@ -201,7 +197,7 @@ def parse_completion(body: bytes) -> ParsedRequest:
     Raises:
         InvalidRequestError: It names the first thing that is wrong.
     """
-    completion = _validate(_Completion, _drop_unused(_load(body)))
+    completion = _validate(_Completion, _drop_unused(load_object(body)))
     prompt = _completion_prompt(completion.prompt, completion.add_special_tokens is not False)
     max_tokens = 16 if completion.max_tokens is None else completion.max_tokens
     return _finish(completion, prompt, max_tokens=max_tokens, max_tokens_param="max_tokens")
@@ -209,7 +205,7 @@ def parse_completion(body: bytes) -> ParsedRequest:
 
 def parse_tokenize(body: bytes) -> TokenizeCall:
     """Read a body of POST /tokenize."""
-    call = _validate(_Tokenize, _load(body))
+    call = _validate(_Tokenize, load_object(body))
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequestError("exactly one of prompt and messages must be given", param="prompt")
     if call.messages is not None:
@@ -219,75 +215,18 @@ def parse_tokenize(body: bytes) -> TokenizeCall:
 
 def parse_detokenize(body: bytes) -> DetokenizeCall:
     """Read a body of POST /detokenize."""
-    call = _validate(_Detokenize, _load(body))
+    call = _validate(_Detokenize, load_object(body))
     if call.tokens:
         check_token_ids("tokens", call.tokens)
     return DetokenizeCall(call.model or "", call.tokens, call.skip_special_tokens is not False)
 
 
-def _load(body: bytes) -> dict[str, Any]:
-    if not body:
-        raise InvalidRequestError("the body is empty; send a JSON object")
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"the body must be a JSON object; got {shown(value)}")
-    return value
-
-
 def _drop_unused(body: dict[str, Any], table: Mapping[str, tuple[object, ...]] = _NOT_YET, path: str = "") -> dict[str, Any]:
-    kept = {}
-    for name, value in body.items():
-        if name in table:
-            _require_unused(path + name, value, table[name])
-        elif path or name not in IGNORED_FIELDS:
-            kept[name] = value
-    return kept
-
-
-def _require_unused(param: str, value: object, allowed: tuple[object, ...]) -> None:
-    for option in allowed:
-        # True == 1 and False == 0 in Python, but not for a client that asks for log probabilities with 0.
-        if value == option and isinstance(value, bool) == isinstance(option, bool):
-            return
-    options = " or ".join(orjson.dumps(option).decode() for option in allowed)
-    raise InvalidRequestError(f"{param} is not supported yet: leave it out or send {options}; got {shown(value)}", param=param)
-
-
-_Model = TypeVar("_Model", bound=BaseModel)
+    return drop_unused(body, table, ignored=frozenset() if path else IGNORED_FIELDS, path=path)
 
 
 def _validate(shape: type[_Model], body: dict[str, Any]) -> _Model:
-    try:
-        return shape.model_validate(body)
-    except ValidationError as error:
-        _refuse_first(error, shape)
-
-
-def _refuse_first(error: ValidationError, shape: type[BaseModel]) -> NoReturn:
-    """One error is enough for a client; an unknown field comes first, since it often explains a missing one."""
-    errors = error.errors(include_url=False)
-    first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
-    # A union names its member types in the location ("stop", "str"); clients know only the field.
-    location = [str(part) for part in first["loc"]]
-    if len(location) > 1 and location[0] in _UNIONS:
-        location = location[:1]
-    param = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], [*shape.model_fields, *_NOT_YET], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InvalidRequestError(f"unknown field {param}{hint}", param=param)
-    if first["type"] == "missing":
-        raise InvalidRequestError(f"{param} is required", param=param)
-    expected = _UNIONS.get(param) or _expectation(first["msg"])
-    raise InvalidRequestError(f"{param} must be {expected}; got {shown(first['input'])}", param=param)
-
-
-def _expectation(message: str) -> str:
-    text = message.removeprefix("Input should be ")
-    return text if text != message else message[:1].lower() + message[1:]
+    return validate(shape, body, also_known=_NOT_YET, unions=_UNIONS)
 
 
 def _conversation(
@@ -378,7 +317,7 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
         if body.stream is not True:
             refuse("stream_options", "left out unless stream is true", options.model_dump())
         if options.continuous_usage_stats:
-            _require_unused("stream_options.continuous_usage_stats", True, (False,))
+            require_unused("stream_options.continuous_usage_stats", True, (False,))
     generation = GenerationRequest(
         body.model or "",
         prompt,

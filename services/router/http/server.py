@@ -20,7 +20,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from headrace.errors import ConfigError, InvalidRequestError
-from services.router.http.app import CUT_EXTENSION, HttpApp
+from services.router.http.app import HttpApp
+from services.router.http.exchange import CUT_EXTENSION
 from services.router.http.openai_answers import error_object
 
 MAX_HEAD_BYTES = 64 * 1024

@@ -13,7 +13,8 @@ import pytest
 
 from headrace.errors import ConfigError
 from services.router.generation import OutputPiece
-from services.router.http.app import HttpApp, HttpLimits
+from services.router.http.app import HttpApp
+from services.router.http.exchange import HttpLimits
 from services.router.http.server import MAX_HEAD_BYTES, HttpServer
 from tests.unit.router.fake_engine import FakeEngine
 

@@ -11,7 +11,8 @@ import pytest
 
 from headrace.errors import OverloadedError, RequestFailedError, UnavailableError
 from services.router.generation import OutputPiece
-from services.router.http.app import HttpApp, HttpLimits
+from services.router.http.app import HttpApp
+from services.router.http.exchange import HttpLimits
 from tests.unit.router.fake_engine import FakeEngine
 
 LIMITS = HttpLimits(max_body_bytes=2000, body_timeout_s=0.05, max_timeout_s=100, send_timeout_s=0.05)
