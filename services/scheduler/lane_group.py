@@ -43,9 +43,14 @@ class LaneGroup:
     def plan(self, lane: Lane, now_ns: int) -> StepPlan | None:
         """The lane's next plan, out of a new pass where it is time for one; None when there is none for it."""
         plans = self._lanes[lane]
-        if not plans and not any(self._lanes.values()):
+        if not self.has_plans:
             self._make_pass(now_ns)
         return plans.popleft() if plans else None
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether plans have been made that wait to be asked for."""
+        return any(self._lanes.values())
 
     def take_outcomes(self) -> list[PassOutcome]:
         """Passes since the last call, for the metrics."""
@@ -104,6 +109,10 @@ class LaneGroups:
         if plan is not None:
             self._take_back(plan.preempted)
         return plan
+
+    def has_plans(self, name: str) -> bool:
+        """Whether a group's lanes have plans that wait to be asked for: a pass may give some to others than the lane that asked."""
+        return self._groups[name].has_plans
 
     def take_outcomes(self) -> list[PassOutcome]:
         """Passes of all groups since the last call, for the metrics."""

@@ -282,16 +282,12 @@ class WorkerLink:
             self._plan_one(site)
             return
         # A pass makes plans for all of them, and nothing may happen to a sequence between plan and message.
-        for other in self.sites.values():
-            if other.lane.capacity.group == group:
-                self._plan_one(other)
+        together = [other for other in self.sites.values() if other.lane.capacity.group == group]
+        while any(self._make_plan(other) for other in together) or self._hub.core.groups.has_plans(group):
+            pass
 
     def _plan_one(self, site: WorkerSite) -> None:
         site.cancel_timer()
-        if site.lane.capacity.group:
-            while self._make_plan(site):
-                pass
-            return
         while not site.unsent and site.pacer.num_under_way < site.lane.max_in_flight:
             now_ns = time.monotonic_ns()
             if (delay_ns := site.pacer.next_plan_in_ns(now_ns)) > 0:

@@ -205,6 +205,21 @@ def test_lanes_of_a_group_wait_for_one_another() -> None:
     assert [len(site.plans) for site in (first, second)] == [2, 2]
 
 
+def test_a_plan_made_when_another_lane_asked_is_not_left_waiting() -> None:
+    system = group(max_delay_passes=3)
+    submit(system, "a")
+    first, second = system.sites.values()
+    passes = 0
+    while not system.core.groups.has_plans("g"):
+        assert system.core.plan(second.lane, system.now_ns) is None
+        passes += 1
+        assert passes < 10, "the prompt is put off for ever"
+    # What happens to the sequence from now on would be unknown to the plan.
+    system.plan_all()
+    assert not system.core.groups.has_plans("g")
+    assert [plan.num_rows for plan in first.plans] == [1]
+
+
 def test_a_lost_lane_holds_up_nobody() -> None:
     system = group(run_ahead=True, max_delay_passes=0)
     for name in "abcd":
