@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,9 @@ class ConversationPrompt:
     continue_final_message: bool = False
 
 
+SPECULATIVE_METHODS: Final = ("off", "ngram", "auto")
+"""Ways of guessing tokens ahead, as clients name them."""
+
 Prompt = TextPrompt | TokenPrompt | ConversationPrompt
 
 
@@ -77,6 +80,19 @@ class Stopping:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculative:
+    """How the output may be speculated on; None leaves the choice to the worker.
+
+    Attributes:
+        method: One of `SPECULATIVE_METHODS`.
+        num_tokens: Most tokens guessed at a time.
+    """
+
+    method: str | None = None
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A checked request for one sequence, or several choices of the same prompt."""
 
@@ -90,6 +106,7 @@ class GenerationRequest:
     tenant: str = ""
     cache_namespace: str = ""
     num_choices: int = 1
+    speculative: Speculative = field(default_factory=Speculative)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from headrace.errors import InvalidRequestError
 from headrace.priorities import PRIORITY_MAX, PRIORITY_MIN
-from services.router.generation import Sampling, Stopping, TokenArray
+from services.router.generation import SPECULATIVE_METHODS, Sampling, Speculative, Stopping, TokenArray
 
 MAX_TEMPERATURE = 2.0
 MAX_INT32 = 2**31 - 1
@@ -20,6 +20,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
 MAX_MESSAGES = 16384
 MAX_SALT_CHARS = 256
+MAX_SPECULATIVE_TOKENS = 64
 MAX_CHOICES = 128
 MAX_PROMPT_TOKENS = 4 * 1024 * 1024
 _SHOWN_CHARS = 60
@@ -41,6 +42,15 @@ def check_cache_salt(salt: str | None) -> str:
     if salt is not None and not 0 < len(salt) <= MAX_SALT_CHARS:
         refuse("cache_salt", f"a string of 1 to {MAX_SALT_CHARS} characters", salt)
     return salt or ""
+
+
+def check_speculative(speculative: Speculative) -> None:
+    """Refuse a method that is not known, and a number of tokens that is out of range or means nothing."""
+    if speculative.method not in (None, *SPECULATIVE_METHODS):
+        refuse("speculative.method", f"one of {', '.join(SPECULATIVE_METHODS)}", speculative.method)
+    _check_int("speculative.num_speculative_tokens", speculative.num_tokens, least=1, most=MAX_SPECULATIVE_TOKENS)
+    if speculative.method == "off" and speculative.num_tokens is not None:
+        refuse("speculative.num_speculative_tokens", "left out where speculative.method is off", speculative.num_tokens)
 
 
 def check_num_choices(param: str, num_choices: int) -> None:

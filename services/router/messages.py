@@ -32,6 +32,12 @@ from services.router.prefix_directory import LaneNews
 PROMPT_TAIL_TOKENS = 32
 """Prompt tokens a detokenizer gets as context, so that the first output token is decoded as it would be in the middle of a text."""
 
+_SPECULATIVE_METHODS = {
+    "off": common.SPECULATIVE_METHOD_OFF,
+    "ngram": common.SPECULATIVE_METHOD_NGRAM,
+    "auto": common.SPECULATIVE_METHOD_AUTO,
+}
+
 WorkMessage = tuple[str, Message, list[TokenArray]]
 """Arm of the receiver's inbox, body, further frames."""
 
@@ -121,6 +127,11 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         cache_namespace=request.generation.cache_namespace,
         fork_group=request.fork_group,
     )
+    speculative = request.generation.speculative
+    if speculative.method is not None:
+        body.speculative.method = _SPECULATIVE_METHODS[speculative.method]
+    if speculative.num_tokens is not None:
+        body.speculative.num_speculative_tokens = speculative.num_tokens
     return "submit", body, [tokens]
 
 

@@ -27,6 +27,7 @@ from services.router.generation import (
     OutputStream,
     Prompt,
     Sampling,
+    Speculative,
     Stopping,
     TextPrompt,
     TokenPrompt,
@@ -37,6 +38,7 @@ from services.router.limits import (
     check_num_choices,
     check_priority,
     check_sampling,
+    check_speculative,
     check_stopping,
     check_token_ids,
     refuse,
@@ -58,6 +60,12 @@ _STATUSES: tuple[tuple[type[HeadraceError], grpc.StatusCode], ...] = (
     (ReplicaDeadError, grpc.StatusCode.UNAVAILABLE),
 )
 _FINISH_REASONS = {"stop": common.FINISH_REASON_STOP, "length": common.FINISH_REASON_LENGTH}
+_SPECULATIVE_METHODS: dict[int, str | None] = {
+    common.SPECULATIVE_METHOD_UNSPECIFIED: None,
+    common.SPECULATIVE_METHOD_OFF: "off",
+    common.SPECULATIVE_METHOD_NGRAM: "ngram",
+    common.SPECULATIVE_METHOD_AUTO: "auto",
+}
 
 
 def status_of(error: HeadraceError) -> grpc.StatusCode:
@@ -164,8 +172,24 @@ def _generation(
     num_choices = _optional(message, "num_choices", 1)
     check_num_choices("num_choices", num_choices)
     return GenerationRequest(
-        message.model, prompt, sampling, stopping, skip_special_tokens, message.priority, salt, num_choices=num_choices
+        message.model,
+        prompt,
+        sampling,
+        stopping,
+        skip_special_tokens,
+        message.priority,
+        salt,
+        num_choices=num_choices,
+        speculative=_speculative(message.speculative),
     )
+
+
+def _speculative(asked: common.SpeculativeParams) -> Speculative:
+    # A number that this version does not know is refused by its number.
+    method = _SPECULATIVE_METHODS.get(asked.method, str(asked.method))
+    speculative = Speculative(method, _optional(asked, "num_speculative_tokens", None))
+    check_speculative(speculative)
+    return speculative
 
 
 _Default = TypeVar("_Default")

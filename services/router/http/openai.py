@@ -20,6 +20,7 @@ from services.router.generation import (
     GenerationRequest,
     Prompt,
     Sampling,
+    Speculative,
     Stopping,
     TextPrompt,
     TokenPrompt,
@@ -31,6 +32,7 @@ from services.router.limits import (
     check_num_choices,
     check_priority,
     check_sampling,
+    check_speculative,
     check_stopping,
     check_token_ids,
     refuse,
@@ -99,6 +101,11 @@ class _StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class _Speculative(Body):
+    method: str | None = None
+    num_speculative_tokens: int | None = None
+
+
 class _Shared(Body):
     model: str | None = None
     n: int | None = None
@@ -119,6 +126,7 @@ class _Shared(Body):
     user: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    speculative: _Speculative | None = None
 
 
 class _Chat(_Shared):
@@ -312,6 +320,9 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
     check_priority(body.priority or 0)
     num_choices = 1 if body.n is None else body.n
     check_num_choices("n", num_choices)
+    asked = body.speculative or _Speculative()
+    speculative = Speculative(asked.method, asked.num_speculative_tokens)
+    check_speculative(speculative)
     options = body.stream_options
     if options is not None:
         if body.stream is not True:
@@ -327,5 +338,6 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
         body.priority or 0,
         check_cache_salt(body.cache_salt),
         num_choices=num_choices,
+        speculative=speculative,
     )
     return ParsedRequest(generation, body.user, body.stream is True, options is not None and options.include_usage)
