@@ -2,9 +2,9 @@
 
     python -m bench.micro.scheduler [--policy NAME] [--json FILE]
 
-Two loads at each number of running sequences: `steady`, where all decode and nothing changes but the pages, and `churn`, where in
-every step one sequence ends and another enters. `waiting` more requests stand in the queue. Median and 99th percentile over the
-steps.
+Three loads at each number of running sequences: `steady`, where all decode and nothing changes but the pages; `drafted`, the same
+where every row gives four tokens, three of them guessed; and `churn`, where in every step one sequence ends and another enters.
+`waiting` more requests stand in the queue. Median and 99th percentile over the steps.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from services.scheduler.waiting_queue import WaitingQueue
 
 NUM_RUNNING = (64, 256, 1024)
 NUM_WAITING = (0, 1000)
+LOADS = ("steady", "drafted", "churn")
+NUM_DRAFTS = 3
 PROMPT_TOKENS = 128
 NUM_TENANTS = 16
 EOS = 1
@@ -38,7 +40,9 @@ TOKEN = 17
 class Bench:
     """One scheduler with one lane whose worker answers at once."""
 
-    def __init__(self, num_running: int, *, num_waiting: int, is_churning: bool, policy: str) -> None:
+    def __init__(self, num_running: int, *, num_waiting: int, load: str, policy: str) -> None:
+        is_churning = load == "churn"
+        self.num_drafts = NUM_DRAFTS if load == "drafted" else 0
         lanes = Lanes()
         queue = WaitingQueue(POLICIES[policy](lanes), max_requests=10**6, max_tokens=10**9)
         self.core = Scheduler(lanes, queue, Outbox(linger_s=30))
@@ -50,6 +54,7 @@ class Bench:
             page_size=16,
             max_num_seqs=num_running,
             max_num_batched_tokens=8192,
+            max_num_drafts=self.num_drafts,
         )
         self.lane: Lane = self.core.lane_joined(1, capacity, 0)
         self.rows: list[int] = []
@@ -103,14 +108,17 @@ class Bench:
         step = self.lane.in_flight[plan.step_id]
         # A list of its own, as one parsed from a message is.
         slots = list(step.sampled.slots)
-        return StepResult(plan.step_id, slots, [TOKEN] * len(slots))
+        if not self.num_drafts:
+            return StepResult(plan.step_id, slots, [TOKEN] * len(slots))
+        num_each = 1 + self.num_drafts
+        return StepResult(plan.step_id, slots, [TOKEN] * num_each * len(slots), [num_each] * len(slots))
 
 
-def measure(num_running: int, *, num_waiting: int, is_churning: bool, policy: str, num_steps: int) -> dict[str, object]:
+def measure(num_running: int, *, num_waiting: int, load: str, policy: str, num_steps: int) -> dict[str, object]:
     """Medians and tails, in microseconds."""
-    bench = Bench(num_running, num_waiting=num_waiting, is_churning=is_churning, policy=policy)
+    bench = Bench(num_running, num_waiting=num_waiting, load=load, policy=policy)
     # Enough for every prompt to be prefilled and, with churn, for the lengths to spread.
-    for _ in range(num_running * PROMPT_TOKENS // 8192 + (250 if is_churning else 20)):
+    for _ in range(num_running * PROMPT_TOKENS // 8192 + (250 if load == "churn" else 20)):
         bench.step()
     gc.collect()
     plans, results, both = [], [], []
@@ -121,7 +129,7 @@ def measure(num_running: int, *, num_waiting: int, is_churning: bool, policy: st
         both.append((plan_ns + result_ns) / 1e3)
     return {
         "policy": policy,
-        "load": "churn" if is_churning else "steady",
+        "load": load,
         "num_running": num_running,
         "num_waiting": num_waiting,
         "plan_us": round(statistics.median(plans), 1),
@@ -140,13 +148,13 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     print(f"{'load':8}{'running':>8}{'waiting':>8}{'plan µs':>10}{'result µs':>11}{'step µs':>10}{'p99':>10}")
-    for is_churning in (False, True):
+    for load in LOADS:
         for num_running in NUM_RUNNING:
             for num_waiting in NUM_WAITING:
                 row = measure(
                     num_running,
                     num_waiting=num_waiting,
-                    is_churning=is_churning,
+                    load=load,
                     policy=arguments.policy,
                     num_steps=arguments.steps,
                 )

@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         for num_waiting in NUM_WAITING:
             ours, theirs = [], []
             for _ in range(options.rounds):
-                mine = measure(num_running, num_waiting=num_waiting, is_churning=False, policy="fcfs", num_steps=NUM_STEPS)
+                mine = measure(num_running, num_waiting=num_waiting, load="steady", policy="fcfs", num_steps=NUM_STEPS)
                 ours.append(float(str(mine["step_us"])) / 1e3)
                 try:
                     found = measure_vllm(options.vllm_python, options.model, num_running, num_waiting)

@@ -48,6 +48,27 @@ def check_size(sequence: Sequence, max_prompt_tokens: int) -> None:
         )
 
 
+def check_drafts(sequence: Sequence, max_num_drafts: int) -> None:
+    """Refuse to be asked for more drafts than any lane verifies. One that has outputs is not asked again: they do not depend on it.
+
+    Raises:
+        InvalidRequestError: It names the limit.
+    """
+    if sequence.num_output_tokens or not sequence.wants_drafts:
+        return
+    if not max_num_drafts:
+        raise InvalidRequestError(
+            "speculative is asked for and the workers here do not speculate: leave it out, or set worker.speculative to auto",
+            param="speculative",
+        )
+    if (sequence.num_drafts_asked or 0) > max_num_drafts:
+        raise InvalidRequestError(
+            f"speculative.num_speculative_tokens is {sequence.num_drafts_asked} and the workers verify {max_num_drafts} at most; "
+            "lower it, or raise worker.num_speculative_tokens",
+            param="speculative.num_speculative_tokens",
+        )
+
+
 def check_still_possible(sequence: Sequence, model: str, max_prompt_tokens: int) -> None:
     """Refuse a sequence that was taken and for which the lanes have changed since.
 
@@ -73,7 +94,9 @@ def check_deadline(sequence: Sequence, speed: BestSpeed, lanes: Lanes, now_ns: i
         return
     _, num_cached_tokens = lanes.longest_prefix(sequence)
     num_outputs = max(1, sequence.stopping.min_tokens - sequence.num_output_tokens)
-    least_ns = speed.least_ns(sequence.num_tokens - num_cached_tokens, num_outputs)
+    # At best every draft is right.
+    num_a_step = 1 + lanes.most_drafts()
+    least_ns = speed.least_ns(sequence.num_tokens - num_cached_tokens, 1 - (1 - num_outputs) // num_a_step)
     left_ns = sequence.deadline_ns - now_ns
     if least_ns > left_ns:
         raise DeadlineExceededError(

@@ -20,16 +20,16 @@ class BestSpeed:
             self._step_ns = min(self._step_ns, duration_ns)
             self._token_ns = min(self._token_ns, duration_ns / num_tokens)
 
-    def least_ns(self, num_prompt_tokens: int, num_output_tokens: int) -> int:
-        """Time that a prompt with so many outputs takes at least; zero before the first step.
+    def least_ns(self, num_prompt_tokens: int, num_steps: int) -> int:
+        """Time that a prompt and the steps of its outputs take at least; zero before the first step.
 
         Args:
             num_prompt_tokens: Tokens to be computed before the first output.
-            num_output_tokens: At least 1.
+            num_steps: Steps that give outputs, at least 1: the prompt's last gives the first.
         """
         if self._step_ns == math.inf:
             return 0
-        return int(max(self._step_ns, self._token_ns * num_prompt_tokens) + self._step_ns * (num_output_tokens - 1))
+        return int(max(self._step_ns, self._token_ns * num_prompt_tokens) + self._step_ns * (num_steps - 1))
 
 
 class Deadlines:

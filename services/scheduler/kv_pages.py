@@ -8,10 +8,14 @@ the worker has said that their content is sound.
 from __future__ import annotations
 
 from array import array
+from typing import Final
 
 from services.scheduler.page_pool import PagePool
 from services.scheduler.radix_tree import TOKEN_BYTES, Eviction, Match, RadixTree
 from services.scheduler.sequence import Sequence
+
+FORETOLD_TOKENS_MAX: Final = 1024
+"""Most tokens that a worker is told of what may come; more of an output will hardly be the same again."""
 
 
 class KvPages:
@@ -79,6 +83,16 @@ class KvPages:
             sequence.fork_source = source
             own = slice(match.num_pages, self.pool.pages_for(sequence.num_reused_tokens))
             self._copies[sequence] = list(zip(source.pages[own], sequence.pages[own], strict=True))
+
+    def foretell(self, sequence: Sequence) -> array[int]:
+        """What came after all the tokens of a sequence that has just entered, the last time that they were here."""
+        if not self.keeps_prefixes:
+            return array("i")
+        rest = sequence.tokens[sequence.num_shared_pages * self.pool.page_size :]
+        # Where more than a page of it is new, nothing can have come after it.
+        if len(rest) > self.pool.page_size:
+            return array("i")
+        return array("i", self.tree.after(sequence.prefix, rest.tobytes(), FORETOLD_TOKENS_MAX * TOKEN_BYTES, sequence.namespace))
 
     def take_copies(self) -> list[tuple[int, int]]:
         """Pages to copy, each with its target: in the next plan, before anything is computed, while what they hold is there."""

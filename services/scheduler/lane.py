@@ -36,6 +36,7 @@ class LaneCapacity:
         pool_name: Which of its pools the pages belong to.
         group: Lanes of one group step together; empty for one that steps alone.
         copies_pages: It copies pages where a plan says so.
+        max_num_drafts: Most drafts it verifies in a row of a step; 0 where it does not speculate.
     """
 
     model: str
@@ -48,6 +49,7 @@ class LaneCapacity:
     pool_name: str = "full"
     group: str = ""
     copies_pages: bool = False
+    max_num_drafts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "vocab_size", "num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -172,6 +174,12 @@ class Lane:
         sequence.slot = self.slots.allocate()
         sequence.admission = self._num_admissions
         sequence.num_scheduled = sequence.num_computed = sequence.num_reused_tokens
+        most = self.capacity.max_num_drafts
+        sequence.max_num_drafts = most if sequence.num_drafts_asked is None else min(most, sequence.num_drafts_asked)
+        # A sequence that fills the whole pool is alone and could never grow: it ends there instead of being preempted for ever.
+        if sequence.max_num_drafts:
+            sequence.foretold = self.kv.foretell(sequence)
+        sequence.max_num_tokens = min(sequence.token_limit(self.capacity.max_model_len), self.capacity.num_page_tokens + 1)
         self.prefilling[sequence] = None
         self.num_tokens += sequence.num_tokens
         self.num_backlog_tokens += sequence.num_tokens - sequence.num_scheduled
@@ -182,10 +190,9 @@ class Lane:
         del self.prefilling[sequence]
         self.decoding[sequence] = None
         self.rows = None
-        # A sequence that fills the whole pool is alone and could never grow: it ends there instead of being preempted for ever.
-        limit = min(sequence.token_limit(self.capacity.max_model_len), self.capacity.num_page_tokens + 1)
-        page_tokens = len(sequence.pages) * self.kv.pool.page_size
-        self.clock.enter(sequence, page_tokens=page_tokens, token_limit=limit)
+        # So that all its drafts have pages, whatever the steps under way have accepted, and one more token.
+        sequence.lookahead_tokens = self.max_in_flight * sequence.max_num_drafts + 1 if sequence.max_num_drafts else 0
+        self.clock.enter(sequence, page_tokens=len(sequence.pages) * self.kv.pool.page_size, token_limit=sequence.max_num_tokens)
 
     def retire(self) -> None:
         """Give no row in the next step to sequences whose last token is under way."""

@@ -123,6 +123,10 @@ class Lanes:
             some.append(self._lanes[self._ids[self._turn]])
         return some
 
+    def most_drafts(self) -> int:
+        """Most drafts that any lane verifies in a row of a step."""
+        return max((lane.capacity.max_num_drafts for lane in self), default=0)
+
     def largest_prompt(self) -> int:
         """Most tokens with which a sequence can enter any lane."""
         return max((lane.capacity.max_prompt_tokens for lane in self), default=0)

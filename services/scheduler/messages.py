@@ -57,6 +57,7 @@ def lane_capacity(capacity: control.Capacity | None) -> LaneCapacity:
             pool_name=pool.name,
             group=capacity.lane_group,
             copies_pages=capacity.copies_pages,
+            max_num_drafts=capacity.max_num_drafts,
         )
     except ValueError as error:
         raise ProtocolError(str(error)) from error
@@ -122,6 +123,9 @@ def sequence(
         ),
         target=target,
         sampling=submit.sampling,
+        speculative=submit.speculative if submit.HasField("speculative") else None,
+        wants_drafts=submit.HasField("speculative") and submit.speculative.method != common.SPECULATIVE_METHOD_OFF,
+        num_drafts_asked=_num_drafts_asked(submit.speculative),
         tenant=submit.tenant,
         priority=submit.priority,
         namespace=submit.cache_namespace,
@@ -129,6 +133,12 @@ def sequence(
         # Zero would mean none.
         deadline_ns=max(1, now_ns + deadline_unix_ns - now_unix_ns) if deadline_unix_ns else 0,
     )
+
+
+def _num_drafts_asked(speculative: common.SpeculativeParams) -> int | None:
+    if speculative.method == common.SPECULATIVE_METHOD_OFF:
+        return 0
+    return speculative.num_speculative_tokens if speculative.HasField("num_speculative_tokens") else None
 
 
 def step_plan(plan: StepPlan, works: Items[common.WorkHeader]) -> tuple[worker.StepPlan, list[bytes]]:
@@ -151,7 +161,12 @@ def step_plan(plan: StepPlan, works: Items[common.WorkHeader]) -> tuple[worker.S
         assert isinstance(new.sampling, common.SamplingParams)
         entry = body.new_sequences.add(slot=new.slot, work=work, num_tokens=new.num_tokens, num_cached_tokens=new.num_reused_tokens)
         entry.sampling.CopyFrom(new.sampling)
-    return body, [b"".join(new.tokens.tobytes() for new in plan.new_sequences)]
+        if new.max_num_drafts:
+            entry.max_num_drafts, entry.max_num_tokens = new.max_num_drafts, new.max_num_tokens
+            entry.num_foretold_tokens = len(new.foretold)
+            if isinstance(new.speculative, common.SpeculativeParams):
+                entry.speculative.CopyFrom(new.speculative)
+    return body, [b"".join(new.tokens.tobytes() + new.foretold.tobytes() for new in plan.new_sequences)]
 
 
 def work_header(held: Sequence, context: Context, *, now_ns: int, now_unix_ns: int) -> common.WorkHeader:

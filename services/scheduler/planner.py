@@ -5,6 +5,10 @@ a long prompt is spread over steps (chunked prefill) and shares them with decode
 page border gets a page; where none can be had, the sequences with the fewest output tokens lose theirs (preemption) and wait again
 at the front. The one with the most always goes on, so some sequence always comes to its end.
 
+A worker that speculates may answer a row with several tokens: how many drafts the row carries is its own affair, within the budget
+of the step, the pages the sequence has and the length at which it ends, less one token each. That one token is what makes the next
+plan true whatever is accepted. The planner's part is to give sequences pages ahead of their need, as long as nobody else loses any.
+
 The planner reads counts, never token values, so it may run ahead: a step is planned while the one before it is at the worker, which
 appends the tokens it samples by itself. A sequence whose last token is under way gets no further row; one that turns out to have
 stopped is trimmed when the result comes; and a plan that would have to preempt waits, for the result may free pages.
@@ -68,14 +72,19 @@ def _can_run_ahead(lane: Lane) -> bool:
 
 
 def _give_pages(lane: Lane, plan: StepPlan) -> None:
-    """Give a page to each decoding sequence that needs one at this tick, preempting where the pool is empty."""
+    """Give pages to decoding sequences: to those that need one at this tick, preempting where the pool is empty; then ahead."""
     due = lane.clock.take_page_due()
     # Who is preempted last comes first: then whoever is preempted has been given nothing in this plan.
     due.sort(key=preemption_order, reverse=True)
+    ahead = []
     for sequence in due:
         # Preempted for the sake of another.
         if sequence.lane is not lane:
             continue
+        if sequence.lookahead_tokens:
+            ahead.append(sequence)
+            if not lane.clock.needs_page(sequence):
+                continue
         pages = lane.kv.allocate(1)
         while pages is None:
             victim = lane.next_victim()
@@ -87,6 +96,29 @@ def _give_pages(lane: Lane, plan: StepPlan) -> None:
             sequence.pages += pages
             plan.add_pages(sequence.slot, pages)
             lane.clock.grow(sequence, lane.kv.pool.page_size)
+    for sequence in ahead:
+        if sequence.lane is lane:
+            _look_ahead(lane, sequence, plan)
+
+
+def _look_ahead(lane: Lane, sequence: Sequence, plan: StepPlan) -> None:
+    """Give a sequence the pages that its drafts may want, as long as a page is left for each that runs."""
+    pool = lane.kv.pool
+    # Its last token is never computed.
+    num_tokens = min(lane.clock.num_scheduled(sequence) + sequence.lookahead_tokens, sequence.max_num_tokens - 1)
+    num_missing = max(0, pool.pages_for(num_tokens) - len(sequence.pages))
+    are_plenty = lane.kv.num_usable - num_missing >= lane.num_running
+    if num_missing and are_plenty:
+        pages = lane.kv.allocate(num_missing)
+        assert pages is not None
+        sequence.pages += pages
+        plan.add_pages(sequence.slot, pages)
+        lane.clock.grow(sequence, num_missing * pool.page_size)
+    if are_plenty and len(sequence.pages) * pool.page_size < sequence.max_num_tokens - 1:
+        lane.clock.look_ahead(sequence)
+    else:
+        # Its pages last to its end, or there are too few: it waits for the next one that it needs.
+        lane.clock.grow(sequence, 0)
 
 
 def _preempt(lane: Lane, victim: Sequence, plan: StepPlan) -> None:

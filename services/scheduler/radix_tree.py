@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
+from itertools import islice
+from operator import attrgetter
 from typing import Final, Literal, NamedTuple
 
 from services.scheduler.cache_events import CacheLog, block_hashes, namespace_hash
@@ -94,6 +96,11 @@ class Match(NamedTuple):
 
 
 NO_MATCH: Final = Match(None, 0, 0, 0)
+
+CHILDREN_LOOKED_AT: Final = 64
+"""Of a node, to find what came after it."""
+
+_last_use: Final = attrgetter("last_use")
 
 # The smallest goes first. It only ever grows while its node is queued, so a stale entry is met too early, never too late.
 _ORDER: Final[dict[Eviction, Callable[[Node], tuple[int, int]]]] = {
@@ -194,6 +201,26 @@ class RadixTree:
                 self.num_evictable += len(node.pages)
             node = node.parent
         self._offer(lowest)
+
+    def after(self, node: Node | None, tokens: bytes, num_bytes_max: int, namespace: str = "") -> bytes:
+        """What came after a prefix in other sequences, the latest used of several. Nothing is changed.
+
+        Args:
+            node: Where the prefix ends, as far as it is whole pages; None for the top of the namespace.
+            tokens: What of the prefix comes after that, at most a page.
+            num_bytes_max: Most bytes to give.
+            namespace: Whose it is, where `node` is None.
+        """
+        above: Node | None = node or self._roots.get(namespace)
+        found = b""
+        while above is not None and len(found) < len(tokens) + num_bytes_max:
+            rest = tokens[len(found) :]
+            # Of very many, those that came last.
+            latest = islice(reversed(above.children.values()), CHILDREN_LOOKED_AT)
+            above = max((child for child in latest if child.tokens.startswith(rest)), key=_last_use, default=None)
+            if above is not None:
+                found += above.tokens
+        return found[len(tokens) : len(tokens) + num_bytes_max]
 
     def insert(self, tokens: bytes, pages: list[int], namespace: str = "", priority: int = 0) -> tuple[Node | None, int]:
         """Add a prefix: the tree takes over the pages that it has not yet got.

@@ -17,7 +17,7 @@ from headrace.errors import (
     InvalidRequestError,
     ReplicaDeadError,
 )
-from services.scheduler.admission import check_deadline, check_request, check_size, check_still_possible
+from services.scheduler.admission import check_deadline, check_drafts, check_request, check_size, check_still_possible
 from services.scheduler.counts import Counts
 from services.scheduler.deadlines import BestSpeed, Deadlines
 from services.scheduler.entrance import Entrance
@@ -105,6 +105,7 @@ class Scheduler:
         self.model = ""
         self.vocab_size = 0
         self._max_prompt_tokens = 0
+        self._max_num_drafts = 0
         self._eviction: Eviction | None = eviction
         self._max_in_flight = 2 if run_ahead else 1
         self._lengths = lengths or OutputLengths()
@@ -133,7 +134,7 @@ class Scheduler:
         """Take a new sequence. One of the same request id, left from before a router lost sight of it, is replaced.
 
         Raises:
-            InvalidRequestError: It can never fit; the message has the numbers.
+            InvalidRequestError: It can never fit, or wants drafts that no lane verifies; the message has the numbers.
             NotFoundError: Its model is not here.
             UnavailableError: No lane has joined yet.
             OverloadedError: A bound of the waiting queue is reached.
@@ -146,6 +147,7 @@ class Scheduler:
             self._finish_complete(sequence, now_ns)
             return
         check_size(sequence, self._max_prompt_tokens)
+        check_drafts(sequence, self._max_num_drafts)
         self.queue.check_room(sequence.num_tokens, now_ns)
         self._requests[sequence.request_id] = sequence
         self._streams[sequence.stream_id] = sequence
@@ -233,7 +235,7 @@ class Scheduler:
         self.groups.add(lane)
         self._entrance.touch(lane)
         self.model, self.vocab_size = capacity.model, capacity.vocab_size
-        self._max_prompt_tokens = self.lanes.largest_prompt()
+        self._max_prompt_tokens, self._max_num_drafts = self.lanes.largest_prompt(), self.lanes.most_drafts()
         self._admit(now_ns)
         return lane
 
@@ -246,7 +248,7 @@ class Scheduler:
         self._requeue(list(lane.running()))
         self._entrance.forget(lane)
         if len(self.lanes):
-            self._max_prompt_tokens = self.lanes.largest_prompt()
+            self._max_prompt_tokens, self._max_num_drafts = self.lanes.largest_prompt(), self.lanes.most_drafts()
         self._admit(now_ns)
 
     def plan(self, lane: Lane, now_ns: int) -> StepPlan | None:

@@ -65,6 +65,9 @@ class Sequence:
         stopping: When it ends.
         target: Detokenizer its tokens go to.
         sampling: Sampling parameters, handed through to the worker unread.
+        speculative: How it may be speculated on, likewise.
+        wants_drafts: It was asked that it be.
+        num_drafts_asked: Most drafts of a step; None for as many as its lane verifies.
         trace: Trace state of the shell, never looked at here.
         tenant: Whose it is; only compared. Empty for all who did not say.
         namespace: Prefixes are shared only inside one. Empty for all who did not say.
@@ -83,6 +86,9 @@ class Sequence:
     stopping: StoppingRules
     target: Target
     sampling: object = None
+    speculative: object = None
+    wants_drafts: bool = False
+    num_drafts_asked: int | None = None
     trace: object = None
     tenant: str = ""
     namespace: str = ""
@@ -130,8 +136,17 @@ class Sequence:
     num_computed: int = 0
     # Set when it begins to decode: its num_scheduled is `clock.tick - decode_origin`.
     decode_origin: int = 0
+    # When it shall get a page, 0 where that is not to be; when it must have one; when it reaches its last token.
     page_due_tick: int = 0
+    page_needed_tick: int = 0
     limit_due_tick: int = 0
+    # Tokens, prompt and outputs, at which it ends in this lane; drafts that its row may carry; tokens ahead of its need for which
+    # it shall have pages.
+    max_num_tokens: int = 0
+    max_num_drafts: int = 0
+    lookahead_tokens: int = 0
+    # What came after its tokens the last time that they were in this lane, for drafts.
+    foretold: array[int] = field(default_factory=lambda: array("i"))
 
     @property
     def num_tokens(self) -> int:

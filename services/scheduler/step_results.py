@@ -12,7 +12,7 @@ from headrace.errors import HeadraceError, RequestFailedError
 from services.scheduler.lane import Lane
 from services.scheduler.sequence import FinishReason, Sequence
 from services.scheduler.step_plan import StepInFlight, StepResult
-from services.scheduler.token_fanout import StreamBatch
+from services.scheduler.token_fanout import RowTokens, StreamBatch
 
 
 @dataclass(slots=True)
@@ -51,47 +51,93 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
     step = lane.in_flight.pop(result.step_id)
     lane.clock.num_done = step.tick
     outcome = StepOutcome(num_tokens=step.num_tokens)
-    is_complete = (
-        not result.failed_slots
-        and not result.unknown_slots
-        and not result.num_tokens
-        and len(result.token_ids) == len(step.sampled.slots)
-        and result.slots == step.sampled.slots
-        and max(result.token_ids, default=0) < lane.capacity.vocab_size
-    )
-    if not is_complete:
-        rows, token_ids = _sort_out(lane, step, result, outcome)
+    if not _is_complete(lane, step, result):
+        gave = _sort_out(lane, step, result, outcome)
     elif step.version == lane.version:
-        rows, token_ids = step.sampled.sequences, result.token_ids
+        gave = RowTokens(step.sampled.sequences, result.token_ids, result.num_tokens)
     else:
-        rows, token_ids = _still_here(lane, step, result.token_ids)
+        gave = _still_here(lane, step, result)
     for sequence, _slot, admission, num_scheduled in step.extended:
         if sequence.lane is lane and sequence.admission == admission:
             sequence.num_computed = num_scheduled
     if step.completed:
-        got_token = set(rows)
+        got_token = set(gave.rows)
         for sequence in step.completed:
             if sequence in got_token:
                 lane.kv.publish(sequence)
-    if rows:
-        for sequence, token_id in zip(rows, token_ids, strict=True):
-            sequence.tokens.append(token_id)
-        lane.num_tokens += len(rows)
-        outcome.batches = lane.fanout.split(rows, token_ids, version=lane.version)
-    _find_finished(lane, step, rows, token_ids, outcome)
+    if gave.rows:
+        if gave.counts:
+            _append_several(lane, gave, outcome)
+        else:
+            _append(lane, gave, outcome)
+        outcome.batches = lane.fanout.split(gave, version=lane.version)
+    _find_limits(lane, step, gave.rows, outcome)
     if outcome.finished:
         for batch in outcome.batches:
             batch.mark_finished()
     return outcome
 
 
-def _find_finished(lane: Lane, step: StepInFlight, rows: list[Sequence], token_ids: list[int], outcome: StepOutcome) -> None:
-    if not lane.stop_token_ids.keys().isdisjoint(token_ids):
-        for sequence, token_id in zip(rows, token_ids, strict=True):
+def _is_complete(lane: Lane, step: StepInFlight, result: StepResult) -> bool:
+    """Whether every row that was to sample did, and nothing else is said."""
+    if result.failed_slots or result.unknown_slots or result.slots != step.sampled.slots:
+        return False
+    if max(result.token_ids, default=0) >= lane.capacity.vocab_size:
+        return False
+    counts = result.num_tokens
+    if not counts:
+        return len(result.token_ids) == len(result.slots)
+    return (
+        len(counts) == len(result.slots)
+        and sum(counts) == len(result.token_ids)
+        and all(map(_may_give, step.sampled.sequences, counts))
+    )
+
+
+def _may_give(sequence: Sequence, num_tokens: int) -> bool:
+    """Whether a step can have given a sequence so many tokens."""
+    return 1 <= num_tokens <= 1 + sequence.max_num_drafts and sequence.num_tokens + num_tokens <= sequence.max_num_tokens
+
+
+def _append(lane: Lane, gave: RowTokens, outcome: StepOutcome) -> None:
+    """Append one token to each sequence."""
+    for sequence, token_id in zip(gave.rows, gave.token_ids, strict=True):
+        sequence.tokens.append(token_id)
+    lane.num_tokens += len(gave.rows)
+    if not lane.stop_token_ids.keys().isdisjoint(gave.token_ids):
+        for sequence, token_id in zip(gave.rows, gave.token_ids, strict=True):
             if sequence.is_stop(token_id):
-                sequence.finish_reason = FinishReason.STOP
-                sequence.num_stop_tokens = 1
-                outcome.finished.append(sequence)
+                _stop(sequence, outcome)
+
+
+def _append_several(lane: Lane, gave: RowTokens, outcome: StepOutcome) -> None:
+    """Append tokens to each sequence, up to one that ends it, and move those on that got more than one; `gave` is cut alike."""
+    may_stop = not lane.stop_token_ids.keys().isdisjoint(gave.token_ids)
+    kept: list[int] = []
+    counts: list[int] = []
+    for sequence, tokens in gave:
+        for count, token_id in enumerate(tokens, start=1):
+            sequence.tokens.append(token_id)
+            if may_stop and sequence.is_stop(token_id):
+                _stop(sequence, outcome)
+                del tokens[count:]
+                break
+        kept += tokens
+        counts.append(len(tokens))
+        if len(tokens) > 1:
+            lane.clock.advance(sequence, len(tokens) - 1)
+    gave.token_ids, gave.counts = kept, counts
+    lane.num_tokens += len(kept)
+
+
+def _stop(sequence: Sequence, outcome: StepOutcome) -> None:
+    """A sequence's last token ends it."""
+    sequence.finish_reason = FinishReason.STOP
+    sequence.num_stop_tokens = 1
+    outcome.finished.append(sequence)
+
+
+def _find_limits(lane: Lane, step: StepInFlight, rows: list[Sequence], outcome: StepOutcome) -> None:
     due = lane.clock.take_limit_due(step.tick)
     if not due:
         return
@@ -102,25 +148,27 @@ def _find_finished(lane: Lane, step: StepInFlight, rows: list[Sequence], token_i
             outcome.finished.append(sequence)
 
 
-def _still_here(lane: Lane, step: StepInFlight, token_ids: list[int]) -> tuple[list[Sequence], list[int]]:
+def _still_here(lane: Lane, step: StepInFlight, result: StepResult) -> RowTokens:
     """Leave out the rows of sequences that have left since the plan."""
-    rows, kept = [], []
-    for sequence, admission, token_id in zip(step.sampled.sequences, step.sampled.admissions, token_ids, strict=True):
+    kept = RowTokens([], [])
+    gave = RowTokens(step.sampled.sequences, result.token_ids, result.num_tokens)
+    for (sequence, tokens), admission in zip(gave, step.sampled.admissions, strict=True):
         if sequence.lane is lane and sequence.admission == admission:
-            rows.append(sequence)
-            kept.append(token_id)
-    return rows, kept
+            kept.rows.append(sequence)
+            kept.token_ids += tokens
+            if gave.counts:
+                kept.counts.append(len(tokens))
+    return kept
 
 
-def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepOutcome) -> tuple[list[Sequence], list[int]]:
+def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepOutcome) -> RowTokens:
     """Go through a result row by row: sequences may have left since the plan, and the worker may be wrong."""
     reasons = dict(zip(result.failed_slots, result.failed_reasons, strict=False))
     for slot in result.failed_slots:
         reasons.setdefault(slot, "the worker gave no reason")
     unknown = set(result.unknown_slots)
     tokens_by_slot, problem = _tokens_by_slot(result)
-    rows: list[Sequence] = []
-    token_ids: list[int] = []
+    gave = RowTokens([], [])
     sampled = step.sampled
     planned = [(*row, True) for row in zip(sampled.sequences, sampled.slots, sampled.admissions, strict=True)]
     planned += [(sequence, slot, admission, False) for sequence, slot, admission, _ in step.extended]
@@ -140,17 +188,18 @@ def _sort_out(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepO
                 continue
             reason = "the worker does not hold it, or refuses it"
         if reason is None and samples:
-            reason = problem or _why_not_one_token(tokens, lane.capacity.vocab_size)
+            reason = problem or _why_not_right(sequence, tokens, lane.capacity.vocab_size)
         if reason is not None:
             sequence.is_sound = False
             error = RequestFailedError(f"worker: the step failed for this request: {reason}")
             outcome.failed.append((sequence, error))
         elif samples and tokens is not None:
-            rows.append(sequence)
-            token_ids.append(tokens[0])
+            gave.rows.append(sequence)
+            gave.token_ids += tokens
+            gave.counts.append(len(tokens))
     outcome.num_ignored_rows = len(reasons) + len(tokens_by_slot) + len(unknown)
-    outcome.lost += _forks_of_failed(lane, outcome, rows)
-    return rows, token_ids
+    outcome.lost += _forks_of_failed(lane, outcome, gave.rows)
+    return gave
 
 
 def _forks_of_failed(lane: Lane, outcome: StepOutcome, rows: list[Sequence]) -> list[Sequence]:
@@ -175,11 +224,14 @@ def _tokens_by_slot(result: StepResult) -> tuple[dict[int, list[int]], str | Non
     return tokens, None
 
 
-def _why_not_one_token(tokens: list[int] | None, vocab_size: int) -> str | None:
+def _why_not_right(sequence: Sequence, tokens: list[int] | None, vocab_size: int) -> str | None:
     if tokens is None:
         return "its row is missing from the result"
-    if len(tokens) != 1:
-        return f"{len(tokens)} tokens came back where one was asked for"
-    if tokens[0] >= vocab_size:
-        return f"token {tokens[0]} came back and the vocabulary has {vocab_size}"
+    if not _may_give(sequence, len(tokens)):
+        return (
+            f"{len(tokens)} tokens came back; with {sequence.max_num_drafts} drafts at most, and {sequence.num_tokens} tokens "
+            f"of {sequence.max_num_tokens}, it cannot be so many"
+        )
+    if max(tokens) >= vocab_size:
+        return f"token {max(tokens)} came back and the vocabulary has {vocab_size}"
     return None

@@ -5,7 +5,9 @@ The split is kept while the rows stay the same: then a step costs one addition a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,27 @@ class StreamBatch:
             self.num_stop_tokens = [sequence.num_stop_tokens for sequence in self.sequences]
 
 
+@dataclass(slots=True)
+class RowTokens:
+    """Tokens of a step by row.
+
+    Attributes:
+        rows: Who got them.
+        token_ids: The tokens, flat.
+        counts: How many each got; empty for one each.
+    """
+
+    rows: list[Sequence]
+    token_ids: list[int]
+    counts: list[int] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[Sequence, list[int]]]:
+        start = 0
+        for sequence, count in zip(self.rows, self.counts or repeat(1), strict=False):
+            yield sequence, self.token_ids[start : start + count]
+            start += count
+
+
 class _Group:
     """The rows of one detokenizer."""
 
@@ -62,6 +85,21 @@ class _Group:
         # itemgetter of one index returns an item, not a tuple.
         self.pick = itemgetter(*indices) if len(indices) > 1 else None
         self.index = indices[0]
+        self.indices = indices
+
+    def batch_of(self, pieces: list[list[int]]) -> StreamBatch:
+        """The batch of a step in which rows got several tokens; `pieces` are those of all rows, appended already."""
+        own = [pieces[index] for index in self.indices]
+        self.positions = [sequence.num_output_tokens - 1 for sequence in self.sequences]
+        return StreamBatch(
+            target=self.target,
+            sequences=self.sequences,
+            stream_ids=self.stream_ids,
+            first_positions=[position + 1 - len(tokens) for position, tokens in zip(self.positions, own, strict=True)],
+            token_ids=[token_id for tokens in own for token_id in tokens],
+            num_tokens=[len(tokens) for tokens in own],
+            num_cached_tokens=self.num_cached_tokens,
+        )
 
 
 class TokenFanout:
@@ -72,21 +110,24 @@ class TokenFanout:
         self._version = -1
         self._groups: list[_Group] = []
 
-    def split(self, rows: list[Sequence], token_ids: list[int], *, version: int) -> list[StreamBatch]:
+    def split(self, gave: RowTokens, *, version: int) -> list[StreamBatch]:
         """Make the batches of a step.
 
         Args:
-            rows: Sequences that got a token each, appended already. The same list object as last time means the same rows.
-            token_ids: The tokens.
+            gave: Sequences that got tokens, appended already. The same list object of rows as last time means the same rows.
             version: The lane's version; another one than last time means that something about the rows has changed.
         """
-        if rows is self._rows and version == self._version:
-            for group in self._groups:
-                group.positions = [position + 1 for position in group.positions]
-        else:
+        rows, token_ids = gave.rows, gave.token_ids
+        if rows is not self._rows or version != self._version:
             self._regroup(rows)
             self._rows = rows
             self._version = version
+        elif not gave.counts:
+            for group in self._groups:
+                group.positions = [position + 1 for position in group.positions]
+        if gave.counts:
+            pieces = [tokens for _, tokens in gave]
+            return [group.batch_of(pieces) for group in self._groups]
         if len(self._groups) == 1:
             return [self._batch(self._groups[0], token_ids)]
         return [
@@ -98,7 +139,7 @@ class TokenFanout:
         for index, sequence in enumerate(rows):
             indices.setdefault(sequence.target, []).append(index)
         if len(indices) == 1:
-            self._groups = [_Group(rows[0].target, [0], rows)]
+            self._groups = [_Group(rows[0].target, list(range(len(rows))), rows)]
         else:
             self._groups = [_Group(target, chosen, [rows[index] for index in chosen]) for target, chosen in indices.items()]
 

@@ -30,6 +30,7 @@ def capacity(
     model: str = MODEL,
     group: str = "",
     copies_pages: bool = True,
+    max_num_drafts: int = 0,
 ) -> LaneCapacity:
     """A small worker group."""
     return LaneCapacity(
@@ -42,6 +43,7 @@ def capacity(
         max_num_batched_tokens=max_num_batched_tokens,
         group=group,
         copies_pages=copies_pages,
+        max_num_drafts=max_num_drafts,
     )
 
 
@@ -105,6 +107,8 @@ def sequence(
     model: str = MODEL,
     priority: int = 0,
     namespace: str = "",
+    num_drafts_asked: int | None = None,
+    wants_drafts: bool = False,
     fork_group: str = "",
 ) -> Sequence:
     """A sequence, not submitted; its stream id follows from its request id when none is given."""
@@ -121,5 +125,7 @@ def sequence(
         deadline_ns=deadline_ns,
         priority=priority,
         namespace=namespace,
+        num_drafts_asked=num_drafts_asked,
+        wants_drafts=wants_drafts,
         fork_group=fork_group,
     )

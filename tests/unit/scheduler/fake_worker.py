@@ -4,6 +4,8 @@ It keeps the KV as the tokens that were written to each place of each page, and 
 the sequence's KV back, cached prefixes included. A page in two places, a page too few or a row too many is found there if not
 before. The token it samples depends on all tokens before it, so the output of a request is the same on whatever lane, after
 whatever preemption.
+
+Where it speculates, it verifies as many drafts as there is room for, of which more or fewer are right, and leaves the others' KV.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import zlib
 from array import array
 
 from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.sequence import Sequence
 from services.scheduler.step_plan import StepPlan, StepResult
 
 
@@ -23,12 +26,14 @@ def next_token(tokens: array[int], vocab_size: int) -> int:
 class HeldSequence:
     """What the worker knows of a slot."""
 
-    def __init__(self, tokens: array[int], num_cached_tokens: int, page_size: int) -> None:
-        self.tokens = tokens
-        self.num_computed = num_cached_tokens
+    def __init__(self, sequence: Sequence, page_size: int) -> None:
+        self.tokens = sequence.tokens[:]
+        self.num_computed = sequence.num_reused_tokens
         self.pages: list[int] = []
         # What it found cached it reads only; the pages from here on are its own.
-        self.first_own_page = num_cached_tokens // page_size
+        self.first_own_page = sequence.num_reused_tokens // page_size
+        self.max_num_tokens = sequence.max_num_tokens
+        self.max_num_drafts = sequence.max_num_drafts
 
 
 class FakeWorker:
@@ -37,12 +42,16 @@ class FakeWorker:
     Attributes:
         held: Sequences by slot.
         num_plans: Plans applied.
+        drafts: By slot, drafts and how many were right of each row that may carry some.
+        are_drafts_right: All drafts are right, instead of some.
     """
 
     def __init__(self, capacity: LaneCapacity) -> None:
         self.capacity = capacity
         self.held: dict[int, HeldSequence] = {}
         self.num_plans = 0
+        self.drafts: dict[int, list[tuple[int, int]]] = {}
+        self.are_drafts_right = False
         self._last_step_id = 0
         self._last_rows: list[int] = []
         self._kv: dict[tuple[int, int], int] = {}
@@ -60,13 +69,20 @@ class FakeWorker:
         assert sum(counts) == plan.num_tokens <= self.capacity.max_num_batched_tokens, "the token budget was exceeded"
         if not rows:
             return None
-        slots, token_ids = [], []
+        slots, token_ids, num_tokens = [], [], []
+        num_free = self.capacity.max_num_batched_tokens - plan.num_tokens
         for slot, num_new_tokens in zip(rows, counts, strict=True):
-            token_id = self._compute(slot, num_new_tokens)
-            if token_id is not None:
+            room = self._room(slot) if num_new_tokens == 1 else 0
+            given = self._compute(slot, num_new_tokens)
+            if given and num_new_tokens == 1 and self.held[slot].max_num_drafts:
+                num_drafts = min(num_free, room)
+                num_free -= num_drafts
+                given += self._verify(slot, num_drafts)
+            if given:
                 slots.append(slot)
-                token_ids.append(token_id)
-        return StepResult(plan.step_id, slots, token_ids)
+                token_ids += given
+                num_tokens.append(len(given))
+        return StepResult(plan.step_id, slots, token_ids, num_tokens if len(token_ids) > len(slots) else [])
 
     def check_agrees_with(self, lane: Lane) -> None:
         """The worker holds all that the lane knows; it is ahead by the tokens whose results are not back."""
@@ -74,7 +90,7 @@ class FakeWorker:
         assert announced.keys() <= self.held.keys()
         for slot, sequence in announced.items():
             num_ahead = len(self.held[slot].tokens) - sequence.num_tokens
-            assert 0 <= num_ahead <= len(lane.in_flight)
+            assert 0 <= num_ahead <= len(lane.in_flight) * (1 + sequence.max_num_drafts)
             assert self.held[slot].tokens[: sequence.num_tokens] == sequence.tokens
             assert self.held[slot].pages == sequence.pages
 
@@ -85,7 +101,7 @@ class FakeWorker:
         for sequence in plan.new_sequences:
             assert sequence.slot not in self.held, f"slot {sequence.slot} entered twice"
             assert 0 <= sequence.slot < self.capacity.max_num_seqs
-            self.held[sequence.slot] = HeldSequence(sequence.tokens[:], sequence.num_reused_tokens, self.capacity.page_size)
+            self.held[sequence.slot] = HeldSequence(sequence, self.capacity.page_size)
         self._copy_pages(plan)
         assert len(plan.page_slots) == len(plan.num_new_pages)
         assert sum(plan.num_new_pages) == len(plan.new_pages)
@@ -128,7 +144,32 @@ class FakeWorker:
         self._last_rows = rows
         return rows, counts
 
-    def _compute(self, slot: int, num_new_tokens: int) -> int | None:
+    def _room(self, slot: int) -> int:
+        """Most drafts that leave room for one token more."""
+        assert slot in self.held, f"a row for slot {slot}, which is not held"
+        held = self.held[slot]
+        most = min(len(held.pages) * self.capacity.page_size, held.max_num_tokens - 1) - len(held.tokens) - 1
+        return max(0, min(held.max_num_drafts, most))
+
+    def _verify(self, slot: int, num_drafts: int) -> list[int]:
+        """Guess tokens behind the one just sampled; some of them are right, as the tokens will have it. Gives what they yield."""
+        held = self.held[slot]
+        num_right = num_drafts if self.are_drafts_right else zlib.crc32(held.tokens.tobytes(), 1) % (num_drafts + 1)
+        self.drafts.setdefault(slot, []).append((num_drafts, num_right))
+        wrong = range(held.num_computed + num_right, held.num_computed + num_drafts)
+        given = []
+        for _ in range(num_right):
+            given += self._compute(slot, 1)
+        for position in wrong:
+            self._write(held, position, -1)
+        return given
+
+    def _write(self, held: HeldSequence, position: int, token: int) -> None:
+        page, place = divmod(position, self.capacity.page_size)
+        self._kv[held.pages[page], place] = token
+
+    def _compute(self, slot: int, num_new_tokens: int) -> list[int]:
+        """Compute a row; gives the token that it samples, if it does."""
         assert slot in self.held, f"a row for slot {slot}, which is not held"
         held = self.held[slot]
         page_size = self.capacity.page_size
@@ -137,12 +178,12 @@ class FakeWorker:
         assert end <= len(held.tokens), "more tokens to compute than are known"
         assert end <= len(held.pages) * page_size, "a row without pages for its tokens"
         for position in range(held.num_computed, end):
-            self._kv[held.pages[position // page_size], position % page_size] = held.tokens[position]
+            self._write(held, position, held.tokens[position])
         held.num_computed = end
         if end < len(held.tokens):
-            return None
+            return []
         read = [self._kv[held.pages[position // page_size], position % page_size] for position in range(end)]
         assert read == held.tokens.tolist(), f"the KV of slot {slot} was overwritten"
         token_id = next_token(held.tokens, self.capacity.vocab_size)
         held.tokens.append(token_id)
-        return token_id
+        return [token_id]

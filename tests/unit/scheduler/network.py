@@ -38,6 +38,8 @@ class Entry:
     slot: int
     tokens: array[int]
     num_reused_tokens: int
+    max_num_tokens: int
+    max_num_drafts: int
 
 
 class Recorder:
@@ -104,8 +106,8 @@ class WorkerEnd(Recorder):
         entries: list[Any] = []
         tokens = array("i", int32_array(frames[0]).tolist()) if frames else array("i")
         for new in body.new_sequences:
-            entries.append(Entry(new.slot, tokens[: new.num_tokens], new.num_cached_tokens))
-            tokens = tokens[new.num_tokens :]
+            entries.append(Entry(new.slot, tokens[: new.num_tokens], new.num_cached_tokens, new.max_num_tokens, new.max_num_drafts))
+            tokens = tokens[new.num_tokens + new.num_foretold_tokens :]
         assert not tokens, "the frame holds more tokens than the new sequences"
         self._num_rows = self._num_rows if body.same_rows else len(body.row_slots)
         plan = StepPlan(
@@ -123,7 +125,9 @@ class WorkerEnd(Recorder):
         )
         result = self.fake.apply(plan)
         if result is not None:
-            answer = scheduler.StepResult(step_id=result.step_id, slots=result.slots, token_ids=result.token_ids)
+            answer = scheduler.StepResult(
+                step_id=result.step_id, slots=result.slots, token_ids=result.token_ids, num_tokens=result.num_tokens
+            )
             if self.fail_next is not None:
                 answer.failed_slots.append(answer.slots.pop(0))
                 answer.failed_reasons.append(self.fail_next)

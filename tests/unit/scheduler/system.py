@@ -118,24 +118,28 @@ class System:
         """Every lane plans what it can. Returns whether any did."""
         num_plans = sum(len(site.plans) for site in self.sites.values())
         for site in self.sites.values():
-            if len(site.lane.in_flight) < site.lane.max_in_flight or site.lane.capacity.group:
+            if not site.lane.capacity.group and len(site.lane.in_flight) < site.lane.max_in_flight:
                 self._plan(site)
-        # What a lane of a group has asked for may have made plans for those before it.
-        for site in self.sites.values():
-            if site.lane.capacity.group:
-                self._plan(site)
+        # A lane of a group that asks for a plan may have some made for others.
+        together = [site for site in self.sites.values() if site.lane.capacity.group]
+        while any(self._plan(site) for site in together) or any(
+            self.core.groups.has_plans(site.lane.capacity.group) for site in together
+        ):
+            pass
         self.collect()
         return sum(len(site.plans) for site in self.sites.values()) > num_plans
 
-    def _plan(self, site: Site) -> None:
+    def _plan(self, site: Site) -> bool:
         lane = site.lane
+        num_plans = len(site.plans)
         while (plan := self.core.plan(lane, self.now_ns)) is not None:
             site.plans.append(plan)
             result = site.worker.apply(plan)
             if result is not None:
                 site.results.append(result)
             if len(lane.in_flight) >= lane.max_in_flight and not lane.capacity.group:
-                return
+                break
+        return len(site.plans) > num_plans
 
     def deliver_result(self, site: Site) -> None:
         """A worker's oldest answer arrives."""

@@ -8,6 +8,7 @@ every request must have ended exactly once, with exactly the tokens it would hav
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -42,13 +43,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(["lru", "lfu", "fifo", "priority", None]),
         run_ahead=st.booleans(),
         has_foresight=st.booleans(),
+        max_num_drafts=st.sampled_from([0, 3]),
     )
-    def begin(self, policy: str, eviction: Eviction | None, run_ahead: bool, has_foresight: bool) -> None:
+    def begin(self, policy: str, eviction: Eviction | None, run_ahead: bool, has_foresight: bool, max_num_drafts: int) -> None:
         core = builders.scheduler(
             max_requests=12, max_tokens=200, policy=policy, eviction=eviction, run_ahead=run_ahead, has_foresight=has_foresight
         )
         self.system = System(core)
-        self.system.join(builders.capacity(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, num_pages=8))
+        self.system.join(
+            builders.capacity(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, num_pages=8, max_num_drafts=max_num_drafts)
+        )
 
     @precondition(lambda self: len(self.system.sites) < 3)
     @rule(
@@ -58,19 +62,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         group=st.sampled_from(["", "together"]),
         copies_pages=st.booleans(),
+        max_num_drafts=st.integers(0, 6),
     )
-    def join(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, group: str, copies_pages: bool) -> None:
+    def join(self, *, budget: int, **sizes: Any) -> None:
         self.system.join(
-            builders.capacity(
-                num_pages=num_pages,
-                page_size=page_size,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=budget,
-                max_model_len=MAX_MODEL_LEN,
-                vocab_size=VOCAB_SIZE,
-                group=group,
-                copies_pages=copies_pages,
-            )
+            builders.capacity(max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, **sizes)
         )
 
     @precondition(lambda self: self.system.sites)
@@ -96,6 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_shared=st.integers(0, MAX_MODEL_LEN),
         priority=st.integers(-15, 15),
         namespace=st.sampled_from(["", "", "salt"]),
+        num_drafts_asked=st.sampled_from([None, None, 0, 1]),
     )
     def submit(
         self, *, num_tokens: int, num_former: int, family: int, num_shared: int, timeout_ms: int | None, **how: object
@@ -243,7 +240,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         system = self.system
         for lane_id in sorted(system.sites):
             system.lose(lane_id)
-        system.join(builders.capacity(num_pages=64, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE))
+        system.join(builders.capacity(num_pages=64, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_drafts=2))
         for detokenizer in DETOKENIZERS:
             self.detokenizer_is_back(detokenizer)
         system.run()
