@@ -47,6 +47,7 @@ from services.scheduler.step_plan import StepPlan
 from services.scheduler.token_fanout import StreamBatch
 from services.scheduler.waiting_queue import WaitingQueue
 from services.worker.batch_inputs import BatchInputs, Limits
+from services.worker.entering import num_entering_tokens
 from services.worker.runner import step_result
 
 NUM_RUNNING: Final = (64, 256, 1024)
@@ -181,16 +182,16 @@ class Bench:
         parts = self.pair.back.recv_multipart()
         with part("plan_read"):
             received = unseal(worker.WorkerInbox, parts[0]).step_plan
-            token_ids = int32_array(parts[1], count=sum(new.num_tokens for new in received.new_sequences)) if parts[1:] else None
+            token_ids = int32_array(parts[1], count=num_entering_tokens(received)) if parts[1:] else None
             _arrays_of(received)
         out_ns = time.perf_counter_ns() - started
-        inputs = self.inputs.apply(received, token_ids)
+        inputs = self.inputs.lay_out(self.inputs.take(received, token_ids))
         sampled = np.full(len(inputs.sampled.slots), 30_000, dtype=np.int64)
         is_finite = np.ones(len(sampled), dtype=np.bool_)
-        self.inputs.commit(inputs, sampled, is_finite)
+        tokens = self.inputs.commit(inputs, sampled, is_finite)
         resumed = time.perf_counter_ns()
         with part("result_build"):
-            answer = step_result(received, inputs, sampled, is_finite)
+            answer = step_result(received, tokens, inputs.unknown_slots)
             answer.started_unix_ns = answer.finished_unix_ns = now
         with part("result_seal"):
             reply = _seal(scheduler.SchedulerInbox, "step_result", answer)

@@ -162,6 +162,15 @@ class WorkerMetrics:
         self.step_duration = Histogram(
             "headrace_worker_step_seconds", "Compute time of a step.", buckets=names.BUCKETS_STEP_S, registry=registry
         )
+        self.draft_tokens = Counter(
+            "headrace_worker_draft_tokens", "Drafts verified, by outcome: accepted or rejected.", ["outcome"], registry=registry
+        )
+        self.accept_length = Histogram(
+            "headrace_worker_accept_length_tokens",
+            "Tokens that a row with drafts gave: those accepted and one more.",
+            buckets=names.BUCKETS_ACCEPT_LENGTH,
+            registry=registry,
+        )
         self.idle = Counter(
             "headrace_worker_idle_seconds",
             "Time between steps with sequences held and none computed.",

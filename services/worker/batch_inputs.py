@@ -1,8 +1,12 @@
 """What the worker holds of each sequence, and how a plan becomes the arrays of one step.
 
-State lies in arrays indexed by slot: tokens, page table, counts, sampling parameters. A plan is a diff against it; `apply` takes
-the diff in and lays the step's tokens out flat, decode rows first. A steady decode step is a dozen numpy operations over the rows,
-whatever the lengths of the sequences. Knows no torch: the mock worker stands on the same state.
+State lies in arrays indexed by slot: tokens, page table, counts, sampling parameters. A plan is a diff against it; `take` takes
+the diff in, and `lay_out` lays the step's tokens out flat, decode rows first. A steady decode step is a dozen numpy operations over
+the rows, whatever the lengths of the sequences. Knows no torch: the mock worker stands on the same state.
+
+Between the two a row may get drafts: guesses at the tokens after the last known one (`drafting/`). It computes them behind that
+token, a token is sampled at each place as if there were no guesses, and `commit` keeps those up to the first that is not what was
+guessed for the next place. What was computed for wrong guesses lies past the end of what is known, and is written over.
 
 A plan that contradicts the state cannot be computed truthfully, and the scheduler's view can no longer be trusted: it raises
 `ProtocolError`, which ends the process; a restart and a re-registration put both sides right. A row of a slot that is not held, or
@@ -11,7 +15,6 @@ whose sequence was refused at entry, fails alone.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -20,17 +23,17 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.errors import ProtocolError
-from headrace.v1.common_pb2 import SamplingParams
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
-
-Int64Array = npt.NDArray[np.int64]
+from services.worker.drafting.drafter import Drafts
+from services.worker.entering import Int32Array, entering
+from services.worker.sampling_table import Int64Array, SampledRows, SamplingTable
+from services.worker.step_tokens import StepTokens
 
 _FREE: Final = 0
 _HELD: Final = 1
 _FAILED: Final = 2
 
 _NO_ROWS: Final = np.zeros(0, dtype=np.int64)
-_NO_TOKENS: Final = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +49,28 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledRows:
-    """Parameters of the rows that sample, arrays in parallel.
+class PlannedRows:
+    """Rows of a plan whose sequences are held, in the plan's order.
 
-    `positions` is the index of the token to be drawn in its whole sequence, so that a sequence that was computed anew from prompt
-    and outputs draws the same tokens as before.
+    Attributes:
+        slots: Slot of each row.
+        counts: Tokens each is to compute; None for one each.
+        unknown_slots: Slots of rows that were left out because nothing is held there.
     """
 
     slots: Int64Array
-    positions: Int64Array
-    temperature: npt.NDArray[np.float32]
-    top_k: npt.NDArray[np.int32]
-    top_p: npt.NDArray[np.float32]
-    min_p: npt.NDArray[np.float32]
-    seeds: npt.NDArray[np.uint64]
+    counts: Int64Array | None
+    unknown_slots: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute."""
+        return len(self.slots) if self.counts is None else int(self.counts.sum())
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a row computes more than one token."""
+        return self.counts is not None and bool((self.counts > 1).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +80,15 @@ class StepInputs:
     Attributes:
         row_slots: Slot of each row.
         row_starts: Tokens of each row computed before the step.
-        row_counts: Tokens each row computes.
+        row_counts: Tokens each row computes, drafts included.
         num_decode_rows: How many rows, at the front, compute one token.
         token_ids: `[num_tokens]`.
         positions: `[num_tokens]`.
         slot_mapping: `[num_tokens]`, `page * page_size + offset`.
-        sampled: Rows that sample, in the plan's order.
-        sampled_tokens: Flat index of the last token of each of them.
+        sampled: The tokens to sample: one of each row that computes its last known token, and one more for each of its drafts; rows
+            in the plan's order.
+        sampled_tokens: Flat index of the token that each of them follows.
+        num_drafts: Drafts of each row that samples; None where no row has any.
         unknown_slots: Slots of rows that were left out because nothing is held there.
     """
 
@@ -88,6 +101,7 @@ class StepInputs:
     slot_mapping: Int64Array
     sampled: SampledRows
     sampled_tokens: Int64Array
+    num_drafts: Int64Array | None
     unknown_slots: tuple[int, ...]
 
 
@@ -111,11 +125,9 @@ class BatchInputs:
         self._num_computed = np.zeros(num_slots, dtype=np.int64)
         self._num_pages = np.zeros(num_slots, dtype=np.int64)
         self._num_settled_pages = np.zeros(num_slots, dtype=np.int64)
-        self._temperature = np.ones(num_slots, dtype=np.float32)
-        self._top_k = np.zeros(num_slots, dtype=np.int32)
-        self._top_p = np.ones(num_slots, dtype=np.float32)
-        self._min_p = np.zeros(num_slots, dtype=np.float32)
-        self._seeds = np.zeros(num_slots, dtype=np.uint64)
+        self._max_num_tokens = np.zeros(num_slots, dtype=np.int64)
+        self._max_num_drafts = np.zeros(num_slots, dtype=np.int64)
+        self._sampling = SamplingTable(num_slots)
         self._last_rows = _NO_ROWS
 
     @property
@@ -128,33 +140,108 @@ class BatchInputs:
         self._states[:] = _FREE
         self._last_rows = _NO_ROWS
 
-    def apply(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None) -> StepInputs:
-        """Take a plan in and lay out its step.
+    def take(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None) -> PlannedRows:
+        """Take a plan in; gives its rows, to be laid out next.
 
         Args:
             plan: The next plan, in order.
-            token_ids: Tokens of the plan's new sequences, one after another; None when it has none.
+            token_ids: The plan's frame, see `entering.py`; None when it has none.
 
         Raises:
             ProtocolError: The plan contradicts the state or the limits; nothing it asks for is computed.
         """
         if plan.freed_slots:
             self._free(plan.freed_slots)
-        self._enter(plan.new_sequences, _NO_TOKENS if token_ids is None else token_ids)
+        for sequence, tokens, foretold in entering(plan, token_ids):
+            self._enter(sequence, tokens, foretold)
         if plan.page_slots:
             self._give_pages(plan)
-        return self._lay_out(*self._rows(plan))
+        return self._rows(plan)
 
-    def commit(self, step: StepInputs, token_ids: Int64Array, is_finite: npt.NDArray[np.bool_]) -> None:
-        """Take the step's result in: what was computed, and the sampled tokens; a row that is not finite has failed for good."""
+    def draft_room(self, slot: int) -> int:
+        """Most drafts that a row may carry which computes one token: none unless that is the last known."""
+        num_tokens = int(self._num_tokens[slot])
+        if self._num_computed[slot] + 1 != num_tokens:
+            return 0
+        # One token more must have room after the drafts: the plan that computes it may be under way already.
+        limit = min(int(self._max_num_tokens[slot]) - 1, int(self._num_pages[slot]) * self.limits.page_size)
+        return max(0, min(int(self._max_num_drafts[slot]), limit - num_tokens - 1))
+
+    def lay_out(self, rows: PlannedRows, drafts: Drafts | None = None) -> StepInputs:
+        """Lay out a step: the rows of the plan just taken, some of them with drafts.
+
+        Raises:
+            ProtocolError: A row goes further than what is known or than its pages.
+        """
+        counts = np.ones(len(rows.slots), dtype=np.int64) if rows.counts is None else rows.counts
+        extra = None if drafts is None else self._place(drafts, rows.slots)
+        if extra is not None:
+            counts = counts + extra
+        # Stable, so that rows of a kind keep the plan's order.
+        order = np.argsort(counts != 1, kind="stable")
+        row_slots, row_counts = rows.slots[order], counts[order]
+        row_starts = self._num_computed[row_slots]
+        row_ends = row_starts + row_counts
+        known_ends = self._num_tokens[row_slots] if extra is None else self._num_tokens[row_slots] + extra[order]
+        self._check_reach(row_slots, row_counts, row_ends, known_ends)
+        flat_ends = np.cumsum(row_counts)
+        num_decode_rows = int(np.count_nonzero(row_counts == 1))
+        if num_decode_rows == len(row_slots):
+            token_slots, positions = row_slots, row_starts
+        else:
+            token_slots = np.repeat(row_slots, row_counts)
+            positions = np.arange(len(token_slots)) + np.repeat(row_starts - (flat_ends - row_counts), row_counts)
+        page_size = self.limits.page_size
+        slot_mapping = self._page_table[token_slots, positions // page_size] * page_size + positions % page_size
+        # Back in the plan's order: `ranks[i]` is where the plan's row i is executed.
+        ranks = np.argsort(order, kind="stable")
+        ranks = ranks[(row_ends == known_ends)[ranks]]
+        sampled_slots, sampled_tokens = row_slots[ranks], flat_ends[ranks] - 1
+        num_drafts = None
+        if extra is not None:
+            num_drafts = extra[order][ranks]
+            sampled_slots, sampled_tokens = _with_drafts(sampled_slots, sampled_tokens, num_drafts)
+        return StepInputs(
+            row_slots=row_slots,
+            row_starts=row_starts,
+            row_counts=row_counts,
+            num_decode_rows=num_decode_rows,
+            token_ids=self._tokens[token_slots, positions].astype(np.int64),
+            positions=positions,
+            slot_mapping=slot_mapping,
+            sampled=self._sampling.rows(sampled_slots, positions[sampled_tokens] + 1),
+            sampled_tokens=sampled_tokens,
+            num_drafts=num_drafts,
+            unknown_slots=rows.unknown_slots,
+        )
+
+    def commit(self, step: StepInputs, token_ids: Int64Array, is_finite: npt.NDArray[np.bool_]) -> StepTokens:
+        """Take the step's result in: what was computed, and the sampled tokens; a row that is not finite has failed for good.
+
+        Args:
+            step: What was computed.
+            token_ids: A token for each of `step.sampled`.
+            is_finite: Whether its logits were finite.
+
+        Returns:
+            The tokens that each row gives.
+        """
         self._num_computed[step.row_slots] = step.row_starts + step.row_counts
-        slots = step.sampled.slots
-        self._tokens[slots, step.sampled.positions] = token_ids
-        self._num_tokens[slots] = step.sampled.positions + 1
-        settled = slots[is_finite]
-        self._num_settled_pages[settled] = self._num_computed[settled] // self.limits.page_size
-        if not is_finite.all():
-            self._states[slots[~is_finite]] = _FAILED
+        slots, positions, num_drafts = step.sampled.slots, step.sampled.positions, step.num_drafts
+        counts = None
+        if num_drafts is not None:
+            firsts = np.cumsum(num_drafts + 1) - num_drafts - 1
+            counts = _num_agreed(step, token_ids, firsts) + 1
+            is_finite = np.logical_and.reduceat(is_finite, firsts)
+            is_kept = np.arange(len(slots)) < np.repeat(firsts + counts, num_drafts + 1)
+            slots, positions, token_ids = slots[is_kept], positions[is_kept], token_ids[is_kept]
+        self._tokens[slots, positions] = token_ids
+        row_slots = slots if counts is None else step.sampled.slots[firsts]
+        num_tokens = positions + 1 if counts is None else step.sampled.positions[firsts] + counts
+        self._num_tokens[row_slots] = num_tokens
+        # All known tokens but the one sampled last; of a row with drafts, fewer than went through the network.
+        self._num_computed[row_slots] = num_tokens - 1
+        return self._settle(row_slots, token_ids, counts, num_drafts, is_finite)
 
     def page_tables(self, slots: Int64Array) -> Int64Array:
         """Page tables of some slots, `[num_slots, width]`; each is padded with pages of its own, see `StepTensors`."""
@@ -166,27 +253,12 @@ class BatchInputs:
         """A slot's pages without those that were full at its last good token or its entry: these may be shared by now."""
         return self._page_table[slot, self._num_settled_pages[slot] : self._num_pages[slot]]
 
-    def last_tokens(self, slots: Int64Array) -> Int64Array:
-        """The last known token of some slots."""
-        return self._tokens[slots, self._num_tokens[slots] - 1].astype(np.int64)
-
     def _free(self, freed_slots: Iterable[int]) -> None:
         slots = np.fromiter(freed_slots, dtype=np.int64)
         # A slot that is not held may be freed: its sequence may have been refused at entry.
         self._states[self._check_slots(slots, "freed_slots")] = _FREE
 
-    def _enter(self, new_sequences: Iterable[NewSequence], token_ids: npt.NDArray[np.int32]) -> None:
-        start = 0
-        for sequence in new_sequences:
-            end = start + sequence.num_tokens
-            if end > len(token_ids):
-                raise ProtocolError(f"step plan: new sequences have {end} tokens or more, their frame holds {len(token_ids)}")
-            self._enter_one(sequence, token_ids[start:end])
-            start = end
-        if start != len(token_ids):
-            raise ProtocolError(f"step plan: new sequences have {start} tokens, their frame holds {len(token_ids)}")
-
-    def _enter_one(self, sequence: NewSequence, tokens: npt.NDArray[np.int32]) -> None:
+    def _enter(self, sequence: NewSequence, tokens: Int32Array, foretold: Int32Array) -> None:
         slot, limits = sequence.slot, self.limits
         if slot >= limits.max_num_seqs or self._states[slot] != _FREE:
             raise ProtocolError(f"step plan: new sequence in slot {slot}, which is in use or not below {limits.max_num_seqs}")
@@ -195,8 +267,8 @@ class BatchInputs:
                 f"step plan: new sequence of {len(tokens)} tokens, {sequence.num_cached_tokens} of them cached; at least one must "
                 f"be left to compute, and at most {limits.max_model_len} are allowed"
             )
-        are_tokens_valid = tokens.min() >= 0 and tokens.max() < limits.vocab_size
-        is_entered = bool(are_tokens_valid) and self._set_sampling(slot, sequence.sampling, sequence.work.request_id)
+        is_entered = self._are_valid(tokens) and self._are_valid(foretold)
+        is_entered &= self._sampling.enter(slot, sequence.sampling, sequence.work.request_id)
         # A refused sequence keeps its slot, so that its rows fail one by one until the scheduler frees it.
         self._states[slot] = _HELD if is_entered else _FAILED
         self._tokens[slot, : len(tokens)] = tokens
@@ -204,19 +276,11 @@ class BatchInputs:
         self._num_computed[slot] = sequence.num_cached_tokens
         self._num_settled_pages[slot] = sequence.num_cached_tokens // limits.page_size
         self._num_pages[slot] = 0
+        self._max_num_tokens[slot] = min(sequence.max_num_tokens or limits.max_model_len, limits.max_model_len)
+        self._max_num_drafts[slot] = sequence.max_num_drafts
 
-    def _set_sampling(self, slot: int, sampling: SamplingParams, request_id: str) -> bool:
-        """Keep a sequence's parameters; False when one is out of its documented range."""
-        temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
-        top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
-        # An unseeded sequence must still draw the same tokens wherever it is computed again.
-        seed = sampling.seed if sampling.HasField("seed") else zlib.crc32(request_id.encode())
-        self._temperature[slot] = temperature
-        self._top_k[slot] = max(sampling.top_k, 0)
-        self._top_p[slot] = top_p
-        self._min_p[slot] = sampling.min_p
-        self._seeds[slot] = seed
-        return 0.0 <= temperature < float("inf") and 0.0 < top_p <= 1.0 and 0.0 <= sampling.min_p <= 1.0
+    def _are_valid(self, tokens: Int32Array) -> bool:
+        return not len(tokens) or bool(tokens.min() >= 0 and tokens.max() < self.limits.vocab_size)
 
     def _give_pages(self, plan: StepPlan) -> None:
         counts = np.fromiter(plan.num_new_pages, dtype=np.int64)
@@ -243,8 +307,7 @@ class BatchInputs:
         self._page_table[slot, first:last] = pages
         self._num_pages[slot] = last
 
-    def _rows(self, plan: StepPlan) -> tuple[Int64Array, Int64Array | None, tuple[int, ...]]:
-        """Give the rows' slots and token counts (None: one each), without those of slots not held, which come third."""
+    def _rows(self, plan: StepPlan) -> PlannedRows:
         if plan.same_rows:
             if plan.row_slots or plan.row_num_new_tokens:
                 raise ProtocolError("step plan: same_rows together with rows")
@@ -256,9 +319,9 @@ class BatchInputs:
             self._last_rows = slots
         is_held = self._states[slots] == _HELD
         if is_held.all():
-            return slots, counts, ()
+            return PlannedRows(slots, counts, ())
         unknown = tuple(slots[~is_held].tolist())
-        return slots[is_held], None if counts is None else counts[is_held], unknown
+        return PlannedRows(slots[is_held], None if counts is None else counts[is_held], unknown)
 
     def _check_rows(self, slots: Int64Array, counts: Int64Array | None) -> None:
         if len(np.unique(slots)) != len(slots):
@@ -276,64 +339,75 @@ class BatchInputs:
             raise ProtocolError(f"step plan: {field} names slot {int(slots.max())}; slots are below {self.limits.max_num_seqs}")
         return slots
 
-    def _lay_out(self, slots: Int64Array, counts: Int64Array | None, unknown_slots: tuple[int, ...]) -> StepInputs:
-        if counts is None:
-            counts = np.ones(len(slots), dtype=np.int64)
-        # Stable, so that rows of a kind keep the plan's order.
-        order = np.argsort(counts != 1, kind="stable")
-        row_slots, row_counts = slots[order], counts[order]
-        row_starts = self._num_computed[row_slots]
-        row_ends = row_starts + row_counts
-        self._check_reach(row_slots, row_counts, row_ends)
-        flat_ends = np.cumsum(row_counts)
-        num_decode_rows = int(np.count_nonzero(row_counts == 1))
-        if num_decode_rows == len(row_slots):
-            token_slots, positions = row_slots, row_starts
-        else:
-            token_slots = np.repeat(row_slots, row_counts)
-            positions = np.arange(len(token_slots)) + np.repeat(row_starts - (flat_ends - row_counts), row_counts)
-        page_size = self.limits.page_size
-        slot_mapping = self._page_table[token_slots, positions // page_size] * page_size + positions % page_size
-        # Back in the plan's order: `ranks[i]` is where the plan's row i is executed.
-        ranks = np.argsort(order, kind="stable")
-        ranks = ranks[(row_ends == self._num_tokens[row_slots])[ranks]]
-        return StepInputs(
-            row_slots=row_slots,
-            row_starts=row_starts,
-            row_counts=row_counts,
-            num_decode_rows=num_decode_rows,
-            token_ids=self._tokens[token_slots, positions].astype(np.int64),
-            positions=positions,
-            slot_mapping=slot_mapping,
-            sampled=self._sampled_rows(row_slots[ranks]),
-            sampled_tokens=flat_ends[ranks] - 1,
-            unknown_slots=unknown_slots,
+    def _place(self, drafts: Drafts, slots: Int64Array) -> Int64Array:
+        """Write drafts behind the known tokens; gives how many each of the rows has."""
+        starts = np.repeat(self._num_tokens[drafts.slots] - (np.cumsum(drafts.counts) - drafts.counts), drafts.counts)
+        self._tokens[np.repeat(drafts.slots, drafts.counts), starts + np.arange(len(drafts.token_ids))] = drafts.token_ids
+        by_slot = np.zeros(self.limits.max_num_seqs, dtype=np.int64)
+        by_slot[drafts.slots] = drafts.counts
+        return by_slot[slots]
+
+    def _settle(
+        self,
+        slots: Int64Array,
+        token_ids: Int64Array,
+        counts: Int64Array | None,
+        num_drafts: Int64Array | None,
+        is_finite: npt.NDArray[np.bool_],
+    ) -> StepTokens:
+        """Note which pages are good for good, and which rows have failed; gives the tokens of the others."""
+        failed: list[int] = []
+        if not is_finite.all():
+            failed = slots[~is_finite].tolist()
+            self._states[failed] = _FAILED
+            token_ids = token_ids[is_finite if counts is None else np.repeat(is_finite, counts)]
+            slots = slots[is_finite]
+            counts, num_drafts = (None if each is None else each[is_finite] for each in (counts, num_drafts))
+        self._num_settled_pages[slots] = self._num_computed[slots] // self.limits.page_size
+        return StepTokens(
+            slots.tolist(),
+            token_ids.tolist(),
+            counts=[] if counts is None else counts.tolist(),
+            num_drafts=[] if num_drafts is None else num_drafts.tolist(),
+            failed_slots=failed,
         )
 
-    def _check_reach(self, row_slots: Int64Array, row_counts: Int64Array, row_ends: Int64Array) -> None:
-        """A row must compute something, no further than its tokens are known and its pages reach."""
-        num_tokens = self._num_tokens[row_slots]
-        reach = np.minimum(num_tokens, self._num_pages[row_slots] * self.limits.page_size)
+    def _check_reach(self, row_slots: Int64Array, row_counts: Int64Array, row_ends: Int64Array, known_ends: Int64Array) -> None:
+        """A row must compute something, no further than its tokens are known, or guessed, and its pages reach."""
+        reach = np.minimum(known_ends, self._num_pages[row_slots] * self.limits.page_size)
         is_bad = (row_counts < 1) | (row_ends > np.minimum(reach, self.limits.max_model_len))
         if not is_bad.any():
             return
         row = int(np.argmax(is_bad))
         slot = int(row_slots[row])
         raise ProtocolError(
-            f"step plan: slot {slot} is to compute {row_counts[row]} tokens up to {row_ends[row]}; it knows {num_tokens[row]} "
+            f"step plan: slot {slot} is to compute {row_counts[row]} tokens up to {row_ends[row]}; it knows {known_ends[row]} "
             f"and has {self._num_pages[slot]} pages of {self.limits.page_size}; a sequence has at most {self.limits.max_model_len}"
         )
 
-    def _sampled_rows(self, slots: Int64Array) -> SampledRows:
-        return SampledRows(
-            slots=slots,
-            positions=self._num_tokens[slots],
-            temperature=self._temperature[slots],
-            top_k=self._top_k[slots],
-            top_p=self._top_p[slots],
-            min_p=self._min_p[slots],
-            seeds=self._seeds[slots],
-        )
+
+def _num_agreed(step: StepInputs, token_ids: Int64Array, firsts: Int64Array) -> Int64Array:
+    """Of each row's drafts, how many are what was sampled, from the first on.
+
+    Args:
+        step: What was computed.
+        token_ids: The sampled tokens, flat.
+        firsts: Where each row's begin among them.
+    """
+    # A draft stands right behind the token that it was guessed to follow.
+    drafted = np.append(step.token_ids, -1)[step.sampled_tokens + 1]
+    is_last = np.zeros(len(token_ids), dtype=np.bool_)
+    is_last[np.append(firsts[1:], len(token_ids)) - 1] = True
+    ends = np.flatnonzero((token_ids != drafted) | is_last)
+    found: Int64Array = ends[np.searchsorted(ends, firsts)] - firsts
+    return found
+
+
+def _with_drafts(slots: Int64Array, tokens: Int64Array, num_drafts: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Slots and flat indices of all tokens to sample at, given those of each row's last one."""
+    counts = num_drafts + 1
+    num_after = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(int(counts.sum()))
+    return np.repeat(slots, counts), np.repeat(tokens, counts) - num_after
 
 
 def page_copies(plan: StepPlan, limits: Limits) -> tuple[Int64Array, Int64Array]:

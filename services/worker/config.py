@@ -39,6 +39,12 @@ class Settings(Section):
     page_size: int = Field(32, ge=1, le=256, description="Tokens a KV page; the unit of allocation and of prefix sharing.")
     kv_cache_bytes: int = Field(256 * 1024 * 1024, ge=1, description="Memory for KV pages.")
     kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens that the KV pages hold; leads over kv_cache_bytes.")
+    speculative: Literal["off", "ngram", "auto"] = Field(
+        "auto",
+        description="Guess tokens ahead and verify several in one pass; outputs stay the same. ngram: continue what followed the "
+        "last tokens where they stood before; auto: the same, where measured acceptance and step times say that it is faster; off.",
+    )
+    num_speculative_tokens: int = Field(8, ge=1, le=64, description="Most guessed tokens of a sequence verified in one step.")
     mock_step_s: float = Field(0.005, ge=0, le=60, description="Mock runner: time of a step.")
     mock_token_s: float = Field(0.00005, ge=0, le=1, description="Mock runner: further time a token computed.")
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import StepPlan
-from services.worker.batch_inputs import BatchInputs, Int64Array, Limits, page_copies
+from services.worker.batch_inputs import BatchInputs, Limits, page_copies
 from services.worker.runner import step_result
+from services.worker.sampling_table import Int64Array
 
 _MULTIPLIER: Final = 6364136223846793005
 _INCREMENT: Final = 1442695040888963407
@@ -47,20 +48,25 @@ class MockRunner:
         """Sequences held."""
         return self._inputs.num_sequences
 
+    @property
+    def max_num_drafts(self) -> int:
+        """Its tokens hardly ever repeat: there would be nothing to guess."""
+        return 0
+
     def step(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None) -> StepResult:
         """Take the time of a step and invent its tokens.
 
         Raises:
             ProtocolError: The plan contradicts what is held.
         """
-        step = self._inputs.apply(plan, token_ids)
+        rows = self._inputs.take(plan, token_ids)
         # It has no pages; what is wrong with a plan shall be found here, too.
         page_copies(plan, self.limits)
+        step = self._inputs.lay_out(rows)
         self._sleep(self._step_s + self._token_s * len(step.token_ids))
-        sampled = mock_tokens(self._inputs.last_tokens(step.sampled.slots), step.sampled.positions, self.limits.vocab_size)
-        is_finite = np.ones(len(sampled), dtype=np.bool_)
-        self._inputs.commit(step, sampled, is_finite)
-        return step_result(plan, step, sampled, is_finite)
+        sampled = mock_tokens(step.token_ids[step.sampled_tokens], step.sampled.positions, self.limits.vocab_size)
+        tokens = self._inputs.commit(step, sampled, np.ones(len(sampled), dtype=np.bool_))
+        return step_result(plan, tokens, step.unknown_slots)
 
     def warm_up(self) -> None:
         """There are no kernels to try."""

@@ -6,6 +6,8 @@ thread. See `rank.py` for where plans come from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,13 +15,13 @@ import torch
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
-from services.worker.batch_inputs import BatchInputs, Limits, StepInputs, page_copies
+from services.worker.batch_inputs import BatchInputs, Limits, PlannedRows, StepInputs, page_copies
+from services.worker.drafting.drafter import Drafts
+from services.worker.drafting.speculation import Speculation
 from services.worker.layers.ops import Network, StepTensors
 from services.worker.runner import step_result
 from services.worker.sampler import sample
-
-_NO_TOKEN_IDS = np.zeros(0, dtype=np.int64)
-_ALL_FINITE = np.ones(0, dtype=np.bool_)
+from services.worker.step_tokens import StepTokens
 
 
 class ModelRunner:
@@ -28,9 +30,13 @@ class ModelRunner:
     Args:
         network: The model with its pages.
         limits: Sizes; `num_pages` and `page_size` are those of the pages.
+
+    Attributes:
+        speculation: Where drafts come from; None for no drafts. Set before the first step.
     """
 
     def __init__(self, network: Network, limits: Limits) -> None:
+        self.speculation: Speculation | None = None
         self._network = network
         self._inputs = BatchInputs(limits)
 
@@ -43,6 +49,11 @@ class ModelRunner:
     def num_sequences(self) -> int:
         """Sequences held."""
         return self._inputs.num_sequences
+
+    @property
+    def max_num_drafts(self) -> int:
+        """Most drafts it verifies in a row; 0 where it does not speculate."""
+        return self.speculation.max_num_drafts if self.speculation is not None else 0
 
     def step(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None) -> StepResult:
         """Compute one plan.
@@ -57,23 +68,28 @@ class ModelRunner:
         Raises:
             ProtocolError: The plan contradicts what is held; nothing was computed.
         """
-        step = self._inputs.apply(plan, token_ids)
+        rows = self._inputs.take(plan, token_ids)
+        drafts = self._drafts(plan, token_ids, rows)
+        step = self._inputs.lay_out(rows, drafts)
         if plan.copied_pages or plan.page_copies:
             sources, targets = page_copies(plan, self.limits)
             self._network.copy_pages(torch.from_numpy(sources), torch.from_numpy(targets))
         if len(step.token_ids) == 0:
-            return step_result(plan, step, _NO_TOKEN_IDS, _ALL_FINITE)
+            return step_result(plan, StepTokens(), step.unknown_slots)
         with torch.inference_mode():
             logits = self._network.forward(self._tensors(step))
             sampled, is_finite = sample(logits, step.sampled, self._network.best())
-        self._inputs.commit(step, sampled, is_finite)
-        if not is_finite.all():
-            self._clear_pages(step.sampled.slots[~is_finite].tolist())
-        return step_result(plan, step, sampled, is_finite)
+        tokens = self._inputs.commit(step, sampled, is_finite)
+        self._clear_pages(tokens.failed_slots)
+        if self.speculation is not None:
+            self.speculation.finish(tokens, num_tokens=len(step.token_ids))
+        return step_result(plan, tokens, step.unknown_slots)
 
     def reset(self) -> None:
         """Forget every sequence. Pages keep their content; a page is always written before it is attended to."""
         self._inputs.reset()
+        if self.speculation is not None:
+            self.speculation.reset()
 
     def warm_up(self) -> None:
         """Run a prefill and a decode over scratch pages, so that no request pays for the first call of each kernel.
@@ -97,6 +113,13 @@ class ModelRunner:
         self.step(StepPlan(row_slots=[0]), None)
         self.reset()
 
+    def _drafts(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None, rows: PlannedRows) -> Drafts | None:
+        if self.speculation is None:
+            return None
+        self.speculation.begin(plan, token_ids)
+        num_free = self.limits.max_num_batched_tokens - rows.num_tokens
+        return self.speculation.draft(rows, room=self._inputs.draft_room, num_free_tokens=num_free)
+
     def _tensors(self, step: StepInputs) -> StepTensors:
         return StepTensors(
             token_ids=torch.from_numpy(step.token_ids),
@@ -109,7 +132,7 @@ class ModelRunner:
             sampled_tokens=torch.from_numpy(step.sampled_tokens),
         )
 
-    def _clear_pages(self, slots: list[int]) -> None:
+    def _clear_pages(self, slots: Sequence[int]) -> None:
         """Wipe the pages of failed rows: a NaN left behind would spoil the page's next owner, even where a mask hides it."""
         for slot in slots:
             self._network.clear_pages(torch.from_numpy(self._inputs.unsettled_pages(slot)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy.typing as npt
 
 from headrace.v1.scheduler_pb2 import RowError, StepResult
 from headrace.v1.worker_pb2 import StepPlan
-from services.worker.batch_inputs import Limits, StepInputs
+from services.worker.batch_inputs import Limits
+from services.worker.step_tokens import StepTokens
 
 POOL_NAME: Final = "full"
 """Name of the one page pool: that of ordinary attention."""
@@ -26,6 +28,11 @@ class Runner(Protocol):
     @property
     def num_sequences(self) -> int:
         """Sequences held; may be read from another thread."""
+        ...
+
+    @property
+    def max_num_drafts(self) -> int:
+        """Most drafts it verifies in a row; 0 where it does not speculate."""
         ...
 
     def step(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None) -> StepResult:
@@ -45,20 +52,15 @@ class Runner(Protocol):
         ...
 
 
-def step_result(plan: StepPlan, step: StepInputs, token_ids: npt.NDArray[np.int64], is_finite: npt.NDArray[np.bool_]) -> StepResult:
-    """Put the outcome of a step into its message: one token a row, and the rows that failed."""
-    result = StepResult(step_id=plan.step_id)
-    slots = step.sampled.slots
-    if is_finite.all():
-        result.slots.extend(slots.tolist())
-        result.token_ids.extend(token_ids.tolist())
-    else:
-        result.slots.extend(slots[is_finite].tolist())
-        result.token_ids.extend(token_ids[is_finite].tolist())
-        failed = slots[~is_finite].tolist()
-        result.failed_slots.extend(failed)
-        result.failed_reasons.extend([RowError.ROW_ERROR_NON_FINITE_LOGITS] * len(failed))
-    if step.unknown_slots:
-        result.failed_slots.extend(step.unknown_slots)
-        result.failed_reasons.extend([RowError.ROW_ERROR_UNKNOWN_SLOT] * len(step.unknown_slots))
+def step_result(plan: StepPlan, tokens: StepTokens, unknown_slots: Sequence[int]) -> StepResult:
+    """Put the outcome of a step into its message: the tokens of each row, and the rows that failed."""
+    result = StepResult(step_id=plan.step_id, slots=tokens.slots, token_ids=tokens.token_ids, num_drafts=tokens.num_drafts)
+    if len(tokens.token_ids) > len(tokens.slots):
+        result.num_tokens.extend(tokens.counts)
+    if tokens.failed_slots:
+        result.failed_slots.extend(tokens.failed_slots)
+        result.failed_reasons.extend([RowError.ROW_ERROR_NON_FINITE_LOGITS] * len(tokens.failed_slots))
+    if unknown_slots:
+        result.failed_slots.extend(unknown_slots)
+        result.failed_reasons.extend([RowError.ROW_ERROR_UNKNOWN_SLOT] * len(unknown_slots))
     return result

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.worker.batch_inputs import Int64Array, SampledRows
 from services.worker.layers.ops import Best
 from services.worker.philox import uniforms
+from services.worker.sampling_table import Int64Array, SampledRows
 
 # Nearly always the nucleus lies in this many likeliest tokens, and finding them is ten times cheaper than a whole sort.
 _NUM_CANDIDATES: Final = 512
@@ -42,7 +42,7 @@ class LogitAdjustment(Protocol):
 def sample(
     logits: torch.Tensor, rows: SampledRows, best: Best | None = None, adjustments: Sequence[LogitAdjustment] = ()
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-    """Choose one token a row.
+    """Choose a token for each row of logits.
 
     Args:
         logits: float32 `[num_rows, vocab_size]`; changed where an adjustment changes it.

@@ -6,6 +6,7 @@ One span a token would cost more than the token; a sequence has three. Sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 from headrace.telemetry import names
 from headrace.telemetry.traces import Context, Tracer
@@ -57,11 +58,11 @@ class SequenceSpans:
         """A step is over: a traced sequence's first token ends its prefill."""
         if not self._traced:
             return
-        for slot in result.slots:
+        for slot, num_tokens in zip(result.slots, result.num_tokens or repeat(1), strict=False):
             traced = self._traced.get(slot)
             if traced is None:
                 continue
-            traced.num_output_tokens += 1
+            traced.num_output_tokens += num_tokens
             if not traced.prefill_end_unix_ns:
                 traced.prefill_end_unix_ns = result.finished_unix_ns
                 self._record_prefill(traced, result.finished_unix_ns)

@@ -37,6 +37,8 @@ from headrace.wire.topology import SCHEDULER_BACKPLANE
 from services.worker import machine
 from services.worker.batch_inputs import Limits
 from services.worker.config import Settings
+from services.worker.drafting.factory import make_speculation
+from services.worker.entering import num_entering_tokens
 from services.worker.launcher import num_compute_threads
 from services.worker.mock_runner import MockRunner
 from services.worker.runner import POOL_NAME, Runner
@@ -227,7 +229,7 @@ class WorkerService:
             # The process had it off while it loaded (see `rank.py`). What is here now stays: it is never searched again.
             gc.freeze()
             gc.enable()
-        self._describe(runner.limits)
+        self._describe(runner)
         self._compute.warm_up()
         self._schedulers = self._context.wire.dial(
             SCHEDULER_BACKPLANE,
@@ -326,7 +328,7 @@ class WorkerService:
         if not plan.new_sequences:
             return None
         try:
-            return int32_array(frames[0] if frames else None, count=sum(sequence.num_tokens for sequence in plan.new_sequences))
+            return int32_array(frames[0] if frames else None, count=num_entering_tokens(plan))
         except ProtocolError as error:
             # Plans build on one another: with one lost, no later one can be computed truthfully.
             self._context.fail(error)
@@ -357,6 +359,8 @@ class WorkerService:
         self._metrics.tokens.labels("decode").inc(num_decode)
         if counts:
             self._metrics.tokens.labels("prefill").inc(sum(counts) - num_decode)
+        if result.num_drafts:
+            _count_drafts(self._metrics, result)
         for reason in result.failed_reasons:
             self._metrics.row_errors.labels(RowError.Name(reason)).inc()
         if result.failed_slots:
@@ -366,7 +370,8 @@ class WorkerService:
         log.error("step.failed", error=repr(error), exc_info=error)
         self._context.fail(error)
 
-    def _describe(self, limits: Limits) -> None:
+    def _describe(self, runner: Runner) -> None:
+        limits = runner.limits
         self._model = ModelInfo(
             name=self._context.settings.model.name_for_clients,
             max_model_len=limits.max_model_len,
@@ -382,6 +387,7 @@ class WorkerService:
             vocab_size=limits.vocab_size,
             lane_group=self._settings.lane_group,
             copies_pages=True,
+            max_num_drafts=runner.max_num_drafts,
         )
 
     def _make_mock(self) -> Runner:
@@ -434,6 +440,12 @@ class WorkerService:
             pool.shutdown(cancel_futures=True)
         # Beside native kernels torch samples only, and its threads would wait where ours compute.
         torch.set_num_threads(1 if report.backend == "native" else num_threads)
+        runner.speculation = make_speculation(
+            settings.speculative,
+            max_num_drafts=settings.num_speculative_tokens,
+            limits=runner.limits,
+            now_ns=time.monotonic_ns,
+        )
         loaded_ns = time.monotonic_ns()
         if report.unknown_fields:
             log.warning("model.fields_ignored", directory=str(options.directory), fields=list(report.unknown_fields))
@@ -455,3 +467,12 @@ class WorkerService:
             load_s=round((loaded_ns - imported_ns) / 1e9, 3),
         )
         return runner
+
+
+def _count_drafts(metrics: WorkerMetrics, result: StepResult) -> None:
+    metrics.tokens.labels("draft").inc(sum(result.num_drafts))
+    for num_drafts, num_tokens in zip(result.num_drafts, result.num_tokens or [1] * len(result.slots), strict=True):
+        if num_drafts:
+            metrics.accept_length.observe(num_tokens)
+            metrics.draft_tokens.labels("accepted").inc(num_tokens - 1)
+            metrics.draft_tokens.labels("rejected").inc(num_drafts + 1 - num_tokens)

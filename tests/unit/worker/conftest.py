@@ -19,7 +19,8 @@ def limits() -> Limits:
 
 @pytest.fixture
 def plan() -> Callable[..., StepPlan]:
-    """A plan from plain values: `new={slot: num_tokens}`, `pages={slot: [page, …]}`, `rows={slot: num_new_tokens}`."""
+    """A plan from plain values: `new={slot: num_tokens}`, `pages={slot: [page, …]}`, `rows={slot: num_new_tokens}`;
+    `drafts` and `end` are the most drafts and tokens of its new sequences."""
 
     def make(
         *,
@@ -28,6 +29,8 @@ def plan() -> Callable[..., StepPlan]:
         rows: dict[int, int] | None = None,
         freed: list[int] | None = None,
         cached: int = 0,
+        drafts: int = 0,
+        end: int = 0,
         **sampling: Any,
     ) -> StepPlan:
         made = StepPlan(step_id=1, freed_slots=freed or [])
@@ -35,7 +38,15 @@ def plan() -> Callable[..., StepPlan]:
         for slot, num_tokens in (new or {}).items():
             work = WorkHeader(request_id=f"r{slot}")
             made.new_sequences.append(
-                NewSequence(slot=slot, work=work, num_tokens=num_tokens, num_cached_tokens=cached, sampling=params)
+                NewSequence(
+                    slot=slot,
+                    work=work,
+                    num_tokens=num_tokens,
+                    num_cached_tokens=cached,
+                    sampling=params,
+                    max_num_drafts=drafts,
+                    max_num_tokens=end,
+                )
             )
         for slot, indices in (pages or {}).items():
             made.page_slots.append(slot)

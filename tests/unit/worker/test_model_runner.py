@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from headrace.v1.scheduler_pb2 import RowError
 from headrace.v1.worker_pb2 import StepPlan
 from services.worker.attention.torch_cpu import padded_pages
 from services.worker.batch_inputs import Limits
+from services.worker.drafting.drafter import Int32Array, Proposal
+from services.worker.drafting.speculation import Speculation
 from services.worker.kv_cache import KvCache, PageShape
 from services.worker.layers.ops import StepTensors
 from services.worker.model_runner import ModelRunner
@@ -136,3 +139,65 @@ def test_copies_that_make_no_sense_are_refused(limits: Limits) -> None:
     for copied, copies in ([[0], []], [[0, 1], [2, 2]], [[0], [limits.num_pages]], [[limits.num_pages], [0]]):
         with pytest.raises(ProtocolError, match=r"step plan: .* cop"):
             runner.step(StepPlan(copied_pages=copied, page_copies=copies), None)
+
+
+class Guess:
+    """Proposes what it is told, for every row."""
+
+    first_rates = (0.5,)
+
+    def __init__(self, *token_ids: int) -> None:
+        self.token_ids = list(token_ids)
+
+    def enter(self, slot: int, token_ids: Int32Array, foretold: Int32Array) -> None:
+        """It knows nothing of sequences."""
+
+    def extend(self, slot: int, token_ids: list[int]) -> None:
+        """It knows nothing of sequences."""
+
+    def propose(self, slots: Sequence[int], max_num_drafts: int) -> list[Proposal | None]:
+        return [Proposal(self.token_ids[:max_num_drafts], 0) for _ in slots]
+
+    def reset(self) -> None:
+        """It knows nothing of sequences."""
+
+
+def make_guesser(limits: Limits, *token_ids: int) -> tuple[ModelRunner, KvCache]:
+    runner, kv_cache = make_runner(limits)
+    runner.speculation = Speculation(Guess(*token_ids), max_num_drafts=4, is_adaptive=False, now_ns=lambda: 0)
+    return runner, kv_cache
+
+
+def test_right_guesses_come_back_with_one_token_more(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    runner, _ = make_guesser(limits, 24, 25, 99)
+    assert runner.max_num_drafts == 4
+    enter = plan(new={3: 2, 1: 2}, pages={3: [0, 1, 2], 1: [3, 4, 5]}, rows={3: 2, 1: 2}, drafts=4)
+    result = runner.step(enter, np.array([20, 22, 50, 51], dtype=np.int32))
+    # A prompt's step carries no drafts, and its counts are not sent.
+    assert (list(result.token_ids), list(result.num_tokens), list(result.num_drafts)) == ([23, 52], [], [])
+    result = runner.step(StepPlan(same_rows=True), None)
+    assert list(result.slots) == [3, 1]
+    assert list(result.token_ids) == [24, 25, 26, 53]
+    assert (list(result.num_tokens), list(result.num_drafts)) == ([3, 1], [3, 3])
+    result = runner.step(StepPlan(same_rows=True), None)
+    assert (list(result.token_ids), list(result.num_tokens), list(result.num_drafts)) == ([27, 54], [], [3, 3])
+
+
+def test_guesses_fit_the_step_they_are_in(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    small = dataclasses.replace(limits, max_num_batched_tokens=5)
+    runner, _ = make_guesser(small, 24, 25, 26)
+    runner.step(
+        plan(new={0: 1, 1: 1}, pages={0: [0, 1, 2], 1: [3, 4, 5]}, rows={0: 1, 1: 1}, drafts=4), np.array([21, 22], dtype=np.int32)
+    )
+    result = runner.step(StepPlan(same_rows=True), None)
+    assert list(result.num_drafts) == [3, 0]
+
+
+def test_a_guess_that_spoils_its_row_fails_it_and_leaves_nothing_behind(limits: Limits, plan: Callable[..., StepPlan]) -> None:
+    """The model would not have gone there; but what it left there would spoil the sequence's next tokens unseen."""
+    runner, kv_cache = make_guesser(limits, NAN_TOKEN)
+    enter = plan(new={0: 2, 1: 2}, pages={0: [0, 1], 1: [2, 3]}, rows={0: 2, 1: 2}, drafts=4)
+    runner.step(enter, np.array([20, 22, 50, 51], dtype=np.int32))
+    result = runner.step(StepPlan(row_slots=[0, 1]), None)
+    assert (list(result.slots), sorted(result.failed_slots)) == ([], [0, 1])
+    assert all(bool(torch.isfinite(layer).all()) for layer in kv_cache.layers)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.worker.batch_inputs import SampledRows
 from services.worker.sampler import sample
+from services.worker.sampling_table import SampledRows
 
 VOCAB = 1000
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from headrace.errors import ModelError, ProtocolError
 from headrace.service import ServiceContext
+from headrace.telemetry.metrics import WorkerMetrics
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import StepPlan
 from headrace.wire.envelope import int32_frame
@@ -23,7 +25,7 @@ from headrace.wire.fake import FakeNetwork, FakeWire
 from headrace.wire.session import Peer
 from headrace.wire.topology import SCHEDULER_BACKPLANE
 from services.worker.config import Settings
-from services.worker.service import WorkerService
+from services.worker.service import WorkerService, _count_drafts
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -129,6 +131,24 @@ async def test_plans_are_answered_in_order_and_counted(stage: Stage, plan: Plan)
     assert stage.service.load().num_running == 0
     assert stage.context.registry.get_sample_value("headrace_worker_tokens_total", {"phase": "prefill"}) == 2
     assert stage.context.registry.get_sample_value("headrace_worker_tokens_total", {"phase": "decode"}) == 6
+
+
+def test_drafts_are_counted_by_outcome_and_length() -> None:
+    registry = CollectorRegistry()
+    result = StepResult(slots=[4, 5, 6], token_ids=[1, 2, 3, 4, 5], num_tokens=[3, 1, 1], num_drafts=[4, 2, 0])
+    _count_drafts(WorkerMetrics(registry), result)
+    _count_drafts(WorkerMetrics(registry_of_others := CollectorRegistry()), StepResult(slots=[4], token_ids=[1], num_drafts=[2]))
+
+    def value(name: str, labels: dict[str, str] | None = None) -> float | None:
+        return registry.get_sample_value(f"headrace_worker_{name}", labels or {})
+
+    assert value("draft_tokens_total", {"outcome": "accepted"}) == 2
+    assert value("draft_tokens_total", {"outcome": "rejected"}) == 4
+    assert value("tokens_total", {"phase": "draft"}) == 6
+    assert (value("accept_length_tokens_count"), value("accept_length_tokens_sum")) == (2, 4)
+    assert value("accept_length_tokens_bucket", {"le": "1.0"}) == 1
+    # All wrong: the counts are not sent then.
+    assert registry_of_others.get_sample_value("headrace_worker_accept_length_tokens_sum") == 1
 
 
 async def test_lost_scheduler_takes_its_sequences_with_it(stage: Stage, plan: Plan) -> None:

@@ -40,11 +40,12 @@ def test_a_traced_sequence_leaves_queue_prefill_and_decode_without_a_gap() -> No
     spans.on_plan(StepPlan(row_slots=[3], row_num_new_tokens=[3]), now_unix_ns=160)
     spans.on_result(StepResult(slots=[3], token_ids=[5], finished_unix_ns=200))
     spans.on_result(StepResult(slots=[3], token_ids=[6], finished_unix_ns=220))
+    spans.on_result(StepResult(slots=[8, 3], token_ids=[6, 7, 8, 9], num_tokens=[1, 3], finished_unix_ns=230))
     spans.on_plan(StepPlan(freed_slots=[3]), now_unix_ns=300)
     found = {span.name: (span.start_time, span.end_time) for span in exporter.get_finished_spans()}
     assert found == {"queue scheduler-worker": (50, 100), "worker.prefill": (100, 200), "worker.decode": (200, 300)}
     decode = exporter.get_finished_spans()[-1]
-    assert decode.attributes["headrace.num_tokens"] == 2
+    assert decode.attributes["headrace.num_tokens"] == 5
     assert decode.parent.span_id == int("2" * 16, 16)
 
 
