@@ -20,8 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m-instruct"
 NUM_PREFIX_TOKENS = 1000
+NUM_SHARING, NUM_SHARED_TOKENS, NUM_OWN_TOKENS = 8, 1024, 32
 NUM_CONCURRENT = 64
 KV_CACHE_TOKENS = 3072
+NUM_OUTPUT_TOKENS = 192
+"""Seven pages with the prompt: all that have entered want many times what there is, though they arrive one by one."""
 TIE_GAP_MAX = 0.25
 """Logits, as in test_concurrency.py: a suffix computed alone is summed in another order than within its whole prompt."""
 
@@ -32,19 +35,25 @@ def scheduler_metrics() -> int:
 
 
 @pytest.fixture(scope="module")
-def small_server(model_store: Path, scheduler_metrics: int) -> Iterator[Server]:
+def worker_metrics() -> int:
+    return free_ports(1)[0]
+
+
+@pytest.fixture(scope="module")
+def small_server(model_store: Path, scheduler_metrics: int, worker_metrics: int) -> Iterator[Server]:
     """A server with few pages."""
     with Server(
         model_store,
         model_max_model_len=str(KV_CACHE_TOKENS),
         worker_kv_cache_tokens=str(KV_CACHE_TOKENS),
         telemetry_scheduler_metrics_port=str(scheduler_metrics),
+        telemetry_worker_metrics_port=str(worker_metrics),
     ) as server:
         yield server
 
 
 def metric(port: int, name: str) -> float:
-    """A sample of the scheduler's metrics."""
+    """A sample of a service's metrics."""
     lines = get(f"http://127.0.0.1:{port}/metrics").splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
@@ -100,6 +109,33 @@ def test_a_shared_prefix_is_computed_once(small_server: Server, default_model_di
         gap = TieJudge(default_model_directory).gap(long_messages(questions[0]), asked[0][1], again)
         print(f"the answers part at a gap of {gap:.3f} between float32 logits")
         assert gap <= TIE_GAP_MAX
+
+
+async def test_eight_at_once_compute_their_shared_prefix_once(small_server: Server, worker_metrics: int) -> None:
+    def num_prefilled() -> float:
+        return metric(worker_metrics, 'headrace_worker_tokens_total{phase="prefill"}')
+
+    prefix = [1000 + 3 * index for index in range(NUM_SHARED_TOKENS)]
+    before = num_prefilled()
+    async with openai.AsyncOpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        answers = await asyncio.gather(
+            *(
+                client.completions.create(
+                    model=MODEL,
+                    prompt=[*prefix, *range(5000 + 100 * own, 5000 + 100 * own + NUM_OWN_TOKENS)],
+                    max_tokens=4,
+                    extra_body={"ignore_eos": True},
+                )
+                for own in range(NUM_SHARING)
+            )
+        )
+    cached = []
+    for answer in answers:
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens or 0)
+    assert sorted(cached) == [0] + [NUM_SHARED_TOKENS] * (NUM_SHARING - 1)
+    assert num_prefilled() - before == NUM_SHARED_TOKENS + NUM_SHARING * NUM_OWN_TOKENS
 
 
 def num_cached(client: openai.OpenAI, **extra: Any) -> int:
@@ -163,15 +199,17 @@ async def test_too_few_pages_end_no_request(small_server: Server, scheduler_metr
             answer = await client.completions.create(
                 model=MODEL,
                 prompt=f"{index} little mills stood by the brook and",
-                temperature=0,
-                max_tokens=64,
+                # Greedy text of this prompt repeats itself: drafts would end the first requests before the last have come.
+                temperature=1,
+                seed=index,
+                max_tokens=NUM_OUTPUT_TOKENS,
                 extra_body={"ignore_eos": True},
             )
             assert answer.usage is not None
             return answer.usage.completion_tokens, len(answer.choices[0].text), answer.choices[0].finish_reason
 
         answers = await asyncio.gather(*(one(index) for index in range(NUM_CONCURRENT)))
-    assert [answer[0] for answer in answers] == [64] * NUM_CONCURRENT
+    assert [answer[0] for answer in answers] == [NUM_OUTPUT_TOKENS] * NUM_CONCURRENT
     assert all(length > 0 and reason == "length" for _, length, reason in answers)
     num_preempted = metric(scheduler_metrics, "headrace_preemptions_total") - num_preempted_before
     print(f"\n{num_preempted:.0f} preemptions for {NUM_CONCURRENT} requests")
