@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headrace.errors import HeadraceError
+from services.router.generation import OutputPiece
 
 if TYPE_CHECKING:
     from services.router.open_request import OpenRequest
@@ -72,9 +73,7 @@ class Deliver:
     """Give the client new output."""
 
     request: OpenRequest
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
+    piece: OutputPiece
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from services.router.actions import (
     ShareTokens,
 )
 from services.router.directory import Directory
+from services.router.generation import OutputPiece
 from services.router.open_request import OpenRequest
 from services.router.places import DETOKENIZER
 from services.router.streams import Streams
@@ -61,7 +62,7 @@ class Reader(Protocol):
         """The prompt's tokens are known; called only for a request of several choices."""
         ...
 
-    def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+    def deliver(self, piece: OutputPiece) -> None:
         """New output."""
         ...
 
@@ -92,7 +93,7 @@ class Courier:
         while queue:
             action = queue.popleft()
             if isinstance(action, Deliver):
-                self.readers[action.request.request_id].deliver(action.text, action.token_ids, action.finish_reason)
+                self.readers[action.request.request_id].deliver(action.piece)
             elif isinstance(action, End):
                 self.readers.pop(action.request.request_id).end(action.error)
             elif isinstance(action, ShareTokens):

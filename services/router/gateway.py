@@ -68,10 +68,10 @@ class _Choice:
         """The prompt's tokens are known."""
         self._stream.open_others()
 
-    def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+    def deliver(self, piece: OutputPiece) -> None:
         """New output from the core."""
-        self.finish_reason = finish_reason
-        self._stream.put(text, token_ids, finish_reason, self._index)
+        self.finish_reason = piece.finish_reason
+        self._stream.put(piece, self._index)
 
     def end(self, error: HeadraceError | None) -> None:
         """The request is over."""
@@ -116,6 +116,11 @@ class ClientStream:
         """Prompt tokens whose KV was reused, for whichever choice they were fewest: those of others may be the first one's."""
         return min(choice.request.num_cached_tokens for choice in self._choices)
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens made so far that were reasoning, over all choices."""
+        return sum(choice.request.read.num_reasoning_tokens for choice in self._choices)
+
     async def next(self) -> OutputPiece:
         """All output of one choice since it was last given, waiting for some."""
         self.buffer.come_back()
@@ -145,9 +150,9 @@ class ClientStream:
         for choice in self._choices:
             self._gateway.backplane.end(choice.request.request_id, error)
 
-    def put(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None, choice: int) -> None:
+    def put(self, piece: OutputPiece, choice: int) -> None:
         """New output of a choice."""
-        self.buffer.put(text, token_ids, finish_reason, choice)
+        self.buffer.put(piece, choice)
         self._wake_reader()
         if self.buffer.is_over_limit:
             self._gateway.cut_off(self)
@@ -198,9 +203,9 @@ class _TokenizerCall:
     def share_tokens(self) -> None:
         """There are no choices here."""
 
-    def deliver(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None) -> None:
+    def deliver(self, piece: OutputPiece) -> None:
         """The text of a detokenize call."""
-        self.text = text
+        self.text = piece.text
 
     def end(self, error: HeadraceError | None) -> None:
         """The call is over."""

@@ -5,9 +5,9 @@ Protocol layers (http/, grpc/) make these and read these; nothing here knows HTT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,57 @@ class TokenPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an assistant's turn made; `arguments` is JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; `parameters` is the JSON Schema of its arguments, None when it has none."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    is_strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """What the model must do with its tools: "auto", "none", "required", or "named" with the tool's name."""
+
+    kind: Literal["auto", "none", "required", "named"] = "auto"
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningOptions:
+    """What becomes of the model's reasoning.
+
+    Attributes:
+        is_separate: Told apart from the text; else left in it.
+        is_streamed: Given as it is made; else whole, before the first text.
+        budget_tokens: Most tokens of it, then the block is closed; None for no limit.
+    """
+
+    is_separate: bool = True
+    is_streamed: bool = True
+    budget_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatTurn:
-    """One turn of a conversation."""
+    """One turn of a conversation. `tool_calls` and `reasoning` are an assistant's, `tool_call_id` a tool's."""
 
     role: str
     content: str
     name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +93,9 @@ class ConversationPrompt:
     turns: tuple[ChatTurn, ...]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools: tuple[Tool, ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables for the template, JSON values by name."""
 
 
 SPECULATIVE_METHODS: Final = ("off", "ngram", "auto")
@@ -107,6 +155,24 @@ class GenerationRequest:
     cache_namespace: str = ""
     num_choices: int = 1
     speculative: Speculative = field(default_factory=Speculative)
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    reasoning: ReasoningOptions = ReasoningOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormats:
+    """How a model writes tool calls and reasoning; an empty name is no format.
+
+    Attributes:
+        starts_in_reasoning: The prompt ends inside a reasoning block.
+        reasoning_end_token_ids: Tokens that close one; none where it cannot be closed from outside.
+    """
+
+    tool_format: str = ""
+    reasoning_format: str = ""
+    starts_in_reasoning: bool = False
+    reasoning_end_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +183,30 @@ class EncodedPrompt:
     max_model_len: int = 0
     eos_token_ids: tuple[int, ...] = ()
     defaults: Sampling = field(default_factory=Sampling)
+    formats: OutputFormats = OutputFormats()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A new part of a tool call. The first of a call has `id` and `name`; `arguments` are characters of JSON that follow on."""
+
+    index: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputPiece:
-    """New output of one choice. Its last piece has a finish reason, "stop" or "length"."""
+    """New output of one choice: reasoning, then text, then tool calls. Its last piece has a finish reason: "stop", "length", or
+    "tool_calls" when it stopped and made some."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     choice: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +260,11 @@ class OutputStream(Protocol):
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens whose KV was reused."""
+        ...
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens made so far that were reasoning, over all choices."""
         ...
 
     async def next(self) -> OutputPiece:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,14 +17,19 @@ from headrace.v1 import router_pb2 as router
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import tokenizer_pb2 as tokenizer
 from services.router.generation import (
+    ChatTurn,
     ConversationPrompt,
     EncodedPrompt,
+    GenerationRequest,
     ModelOffer,
+    OutputFormats,
     Prompt,
     Sampling,
     TextPrompt,
     TokenArray,
     TokenPrompt,
+    Tool,
+    ToolCallDelta,
 )
 from services.router.limits import seed_bits
 from services.router.open_request import Kind, OpenRequest, Output
@@ -74,13 +80,41 @@ def _fill_prompt(body: tokenizer.Tokenize, prompt: Prompt) -> list[TokenArray]:
         case ConversationPrompt():
             body.chat.add_generation_prompt = prompt.add_generation_prompt
             body.chat.continue_final_message = prompt.continue_final_message
-            body.chat.messages.extend(
-                tokenizer.ChatMessage(role=turn.role, content=turn.content, name=turn.name) for turn in prompt.turns
-            )
+            body.chat.messages.extend(_chat_message(turn) for turn in prompt.turns)
+            if prompt.tools:
+                body.chat.tools = tools_json(prompt.tools)
+            if prompt.template_kwargs:
+                body.chat.template_kwargs = json.dumps(prompt.template_kwargs, ensure_ascii=False)
         case TokenPrompt():
             body.num_token_ids = prompt.token_ids.size
             return [prompt.token_ids]
     return []
+
+
+def _chat_message(turn: ChatTurn) -> tokenizer.ChatMessage:
+    message = tokenizer.ChatMessage(
+        role=turn.role, content=turn.content, name=turn.name, tool_call_id=turn.tool_call_id, reasoning=turn.reasoning
+    )
+    if turn.tool_calls:
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in turn.tool_calls
+        ]
+        message.tool_calls = json.dumps(calls, ensure_ascii=False)
+    return message
+
+
+def tools_json(tools: tuple[Tool, ...]) -> str:
+    """Tools as the wire carries them: OpenAI's form, which chat templates expect."""
+    functions: list[dict[str, object]] = []
+    for tool in tools:
+        function: dict[str, object] = {"name": tool.name}
+        if tool.description:
+            function["description"] = tool.description
+        if tool.parameters is not None:
+            function["parameters"] = tool.parameters
+        functions.append({"type": "function", "function": function})
+    return json.dumps(functions, ensure_ascii=False)
 
 
 def open_stream(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
@@ -94,9 +128,50 @@ def open_stream(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
         stopping=_stopping(request, with_stop_strings=True),
         skip_special_tokens=request.generation.skip_special_tokens,
         num_output_tokens=outputs.size,
-        num_sent_chars=request.num_sent_chars,
+        num_sent_chars=request.read.num_chars,
     )
+    reading = _reading(request.generation, encoded.formats)
+    if reading is not None:
+        body.reading.CopyFrom(reading)
+        body.sent.CopyFrom(
+            detokenizer.SentOutput(
+                num_reasoning_chars=request.read.num_reasoning_chars,
+                num_tool_calls=request.read.num_tool_calls,
+                num_argument_chars=request.read.num_argument_chars,
+            )
+        )
     return "open_stream", body, [np.concatenate((encoded.token_ids[-PROMPT_TAIL_TOKENS:], outputs))]
+
+
+REQUIRED_CALLS_FORMAT = "json"
+"""How calls are written where a grammar makes the model write them: a JSON array of calls and nothing else."""
+
+
+def _reading(generation: GenerationRequest, formats: OutputFormats) -> detokenizer.OutputReading | None:
+    """How a detokenizer is to read the output; None where it is only text."""
+    prompt = generation.prompt
+    if not isinstance(prompt, ConversationPrompt):
+        return None
+    wants_tools = bool(prompt.tools) and generation.tool_choice.kind != "none"
+    is_forced = wants_tools and generation.tool_choice.kind != "auto"
+    wire = common.OutputFormats()
+    if is_forced:
+        # The grammar holds from the first token on, so there is no reasoning before the calls.
+        wire.tool_format = REQUIRED_CALLS_FORMAT
+    else:
+        wire.tool_format = formats.tool_format if wants_tools else ""
+        wire.reasoning_format = formats.reasoning_format
+        wire.starts_in_reasoning = formats.starts_in_reasoning
+    if not wire.tool_format and not wire.reasoning_format:
+        return None
+    options = generation.reasoning
+    return detokenizer.OutputReading(
+        formats=wire,
+        tools=tools_json(prompt.tools) if wire.tool_format else "",
+        keeps_reasoning_in_text=not options.is_separate,
+        holds_reasoning=not options.is_streamed,
+        reasoning_budget=options.budget_tokens,
+    )
 
 
 def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: scheduler.DetokenizerTarget) -> WorkMessage:
@@ -195,6 +270,12 @@ def encoded_prompt(reply: tokenizer.TokenizeReply, tokens: TokenArray) -> Encode
             top_k=defaults.top_k if defaults.HasField("top_k") else None,
             min_p=defaults.min_p if defaults.HasField("min_p") else None,
         ),
+        formats=OutputFormats(
+            reply.formats.tool_format,
+            reply.formats.reasoning_format,
+            reply.formats.starts_in_reasoning,
+            tuple(reply.formats.reasoning_end_token_ids),
+        ),
     )
 
 
@@ -213,11 +294,40 @@ def outputs(deltas: router.OutputDeltas) -> Iterator[tuple[int, Output]]:
     positions, texts = deltas.first_positions, deltas.texts
     if not num == len(counts) == len(finish) == len(cached) == len(positions) == len(texts) or sum(counts) != len(tokens):
         raise ProtocolError(f"OutputDeltas of {num} streams with arrays of other lengths")
+    readings = _readings(deltas, num)
     start = 0
     for index in range(num):
         end = start + counts[index]
-        yield stream_ids[index], Output(positions[index], tuple(tokens[start:end]), texts[index], finish[index], cached[index])
+        output = Output(positions[index], tuple(tokens[start:end]), texts[index], finish[index], cached[index])
+        if readings is not None:
+            output.reasoning, output.num_reasoning_tokens, output.tool_calls = readings[index]
+        yield stream_ids[index], output
         start = end
+
+
+_Reading = tuple[str, int, tuple[ToolCallDelta, ...]]
+
+
+def _readings(deltas: router.OutputDeltas, num: int) -> list[_Reading] | None:
+    """Reasoning and tool calls by stream; None where there are none, as in most messages."""
+    if not deltas.num_reasoning_tokens and not deltas.HasField("tool_calls"):
+        return None
+    reasonings = list(deltas.reasonings) or [""] * num
+    num_tokens = list(deltas.num_reasoning_tokens) or [0] * num
+    calls = deltas.tool_calls
+    counts = list(calls.num_deltas) or [0] * num
+    parts = [
+        ToolCallDelta(index, arguments, id_, name)
+        for index, arguments, id_, name in zip(calls.indexes, calls.arguments, calls.ids, calls.names, strict=False)
+    ]
+    lengths = {len(calls.indexes), len(calls.names), len(calls.arguments), len(calls.ids), sum(counts)}
+    if not num == len(reasonings) == len(num_tokens) == len(counts) or lengths != {len(parts)}:
+        raise ProtocolError(f"OutputDeltas of {num} streams with reasoning or tool calls of other lengths")
+    found, start = [], 0
+    for index, count in enumerate(counts):
+        found.append((reasonings[index], num_tokens[index], tuple(parts[start : start + count])))
+        start += count
+    return found
 
 
 def offers(models: tuple[common.ModelInfo, ...]) -> tuple[ModelOffer, ...]:

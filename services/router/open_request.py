@@ -45,7 +45,7 @@ from services.router.actions import (
     SendWork,
     ShareTokens,
 )
-from services.router.generation import EncodedPrompt, GenerationRequest
+from services.router.generation import EncodedPrompt, GenerationRequest, OutputPiece, ToolCallDelta
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, Placement, Places
 from services.router.prefix_directory import CachePrompt
 
@@ -100,6 +100,31 @@ class Output:
     text: str
     finish_reason: int = 0
     num_cached_tokens: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    num_reasoning_tokens: int = 0
+    """Of all output so far."""
+
+
+@dataclass(slots=True)
+class ReadOutput:
+    """How much of the output's text has come, by what it was read as."""
+
+    num_chars: int = 0
+    num_reasoning_chars: int = 0
+    num_tool_calls: int = 0
+    num_argument_chars: int = 0
+    num_reasoning_tokens: int = 0
+
+    def add(self, output: Output) -> None:
+        """Count what has come."""
+        self.num_chars += len(output.text)
+        if output.num_reasoning_tokens:
+            self.num_reasoning_tokens = output.num_reasoning_tokens
+            self.num_reasoning_chars += len(output.reasoning)
+        if output.tool_calls:
+            self.num_tool_calls = max(self.num_tool_calls, output.tool_calls[-1].index + 1)
+            self.num_argument_chars += sum(len(delta.arguments) for delta in output.tool_calls)
 
 
 class OpenRequest:
@@ -127,7 +152,7 @@ class OpenRequest:
         self.places = Places(placement, generation.model, move_delay_ns=patience.move_delay_ns)
         self.encoded: EncodedPrompt | None = None
         self.output_tokens = array("i")
-        self.num_sent_chars = 0
+        self.read = ReadOutput()
         self.num_cached_tokens = 0
         self.num_moves = 0
         # The choice whose tokens it has, if it is another one of the same client request.
@@ -202,7 +227,7 @@ class OpenRequest:
         self.places.drop(TOKENIZER)
         self._heard_ns = now_ns
         if isinstance(answer, str):
-            return [Deliver(self, answer, (), "stop"), *self.end(None)]
+            return [Deliver(self, OutputPiece(answer, (), "stop")), *self.end(None)]
         self.encoded = answer
         if self.kind is not Kind.GENERATE:
             return self.end(None)
@@ -271,14 +296,18 @@ class OpenRequest:
         self.stage = Stage.STREAMING
         self._heard_ns = now_ns
         self.output_tokens.extend(output.token_ids)
-        self.num_sent_chars += len(output.text)
+        self.read.add(output)
         if output.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
-        if reason in _FINISH_NAMES:
-            return [Deliver(self, output.text, output.token_ids, _FINISH_NAMES[reason]), *self.end(None)]
-        if reason:
+        if not reason:
+            return [Deliver(self, _piece(output, None))]
+        if reason not in _FINISH_NAMES:
             return self.end(RequestAbortedError("the request was aborted by an operator"))
-        return [Deliver(self, output.text, output.token_ids, None)]
+        name = _FINISH_NAMES[reason]
+        return [
+            Deliver(self, _piece(output, "tool_calls" if name == "stop" and self.read.num_tool_calls else name)),
+            *self.end(None),
+        ]
 
     def on_gap(self, peer: int, expected_position: int) -> list[Action]:
         """The detokenizer missed tokens: the scheduler sends them again."""
@@ -337,6 +366,10 @@ class OpenRequest:
                 actions.append(SendCloseStream(self.stream_id, self._held[DETOKENIZER]))
         self.places.drop_all()
         return [*actions, End(self, error)]
+
+
+def _piece(output: Output, finish_reason: str | None) -> OutputPiece:
+    return OutputPiece(output.text, output.token_ids, finish_reason, reasoning=output.reasoning, tool_calls=output.tool_calls)
 
 
 def begin_beside(request: OpenRequest, first: OpenRequest) -> None:

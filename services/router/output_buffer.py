@@ -6,10 +6,11 @@ chunk a turn and never a queue of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from headrace.errors import HeadraceError, RequestAbortedError
-from services.router.generation import OutputPiece
+from services.router.generation import OutputPiece, ToolCallDelta
 
 
 @dataclass(slots=True)
@@ -19,6 +20,9 @@ class _Unread:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    reasonings: list[str] = field(default_factory=list)
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    num_chars: int = 0
 
 
 class OutputBuffer:
@@ -46,16 +50,24 @@ class OutputBuffer:
         """Whether the reader took something long ago and has not come back since."""
         return self._busy_since_ns is not None and now_ns - self._busy_since_ns >= timeout_ns
 
-    def put(self, text: str, token_ids: tuple[int, ...], finish_reason: str | None, choice: int = 0) -> None:
-        """Add new output."""
+    def put(self, piece: OutputPiece, choice: int = 0) -> None:
+        """Add new output of a choice."""
         unread = self._unread.get(choice)
         if unread is None:
             unread = self._unread[choice] = _Unread()
-        if text:
-            unread.texts.append(text)
-            self._num_chars += len(text)
-        unread.token_ids.extend(token_ids)
-        unread.finish_reason = finish_reason
+        num_chars = len(piece.text)
+        if piece.text:
+            unread.texts.append(piece.text)
+        if piece.reasoning:
+            unread.reasonings.append(piece.reasoning)
+            num_chars += len(piece.reasoning)
+        if piece.tool_calls:
+            unread.tool_calls.extend(piece.tool_calls)
+            num_chars += sum(len(delta.name) + len(delta.arguments) for delta in piece.tool_calls)
+        unread.num_chars += num_chars
+        self._num_chars += num_chars
+        unread.token_ids.extend(piece.token_ids)
+        unread.finish_reason = piece.finish_reason
 
     def fail(self, error: HeadraceError) -> None:
         """The request ended without its full output; what came before is still given."""
@@ -75,7 +87,24 @@ class OutputBuffer:
             raise self._error if self._error is not None else RequestAbortedError("the output was read to its end")
         choice = next(iter(self._unread))
         unread = self._unread.pop(choice)
-        text = "".join(unread.texts)
-        self._num_chars -= len(text)
+        self._num_chars -= unread.num_chars
         self._busy_since_ns = now_ns
-        return OutputPiece(text, tuple(unread.token_ids), unread.finish_reason, choice)
+        return OutputPiece(
+            "".join(unread.texts),
+            tuple(unread.token_ids),
+            unread.finish_reason,
+            choice,
+            "".join(unread.reasonings),
+            merged_deltas(unread.tool_calls),
+        )
+
+
+def merged_deltas(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    """The same parts of tool calls, with parts of one call that follow each other run together."""
+    merged: list[ToolCallDelta] = []
+    for delta in deltas:
+        if merged and merged[-1].index == delta.index and not delta.name:
+            merged[-1] = replace(merged[-1], arguments=merged[-1].arguments + delta.arguments)
+        else:
+            merged.append(delta)
+    return tuple(merged)

@@ -59,7 +59,11 @@ _STATUSES: tuple[tuple[type[HeadraceError], grpc.StatusCode], ...] = (
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (ReplicaDeadError, grpc.StatusCode.UNAVAILABLE),
 )
-_FINISH_REASONS = {"stop": common.FINISH_REASON_STOP, "length": common.FINISH_REASON_LENGTH}
+_FINISH_REASONS = {
+    "stop": common.FINISH_REASON_STOP,
+    "tool_calls": common.FINISH_REASON_STOP,
+    "length": common.FINISH_REASON_LENGTH,
+}
 _SPECULATIVE_METHODS: dict[int, str | None] = {
     common.SPECULATIVE_METHOD_UNSPECIFIED: None,
     common.SPECULATIVE_METHOD_OFF: "off",

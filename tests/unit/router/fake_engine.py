@@ -19,6 +19,7 @@ class FakeStream:
     model = "m"
     num_prompt_tokens = 3
     num_cached_tokens = 1
+    num_reasoning_tokens = 0
 
     def __init__(self, script: Sequence[Step]) -> None:
         self.num_output_tokens = 0

@@ -9,7 +9,7 @@ import pytest
 from headrace.errors import OverloadedError, RequestFailedError
 from services.router.admission import Admission
 from services.router.directory import Directory, Instance, Report
-from services.router.generation import ModelOffer, OutputPiece
+from services.router.generation import ModelOffer, OutputPiece, ToolCallDelta
 from services.router.output_buffer import OutputBuffer
 from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import Candidate, least_loaded, round_robin
@@ -151,10 +151,10 @@ def test_what_many_choices_wait_for_is_the_time_in_which_as_many_end() -> None:
 
 def test_output_is_merged_while_the_reader_is_away() -> None:
     buffer = OutputBuffer(100)
-    buffer.put("a", (1,), None)
+    buffer.put(OutputPiece("a", (1,)))
     assert buffer.take(0).text == "a"
-    buffer.put("b", (2,), None)
-    buffer.put("c", (3,), "stop")
+    buffer.put(OutputPiece("b", (2,)))
+    buffer.put(OutputPiece("c", (3,), "stop"))
     buffer.fail(RequestFailedError("late"))
     piece = buffer.take(0)
     assert (piece.text, piece.token_ids, piece.finish_reason) == ("bc", (2, 3), "stop")
@@ -165,13 +165,13 @@ def test_output_is_merged_while_the_reader_is_away() -> None:
 def test_choices_are_merged_each_by_itself_and_come_in_turn() -> None:
     buffer = OutputBuffer(100)
     for choice, text in [(0, "a"), (1, "x"), (0, "b"), (2, "q")]:
-        buffer.put(text, (ord(text),), None, choice)
+        buffer.put(OutputPiece(text, (ord(text),)), choice)
     assert [buffer.take(0) for _ in range(2)] == [OutputPiece("ab", (97, 98), None, 0), OutputPiece("x", (120,), None, 1)]
-    buffer.put("c", (99,), "stop", 0)
+    buffer.put(OutputPiece("c", (99,), "stop"), 0)
     assert [buffer.take(0).choice for _ in range(2)] == [2, 0]
     assert not buffer.is_ready
-    buffer.put("12345", (), None, 1)
-    buffer.put("x" * 96, (), None, 0)
+    buffer.put(OutputPiece("12345", ()), 1)
+    buffer.put(OutputPiece("x" * 96, ()), 0)
     assert buffer.is_over_limit
     buffer.take(0)
     assert not buffer.is_over_limit
@@ -180,10 +180,23 @@ def test_choices_are_merged_each_by_itself_and_come_in_turn() -> None:
 def test_a_reader_that_does_not_come_back_is_stuck_and_unread_output_is_bounded() -> None:
     buffer = OutputBuffer(2)
     assert not buffer.is_reader_stuck(10**12, 1)
-    buffer.put("abc", (1,), None)
+    buffer.put(OutputPiece("abc", (1,)))
     assert buffer.is_over_limit
     buffer.take(0)
     assert not buffer.is_over_limit
     assert buffer.is_reader_stuck(30, 30)
     buffer.come_back()
     assert not buffer.is_reader_stuck(60, 30)
+
+
+def test_a_buffer_runs_parts_of_a_tool_call_together() -> None:
+    buffer = OutputBuffer(100)
+    buffer.put(OutputPiece("", (1,), reasoning="why", tool_calls=(ToolCallDelta(0, '{"a"', "id0", "f"),)))
+    buffer.put(OutputPiece("", (2,), reasoning="?", tool_calls=(ToolCallDelta(0, ": 1}"), ToolCallDelta(1, "", "id1", "g"))))
+    piece = buffer.take(0)
+    assert piece.reasoning == "why?"
+    assert piece.tool_calls == (ToolCallDelta(0, '{"a": 1}', "id0", "f"), ToolCallDelta(1, "", "id1", "g"))
+    buffer.put(OutputPiece("", (), tool_calls=(ToolCallDelta(0, "x" * 100),)))
+    assert not buffer.is_over_limit
+    buffer.put(OutputPiece("", (), reasoning="y"))
+    assert buffer.is_over_limit

@@ -31,7 +31,7 @@ from services.router.actions import (
     ShareTokens,
 )
 from services.router.directory import Directory, Instance
-from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, TextPrompt
+from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, OutputPiece, TextPrompt
 from services.router.open_request import Kind, OpenRequest, Output, Patience, begin_beside
 from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import least_loaded
@@ -94,9 +94,9 @@ def test_the_stages_follow_each_other_and_the_stream_is_open_before_the_submit()
     actions = bench.request.on_tokenized(10, PROMPT, SECOND)
     assert kinds(actions) == [SendOpenStream, SendSubmit]
     actions = bench.request.on_output(30, Output(0, (1,), "hi"), SECOND)
-    assert actions == [Deliver(bench.request, "hi", (1,), None)]
+    assert actions == [Deliver(bench.request, OutputPiece("hi", (1,)))]
     actions = bench.request.on_output(30, Output(1, (2,), "!", FINISH_REASON_STOP), SECOND)
-    assert actions == [Deliver(bench.request, "!", (2,), "stop"), End(bench.request, None)]
+    assert actions == [Deliver(bench.request, OutputPiece("!", (2,), "stop")), End(bench.request, None)]
 
 
 def test_other_choices_begin_with_the_tokens_of_the_first_and_at_its_scheduler() -> None:
@@ -147,7 +147,7 @@ def test_a_lost_detokenizer_is_replaced_and_the_scheduler_redirected_to_the_next
     bench = Bench()
     request = bench.stream()
     assert bench.lose(30) == [SendOpenStream(request, 31), SendRedirect(request, 20, 3)]
-    assert request.num_sent_chars == 3
+    assert request.read.num_chars == 3
     assert request.on_output(30, Output(3, (4,), "late"), SECOND) == []
 
 
@@ -338,6 +338,6 @@ def test_tokenize_and_detokenize_end_with_the_tokenizers_answer() -> None:
     detokenize = Bench(10, kind=Kind.DETOKENIZE)
     detokenize.request.advance(SECOND)
     assert detokenize.request.on_tokenized(10, "hello", SECOND) == [
-        Deliver(detokenize.request, "hello", (), "stop"),
+        Deliver(detokenize.request, OutputPiece("hello", (), "stop")),
         End(detokenize.request, None),
     ]

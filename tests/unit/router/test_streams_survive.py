@@ -176,7 +176,7 @@ class World:
             if isinstance(action, Deliver):
                 request_id = action.request.request_id
                 assert not self.ends[request_id], "output after the end"
-                self.texts[request_id] += action.text
+                self.texts[request_id] += action.piece.text
             elif isinstance(action, End):
                 self.ends[action.request.request_id].append(action.error)
             elif isinstance(action, ShareTokens):
