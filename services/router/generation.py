@@ -140,6 +140,26 @@ class Speculative:
     num_tokens: int | None = None
 
 
+CONSTRAINT_KINDS: Final = ("json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag")
+"""Languages of constraints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an output must be.
+
+    Attributes:
+        kind: One of `CONSTRAINT_KINDS`.
+        source: A JSON schema, a regular expression, a grammar (GBNF or Lark), a JSON array of choices, or a structural tag in JSON;
+            empty for any JSON object.
+        param: The field of the client's request that it came from, for errors.
+    """
+
+    kind: str
+    source: str = ""
+    param: str = "response_format"
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A checked request for one sequence, or several choices of the same prompt."""
@@ -155,6 +175,7 @@ class GenerationRequest:
     cache_namespace: str = ""
     num_choices: int = 1
     speculative: Speculative = field(default_factory=Speculative)
+    constraint: Constraint | None = None
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
     reasoning: ReasoningOptions = ReasoningOptions()

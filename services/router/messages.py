@@ -18,6 +18,7 @@ from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import tokenizer_pb2 as tokenizer
 from services.router.generation import (
     ChatTurn,
+    Constraint,
     ConversationPrompt,
     EncodedPrompt,
     GenerationRequest,
@@ -42,6 +43,15 @@ _SPECULATIVE_METHODS = {
     "off": common.SPECULATIVE_METHOD_OFF,
     "ngram": common.SPECULATIVE_METHOD_NGRAM,
     "auto": common.SPECULATIVE_METHOD_AUTO,
+}
+
+_CONSTRAINT_KINDS = {
+    "json_schema": common.CONSTRAINT_KIND_JSON_SCHEMA,
+    "json_object": common.CONSTRAINT_KIND_JSON_OBJECT,
+    "regex": common.CONSTRAINT_KIND_REGEX,
+    "ebnf": common.CONSTRAINT_KIND_EBNF,
+    "choice": common.CONSTRAINT_KIND_CHOICE,
+    "structural_tag": common.CONSTRAINT_KIND_STRUCTURAL_TAG,
 }
 
 WorkMessage = tuple[str, Message, list[TokenArray]]
@@ -69,6 +79,9 @@ def tokenize(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
     body = tokenizer.Tokenize(work=work, model=generation.model, skip_length_check=request.kind is Kind.TOKENIZE)
     if generation.stopping.max_tokens is not None:
         body.max_tokens = generation.stopping.max_tokens
+    if generation.constraint is not None:
+        body.constraint.CopyFrom(_constraint(generation.constraint))
+        body.constraint_param = generation.constraint.param
     return "tokenize", body, _fill_prompt(body, generation.prompt)
 
 
@@ -207,7 +220,13 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         body.speculative.method = _SPECULATIVE_METHODS[speculative.method]
     if speculative.num_tokens is not None:
         body.speculative.num_speculative_tokens = speculative.num_tokens
+    if request.generation.constraint is not None:
+        body.constraint.CopyFrom(_constraint(request.generation.constraint))
     return "submit", body, [tokens]
+
+
+def _constraint(constraint: Constraint) -> common.Constraint:
+    return common.Constraint(kind=_CONSTRAINT_KINDS[constraint.kind], source=constraint.source)
 
 
 def lane_news(body: router.CacheEvents) -> LaneNews:

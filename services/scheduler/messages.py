@@ -125,7 +125,8 @@ def sequence(
         sampling=submit.sampling,
         speculative=submit.speculative if submit.HasField("speculative") else None,
         wants_drafts=submit.HasField("speculative") and submit.speculative.method != common.SPECULATIVE_METHOD_OFF,
-        num_drafts_asked=_num_drafts_asked(submit.speculative),
+        num_drafts_asked=_num_drafts_asked(submit),
+        constraint=submit.constraint if submit.HasField("constraint") else None,
         tenant=submit.tenant,
         priority=submit.priority,
         namespace=submit.cache_namespace,
@@ -135,8 +136,10 @@ def sequence(
     )
 
 
-def _num_drafts_asked(speculative: common.SpeculativeParams) -> int | None:
-    if speculative.method == common.SPECULATIVE_METHOD_OFF:
+def _num_drafts_asked(submit: scheduler.Submit) -> int | None:
+    speculative = submit.speculative
+    # What a draft may be depends on the drafts before it: the worker's matchers do not go there.
+    if submit.HasField("constraint") or speculative.method == common.SPECULATIVE_METHOD_OFF:
         return 0
     return speculative.num_speculative_tokens if speculative.HasField("num_speculative_tokens") else None
 
@@ -161,6 +164,9 @@ def step_plan(plan: StepPlan, works: Items[common.WorkHeader]) -> tuple[worker.S
         assert isinstance(new.sampling, common.SamplingParams)
         entry = body.new_sequences.add(slot=new.slot, work=work, num_tokens=new.num_tokens, num_cached_tokens=new.num_reused_tokens)
         entry.sampling.CopyFrom(new.sampling)
+        if isinstance(new.constraint, common.Constraint):
+            entry.constrained.constraint.CopyFrom(new.constraint)
+            entry.constrained.num_output_tokens = new.num_output_tokens
         if new.max_num_drafts:
             entry.max_num_drafts, entry.max_num_tokens = new.max_num_drafts, new.max_num_tokens
             entry.num_foretold_tokens = len(new.foretold)

@@ -66,6 +66,7 @@ class Sequence:
         target: Detokenizer its tokens go to.
         sampling: Sampling parameters, handed through to the worker unread.
         speculative: How it may be speculated on, likewise.
+        constraint: What its output must be, likewise; None for anything.
         wants_drafts: It was asked that it be.
         num_drafts_asked: Most drafts of a step; None for as many as its lane verifies.
         trace: Trace state of the shell, never looked at here.
@@ -87,6 +88,7 @@ class Sequence:
     target: Target
     sampling: object = None
     speculative: object = None
+    constraint: object = None
     wants_drafts: bool = False
     num_drafts_asked: int | None = None
     trace: object = None

@@ -153,6 +153,8 @@ def usage_of(stream: OutputStream) -> inference.Usage:
 def _generation(
     message: inference.GenerateRequest | inference.ChatRequest, prompt: Prompt, *, skip_special_tokens: bool
 ) -> GenerationRequest:
+    if message.HasField("constraint"):
+        raise InvalidRequestError("constraint is not supported yet: leave it out", param="constraint")
     asked, stops = message.sampling, message.stopping
     sampling = Sampling(
         temperature=_optional(asked, "temperature", None),

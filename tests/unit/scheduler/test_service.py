@@ -137,6 +137,22 @@ async def test_a_worker_that_forgot_a_sequence_gets_it_again(tmp_path: Path) -> 
     assert world.detokenizer.stream(1) == (outputs([1, 2, 3], 8), common.FINISH_REASON_LENGTH)
 
 
+async def test_a_constraint_reaches_every_worker_that_gets_the_sequence(tmp_path: Path) -> None:
+    world = await World.make(tmp_path)
+    first = await world.join("worker-0")
+    first.is_held = True
+    regex = common.Constraint(kind=common.CONSTRAINT_KIND_REGEX, source="[0-9]+")
+    tokens = [1, 2, 3, *outputs([1, 2, 3], 2).values()]
+    await world.submit(tokens=tokens, num_output_tokens=2, constraint=regex, stopping=common.StoppingParams(max_tokens=9))
+    first.fail_next = scheduler.ROW_ERROR_UNKNOWN_SLOT
+    first.go_on()
+    await world.settle()
+    entered = [new for plan in first.bodies("step_plan") for new in plan.new_sequences]
+    assert [new.constrained.constraint for new in entered] == [regex, regex]
+    assert [new.constrained.num_output_tokens for new in entered] == [2, 2]
+    assert world.detokenizer.stream(1)[1] == common.FINISH_REASON_LENGTH
+
+
 async def test_a_failed_row_ends_its_request_alone(tmp_path: Path) -> None:
     world = await World.make(tmp_path)
     worker = await world.join()
