@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +113,10 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,11 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A checked request for one sequence, or several choices of the same prompt."""
+    """A checked request for one sequence, or several choices of the same prompt.
+
+    `logprobs` and `prompt_logprobs` are how many of the likeliest tokens are told beside each token of output and prompt; None for
+    no logprobs.
+    """
 
     model: str
     prompt: Prompt
@@ -179,6 +187,8 @@ class GenerationRequest:
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
     reasoning: ReasoningOptions = ReasoningOptions()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +227,30 @@ class ToolCallDelta:
     name: str = ""
 
 
+class LikelyToken(NamedTuple):
+    """A token that could have stood somewhere, its bytes, and the natural logarithm of its probability."""
+
+    token_id: int
+    text: bytes
+    logprob: float
+
+
+class TokenLogprob(NamedTuple):
+    """How likely a token was; None where that is not told, as for the first token of a prompt."""
+
+    token_id: int
+    text: bytes
+    logprob: float | None
+    top: tuple[LikelyToken, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class OutputPiece:
     """New output of one choice: reasoning, then text, then tool calls. Its last piece has a finish reason: "stop", "length", or
-    "tool_calls" when it stopped and made some."""
+    "tool_calls" when it stopped and made some.
+
+    Where logprobs were asked for there is one for each of `token_ids`, and the first piece of a choice has those of the prompt.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -228,6 +258,8 @@ class OutputPiece:
     choice: int = 0
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,12 @@ MAX_MESSAGES = 16384
 MAX_SALT_CHARS = 256
 MAX_SPECULATIVE_TOKENS = 64
 MAX_CHOICES = 128
+MAX_SEQUENCES = 1024
 MAX_PROMPT_TOKENS = 4 * 1024 * 1024
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_LOGPROBS = 20
 _SHOWN_CHARS = 60
 
 
@@ -58,6 +63,21 @@ def check_num_choices(param: str, num_choices: int) -> None:
     _check_int(param, num_choices, least=1, most=MAX_CHOICES)
 
 
+def check_best_of(best_of: int, num_choices: int, *, is_streaming: bool) -> None:
+    """Refuse to choose the best of fewer than are wanted, or while they are streamed."""
+    _check_int("best_of", best_of, least=num_choices, most=MAX_CHOICES)
+    if is_streaming:
+        refuse("best_of", f"n, {num_choices}, when stream is true", best_of)
+
+
+def check_num_sequences(num_prompts: int, num_choices: int) -> None:
+    """Refuse a request of too many outputs."""
+    if num_prompts * num_choices > MAX_SEQUENCES:
+        refuse(
+            "prompt", f"at most {MAX_SEQUENCES // num_choices} prompts with {num_choices} choices each", f"{num_prompts} of them"
+        )
+
+
 def check_priority(priority: int) -> None:
     """Refuse a priority out of range."""
     if not PRIORITY_MIN <= priority <= PRIORITY_MAX:
@@ -84,6 +104,29 @@ def check_sampling(sampling: Sampling) -> None:
     _check_int("top_k", sampling.top_k, least=-1, most=MAX_INT32)
     _check_float("min_p", sampling.min_p, least=0.0, most=1.0)
     _check_int("seed", sampling.seed, least=MIN_SEED, most=MAX_SEED)
+    _check_float("frequency_penalty", sampling.frequency_penalty, least=-MAX_PENALTY, most=MAX_PENALTY)
+    _check_float("presence_penalty", sampling.presence_penalty, least=-MAX_PENALTY, most=MAX_PENALTY)
+    _check_float("repetition_penalty", sampling.repetition_penalty, least=0.0, most=MAX_PENALTY, is_least_open=True)
+    _check_logit_bias(sampling.logit_bias)
+
+
+def _check_logit_bias(biases: tuple[tuple[int, float], ...]) -> None:
+    if len(biases) > MAX_BIASED_TOKENS:
+        refuse("logit_bias", f"of at most {MAX_BIASED_TOKENS} tokens", f"{len(biases)} of them")
+    named = set()
+    for token_id, bias in biases:
+        if not 0 <= token_id <= MAX_INT32:
+            refuse("logit_bias", f"of token ids in [0, {MAX_INT32}]", token_id)
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            refuse(f"logit_bias.{token_id}", f"in [{-MAX_BIAS:g}, {MAX_BIAS:g}]", bias)
+        if token_id in named:
+            refuse("logit_bias", "of tokens that are named once each", f"{token_id} twice")
+        named.add(token_id)
+
+
+def check_logprobs(param: str, num_top: int | None) -> None:
+    """Refuse to tell of more tokens than are worth sending."""
+    _check_int(param, num_top, least=0, most=MAX_LOGPROBS)
 
 
 def check_stopping(stopping: Stopping, *, max_tokens_param: str = "max_tokens") -> None:

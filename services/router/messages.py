@@ -16,6 +16,7 @@ from headrace.v1 import detokenizer_pb2 as detokenizer
 from headrace.v1 import router_pb2 as router
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import tokenizer_pb2 as tokenizer
+from services.router import logprobs
 from services.router.generation import (
     ChatTurn,
     Constraint,
@@ -206,6 +207,10 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             seed=seed,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=[common.LogitBias(token_id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
         ),
         stopping=_stopping(request, with_stop_strings=False),
         eos_token_ids=encoded.eos_token_ids,
@@ -214,6 +219,9 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         priority=request.generation.priority,
         cache_namespace=request.generation.cache_namespace,
         fork_group=request.fork_group,
+        logprobs=request.generation.logprobs,
+        # They come with the first output.
+        prompt_logprobs=None if request.output_tokens else request.generation.prompt_logprobs,
     )
     speculative = request.generation.speculative
     if speculative.method is not None:
@@ -258,6 +266,7 @@ def merged_sampling(asked: Sampling, defaults: Sampling) -> Sampling:
         top_p=first(asked.top_p, defaults.top_p, 1.0),
         top_k=int(first(asked.top_k, defaults.top_k, 0)),
         min_p=first(asked.min_p, defaults.min_p, 0.0),
+        repetition_penalty=first(asked.repetition_penalty, defaults.repetition_penalty, 1.0),
     )
 
 
@@ -288,6 +297,7 @@ def encoded_prompt(reply: tokenizer.TokenizeReply, tokens: TokenArray) -> Encode
             top_p=defaults.top_p if defaults.HasField("top_p") else None,
             top_k=defaults.top_k if defaults.HasField("top_k") else None,
             min_p=defaults.min_p if defaults.HasField("min_p") else None,
+            repetition_penalty=defaults.repetition_penalty if defaults.HasField("repetition_penalty") else None,
         ),
         formats=OutputFormats(
             reply.formats.tool_format,
@@ -309,6 +319,8 @@ def outputs(deltas: router.OutputDeltas) -> Iterator[tuple[int, Output]]:
     counts = list(deltas.num_tokens) or [1] * num
     finish: list[int] = [*deltas.finish_reasons] or [0] * num
     cached = list(deltas.num_cached_tokens) or [0] * num
+    told = logprobs.of_outputs(deltas) if deltas.HasField("logprobs") else {}
+    prompts = logprobs.of_prompts(deltas) if deltas.HasField("prompt_logprobs") else {}
     tokens = list(deltas.token_ids)
     positions, texts = deltas.first_positions, deltas.texts
     if not num == len(counts) == len(finish) == len(cached) == len(positions) == len(texts) or sum(counts) != len(tokens):
@@ -317,9 +329,14 @@ def outputs(deltas: router.OutputDeltas) -> Iterator[tuple[int, Output]]:
     start = 0
     for index in range(num):
         end = start + counts[index]
-        output = Output(positions[index], tuple(tokens[start:end]), texts[index], finish[index], cached[index])
+        ids = tuple(tokens[start:end])
+        output = Output(positions[index], ids, texts[index], finish[index], cached[index])
         if readings is not None:
             output.reasoning, output.num_reasoning_tokens, output.tool_calls = readings[index]
+        if index in told:
+            output.logprobs = logprobs.beside(ids, told[index])
+        if index in prompts:
+            output.prompt_logprobs = prompts[index]
         yield stream_ids[index], output
         start = end
 

@@ -45,7 +45,7 @@ from services.router.actions import (
     SendWork,
     ShareTokens,
 )
-from services.router.generation import EncodedPrompt, GenerationRequest, OutputPiece, ToolCallDelta
+from services.router.generation import EncodedPrompt, GenerationRequest, OutputPiece, TokenLogprob, ToolCallDelta
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, Placement, Places
 from services.router.prefix_directory import CachePrompt
 
@@ -104,6 +104,8 @@ class Output:
     tool_calls: tuple[ToolCallDelta, ...] = ()
     num_reasoning_tokens: int = 0
     """Of all output so far."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(slots=True)
@@ -369,7 +371,15 @@ class OpenRequest:
 
 
 def _piece(output: Output, finish_reason: str | None) -> OutputPiece:
-    return OutputPiece(output.text, output.token_ids, finish_reason, reasoning=output.reasoning, tool_calls=output.tool_calls)
+    return OutputPiece(
+        output.text,
+        output.token_ids,
+        finish_reason,
+        reasoning=output.reasoning,
+        tool_calls=output.tool_calls,
+        logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
+    )
 
 
 def begin_beside(request: OpenRequest, first: OpenRequest) -> None:

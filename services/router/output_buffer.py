@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from headrace.errors import HeadraceError, RequestAbortedError
-from services.router.generation import OutputPiece, ToolCallDelta
+from services.router.generation import OutputPiece, TokenLogprob, ToolCallDelta
+
+_LOGPROB_CHARS = 64
+"""What a token with its logprob counts as, beside the text."""
 
 
 @dataclass(slots=True)
@@ -22,6 +25,8 @@ class _Unread:
     finish_reason: str | None = None
     reasonings: list[str] = field(default_factory=list)
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_chars: int = 0
 
 
@@ -64,6 +69,12 @@ class OutputBuffer:
         if piece.tool_calls:
             unread.tool_calls.extend(piece.tool_calls)
             num_chars += sum(len(delta.name) + len(delta.arguments) for delta in piece.tool_calls)
+        if piece.logprobs:
+            unread.logprobs.extend(piece.logprobs)
+            num_chars += _LOGPROB_CHARS * sum(1 + len(token.top) for token in piece.logprobs)
+        if piece.prompt_logprobs:
+            # There is one prompt a choice, of a length that the scheduler bounds: it counts for nothing here.
+            unread.prompt_logprobs = piece.prompt_logprobs
         unread.num_chars += num_chars
         self._num_chars += num_chars
         unread.token_ids.extend(piece.token_ids)
@@ -96,6 +107,8 @@ class OutputBuffer:
             choice,
             "".join(unread.reasonings),
             merged_deltas(unread.tool_calls),
+            tuple(unread.logprobs),
+            unread.prompt_logprobs,
         )
 
 

@@ -15,9 +15,11 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
         generation_config: Checked values, from `load_generation_defaults`.
 
     Returns:
-        The defaults. `do_sample: false` means greedy, so temperature 0, whatever else the file says.
+        The defaults. `do_sample: false` means greedy, so temperature 0 and nothing else that draws; a repetition penalty stays.
     """
     defaults = SamplingParams()
+    if 0.0 < float(generation_config.get("repetition_penalty", 0.0)) <= 2.0:
+        defaults.repetition_penalty = float(generation_config["repetition_penalty"])
     if generation_config.get("do_sample") is False:
         defaults.temperature = 0.0
         return defaults
