@@ -14,7 +14,24 @@ from typing import Any, Final
 from headrace.errors import ModelError
 
 PULL_AGAIN: Final = "pull the model again"
-_SIZE_MAX: Final = 1 << 31
+_SIZE_MAX: Final = (1 << 31) - 1
+
+SIZES_MAX: Final[Mapping[str, int]] = {
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 4096,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 25,
+    "num_local_experts": 8192,
+    "num_experts": 8192,
+    "type_vocab_size": 1024,
+}
+"""Largest values of sizes that something is made of before the weights can contradict them: several times those of any published
+model, so a larger one is damage. Others may be as large as a number of 32 bits."""
 
 
 class ConfigFields:
@@ -50,14 +67,15 @@ class ConfigFields:
         return self._values.get(key, default)
 
     def size(self, key: str, *, default: int | None = None) -> int:
-        """Read a whole number from 1; null counts as left out."""
+        """Read a whole number from 1 to the limit in `SIZES_MAX`; null counts as left out."""
         value = self.get(key)
         if value is None:
             value = default
         if value is None:
             raise self.bad(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _SIZE_MAX:
-            raise self.bad(key, f"is {value!r}, not a whole number from 1 to {_SIZE_MAX - 1}")
+        maximum = SIZES_MAX.get(key, _SIZE_MAX)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= maximum:
+            raise self.bad(key, f"is {value!r}, not a whole number from 1 to {maximum}")
         return value
 
     def optional_size(self, key: str, *, default: int | None = None) -> int | None:

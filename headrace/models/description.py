@@ -104,6 +104,6 @@ def check_complete(weights: Weights, config: ModelConfig, directory: Path) -> No
     if shape != expected:
         raise ModelError(f"{directory}: {embedding} has shape {shape}, config.json says {expected}; pull the model again")
     layers = {int(found[2]) for name in names if (found := _LAYER.search(name))}
-    missing = [index for index in range(config.num_layers) if index not in layers]
-    if missing:
-        raise ModelError(f"{directory}: weights lack layer {missing[0]} of {config.num_layers}; pull the model again")
+    missing = next((index for index in range(config.num_layers) if index not in layers), None)
+    if missing is not None:
+        raise ModelError(f"{directory}: weights lack layer {missing} of {config.num_layers}; pull the model again")

@@ -88,11 +88,14 @@ def _shape(file: GgufFile, architecture: GgufArchitecture) -> _Shape:
     num_heads = metadata.integer("attention.head_count")
     if num_heads == 0 or hidden_size == 0:
         raise ModelError(f"{file.path}: says {num_heads} attention heads over a width of {hidden_size}; pull the model again")
+    num_layers = metadata.integer("block_count")
+    if num_layers > len(file.tensors):
+        raise metadata.bad("block_count", num_layers, f"at most the number of its tensors, {len(file.tensors)}")
     head_dim = metadata.integer("attention.key_length", default=hidden_size // num_heads)
     value_dim = metadata.integer("attention.value_length", default=head_dim)
     if value_dim != head_dim:
         raise ModelError(f"{file.path}: keys of {head_dim} and values of {value_dim} dimensions are not supported")
-    return _Shape(file, metadata, hidden_size, metadata.integer("block_count"), num_heads, head_dim)
+    return _Shape(file, metadata, hidden_size, num_layers, num_heads, head_dim)
 
 
 def _vocab_size(file: GgufFile, names: Mapping[str, str], num_tokens: int) -> int:

@@ -50,6 +50,8 @@ BAD = {
     "no context": ({"llama.context_length": None}, "context_length is None"),
     "part rotary": ({"llama.rope.dimension_count": 4}, "4 of 8 dimensions"),
     "text for theta": ({"llama.rope.freq_base": "x"}, "freq_base is 'x'"),
+    "layers that are not there": ({"llama.block_count": 4_000_000_000}, "block_count is 4000000000, not at most .* tensors, 20"),
+    "values of another size": ({"llama.attention.value_length": 4}, "keys of 8 and values of 4 dimensions"),
     "no layers": ({"llama.block_count": 0}, "num_hidden_layers is 0"),
 }
 
