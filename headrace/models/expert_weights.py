@@ -119,12 +119,16 @@ class ExpertWeights(Weights):
         """See `Weights.load_item`."""
         return self.load(name)[index] if name in self._parts else self._weights.load_item(name, index)
 
-    def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
-        """See `Weights.load_packed`."""
+    def load_packed(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        """See `Weights.load_packed`; for mxfp4 the bytes of the bfloat16 that it is expanded to."""
         if name not in self._parts:
-            return self._weights.load_packed(name)
+            return self._weights.load_packed(name, rows)
         values = self.load(name)
-        return values.view(np.uint8).reshape(values.shape[0] if values.ndim > 1 else 1, -1)
+        return values.view(np.uint8).reshape(values.shape[0] if values.ndim > 1 else 1, -1)[rows]
+
+    def reads_by_rows(self, name: str) -> bool:
+        """See `Weights.reads_by_rows`; one expert is expanded or turned over as a whole."""
+        return name not in self._parts
 
     def _unpack(self, name: str, prefix: str, projection: str, kind: str) -> None:
         shape = self._weights.info(name).shape

@@ -170,13 +170,26 @@ def architecture_of(file: GgufFile) -> GgufArchitecture:
     return architecture
 
 
+def rows_per_head(num_rows: int, num_heads: int) -> int:
+    """Give the number of rows of each head.
+
+    Raises:
+        ModelError: The heads do not divide the rows, or a head has no halves.
+    """
+    head_dim = num_rows // max(1, num_heads)
+    if num_rows != num_heads * head_dim or head_dim % 2:
+        raise ModelError(f"{num_rows} rows cannot be {num_heads} heads with an even number of rows each; pull the model again")
+    return head_dim
+
+
 def restore_row_order(rows: npt.NDArray[Any], *, num_heads: int) -> npt.NDArray[Any]:
-    """Undo the interleaving of head halves: `[num_heads * head_dim, ...]` in, the same shape out.
+    """Undo the interleaving of head halves: `[num_heads * head_dim, ...]` in, the same shape out, in memory of its own.
 
     In the file, rows `2i` and `2i + 1` of a head are its rows `i` and `head_dim / 2 + i`.
+
+    Raises:
+        ModelError: As for `rows_per_head`.
     """
-    head_dim = rows.shape[0] // max(1, num_heads)
-    if rows.shape[0] != num_heads * head_dim or head_dim % 2:
-        raise ModelError(f"{rows.shape[0]} rows cannot be {num_heads} heads with an even number of rows each; pull the model again")
+    head_dim = rows_per_head(rows.shape[0], num_heads)
     pairs = rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+    return np.array(pairs.swapaxes(1, 2), order="C").reshape(rows.shape)

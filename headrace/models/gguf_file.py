@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.errors import ModelError
+from headrace.models.mapped_file import MappedFile
 
 GgufValue = bool | int | float | str | list[Any]
 """One metadata value; arrays become lists."""
@@ -102,6 +103,11 @@ class GgufTensor:
         """Number of values, whatever their type."""
         return math.prod(self.shape)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows; a row is what lies along the last dimension."""
+        return self.num_elements // self.shape[-1]
+
 
 class GgufFile:
     """An open GGUF file.
@@ -115,22 +121,20 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: cannot be read as GGUF: {error}; pull the model again") from error
-        header = _HeaderReader(self._map, path)
+        self._mapped = MappedFile(path, kind="GGUF")
+        header = _HeaderReader(self._mapped.data, path)
         self.metadata: Mapping[str, GgufValue]
         self.tensors: Mapping[str, GgufTensor]
         self.metadata, self.tensors = header.read()
 
-    def packed(self, name: str) -> npt.NDArray[np.uint8]:
-        """Give a tensor's bytes as they lie in the file, `[num_rows, bytes_per_row]`, as a read-only view."""
+    def packed(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        """Read a tensor's rows, or some of them, as they lie in the file: `[num_rows, bytes_per_row]` in memory of their own."""
         tensor = self.tensors[name]
         self.check_types([name])
-        flat = np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
-        return flat.reshape(tensor.num_elements // tensor.shape[-1], -1)
+        bytes_per_row = tensor.num_bytes // tensor.num_rows
+        first, last, _ = rows.indices(tensor.num_rows)
+        copied = self._mapped.copy(tensor.offset + first * bytes_per_row, (last - first) * bytes_per_row)
+        return copied.reshape(last - first, bytes_per_row)
 
     def check_types(self, names: Iterable[str]) -> None:
         """Refuse tensors whose types cannot be loaded.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.errors import ModelError
+from headrace.models.mapped_file import MappedFile
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -68,11 +68,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: cannot be read as safetensors: {error}; pull the model again") from error
+        self._mapped = MappedFile(path, kind="safetensors")
         header, data_start = self._read_header()
         raw_metadata = header.pop("__metadata__", {})
         self.metadata: dict[str, str] = dict(raw_metadata) if isinstance(raw_metadata, dict) else {}
@@ -84,34 +80,36 @@ class SafetensorsFile:
     def load(self, name: str) -> npt.NDArray[Any]:
         """Read one tensor into memory of its own."""
         tensor = self.tensors[name]
-        view = np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
-        return np.array(view).view(tensor.numpy_dtype).reshape(tensor.shape)
+        return self._mapped.copy(tensor.offset, tensor.num_bytes).view(tensor.numpy_dtype).reshape(tensor.shape)
 
     def load_item(self, name: str, index: int) -> npt.NDArray[Any]:
         """Read one item along a tensor's first dimension into memory of its own."""
         tensor = self.tensors[name]
         num_items, *shape = tensor.shape
         num_bytes = tensor.num_bytes // num_items
-        view = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=tensor.offset + index * num_bytes)
-        return np.array(view).view(tensor.numpy_dtype).reshape(shape)
+        return self._mapped.copy(tensor.offset + index * num_bytes, num_bytes).view(tensor.numpy_dtype).reshape(shape)
 
-    def packed(self, name: str) -> npt.NDArray[np.uint8]:
-        """Give one tensor's bytes as they lie in the file, flat, as a read-only view."""
+    def packed(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        """Read a tensor's rows, or some of them, as they lie in the file: `[num_rows, bytes_per_row]` in memory of their own."""
         tensor = self.tensors[name]
-        return np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
+        num_rows = math.prod(tensor.shape[:-1])
+        bytes_per_row = tensor.num_bytes // max(1, num_rows)
+        first, last, _ = rows.indices(num_rows)
+        copied = self._mapped.copy(tensor.offset + first * bytes_per_row, (last - first) * bytes_per_row)
+        return copied.reshape(last - first, bytes_per_row)
 
     def _bad(self, what: str) -> ModelError:
         return ModelError(f"{self.path}: corrupt or not a safetensors file: {what}; pull the model again")
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
-        size = len(self._map)
+        size = len(self._mapped)
         if size < _LENGTH_BYTES:
             raise self._bad(f"it has {size} bytes")
-        num_bytes = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
+        num_bytes = int.from_bytes(self._mapped.data[:_LENGTH_BYTES], "little")
         if num_bytes > min(_HEADER_BYTES_MAX, size - _LENGTH_BYTES):
             raise self._bad(f"it claims a header of {num_bytes} bytes; the file has {size}")
         try:
-            header = json.loads(self._map[_LENGTH_BYTES : _LENGTH_BYTES + num_bytes])
+            header = json.loads(self._mapped.data[_LENGTH_BYTES : _LENGTH_BYTES + num_bytes])
         except (ValueError, RecursionError) as error:
             raise self._bad(f"its header is not JSON ({error})") from error
         if not isinstance(header, dict):
@@ -134,8 +132,8 @@ class SafetensorsFile:
         needed = math.prod(shape) * np.dtype(numpy_dtype).itemsize
         if num_bytes != needed:
             raise self._bad(f"tensor {name} of shape {shape} and type {dtype} needs {needed} bytes but has {num_bytes}")
-        if data_start + place[1] > len(self._map):
-            raise self._bad(f"tensor {name} ends at byte {data_start + place[1]}, the file at {len(self._map)}")
+        if data_start + place[1] > len(self._mapped):
+            raise self._bad(f"tensor {name} ends at byte {data_start + place[1]}, the file at {len(self._mapped)}")
         return SafetensorsTensor(name, tuple(shape), dtype_name, numpy_dtype, data_start + place[0], num_bytes)
 
     def _check_layout(self, data_start: int) -> None:
@@ -145,8 +143,8 @@ class SafetensorsFile:
             if tensor.offset != end:
                 raise self._bad(f"tensor {tensor.name} starts at byte {tensor.offset}, the one before ends at {end}")
             end = tensor.offset + tensor.num_bytes
-        if end != len(self._map):
-            raise self._bad(f"its tensors end at byte {end}, the file at {len(self._map)}")
+        if end != len(self._mapped):
+            raise self._bad(f"its tensors end at byte {end}, the file at {len(self._mapped)}")
 
 
 def shard_files(directory: Path) -> dict[str, Path] | None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.errors import ModelError
-from headrace.models.gguf_architectures import architecture_of, restore_row_order
+from headrace.models.gguf_architectures import architecture_of, restore_row_order, rows_per_head
 from headrace.models.gguf_file import GgufFile
 from headrace.models.json_file import read_json_object
 from headrace.models.model_config import CONFIG_FILE
@@ -80,8 +80,23 @@ class Weights(ABC):
         return item
 
     @abstractmethod
-    def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
-        """Read a tensor's bytes as stored, `[num_rows, bytes_per_row]`, rows in Hugging Face order."""
+    def load_packed(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        """Read a tensor's bytes as stored, all or those of some rows, into memory of their own.
+
+        Args:
+            name: The tensor.
+            rows: Which rows, without a step. A row is what lies along the last dimension; of one dimension there is one row.
+
+        Returns:
+            `[num_rows, bytes_per_row]`, rows in Hugging Face order.
+
+        Raises:
+            ModelError: As for `load`.
+        """
+
+    def reads_by_rows(self, name: str) -> bool:
+        """Whether some rows of a tensor are read without all the others."""
+        return True
 
 
 class _GgufWeights(Weights):
@@ -105,35 +120,40 @@ class _GgufWeights(Weights):
 
     def load(self, name: str) -> npt.NDArray[Any]:
         gguf_name = self._gguf_name(name)
-        values = self._file.unpack(gguf_name, self._file.packed(gguf_name))
+        return self._file.unpack(gguf_name, self.load_packed(name))
+
+    def load_packed(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        gguf_name = self._gguf_name(name)
+        num_heads = self._architecture.num_interleaved_heads(self._file, gguf_name)
+        if num_heads is not None:
+            return self._heads_in_hf_order(gguf_name, num_heads, rows)
+        packed = self._file.packed(gguf_name, rows)
         offset = self._architecture.offset_of(gguf_name)
         if offset:
-            values = self._without_offset(gguf_name, values, offset)
-        return self._in_hf_order(gguf_name, values)
+            self._check_offset_is_exact(gguf_name)
+            values = packed.view("<f4")
+            values -= np.float32(offset)
+        return packed
 
-    def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
-        gguf_name = self._gguf_name(name)
-        rows = self._file.packed(gguf_name)
-        if len(self._file.tensors[gguf_name].shape) == 1:
-            return np.array(rows)
-        return np.array(self._in_hf_order(gguf_name, rows))
-
-    def _in_hf_order(self, gguf_name: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        num_heads = self._architecture.num_interleaved_heads(self._file, gguf_name)
-        return rows if num_heads is None else restore_row_order(rows, num_heads=num_heads)
-
-    def _without_offset(self, gguf_name: str, values: npt.NDArray[Any], offset: float) -> npt.NDArray[Any]:
-        type_name = self._file.tensors[gguf_name].type_name
-        if type_name != "F32":
-            # Taking 1 off what was rounded after it was added would leave few digits.
-            raise ModelError(f"{self._file.path}: tensor {gguf_name} is {type_name}; norms are read as F32 only: take another file")
-        values -= np.float32(offset)
-        return values
+    def _heads_in_hf_order(self, gguf_name: str, num_heads: int, rows: slice) -> npt.NDArray[np.uint8]:
+        num_rows = self._file.tensors[gguf_name].num_rows
+        head_dim = rows_per_head(num_rows, num_heads)
+        first, last, _ = rows.indices(num_rows)
+        # Rows change places inside their heads only: the heads that the rows are of are read whole.
+        start = first // head_dim * head_dim
+        heads = self._file.packed(gguf_name, slice(start, -(-last // head_dim) * head_dim))
+        return restore_row_order(heads, num_heads=len(heads) // head_dim)[first - start : last - start]
 
     def _gguf_name(self, name: str) -> str:
         if name not in self._gguf_names:
             raise ModelError(f"{self._file.path}: has no tensor {name}; the model is incomplete or of another kind: pull it again")
         return self._gguf_names[name]
+
+    def _check_offset_is_exact(self, gguf_name: str) -> None:
+        type_name = self._file.tensors[gguf_name].type_name
+        if type_name != "F32":
+            # Taking 1 off what was rounded after it was added would leave few digits.
+            raise ModelError(f"{self._file.path}: tensor {gguf_name} is {type_name}; norms are read as F32 only: take another file")
 
 
 class _SafetensorsWeights(Weights):
@@ -167,11 +187,8 @@ class _SafetensorsWeights(Weights):
     def load_item(self, name: str, index: int) -> npt.NDArray[Any]:
         return self._file(name).load_item(name, index)
 
-    def load_packed(self, name: str) -> npt.NDArray[np.uint8]:
-        file = self._file(name)
-        shape = file.tensors[name].shape
-        num_rows = shape[0] if len(shape) > 1 else 1
-        return np.array(file.packed(name)).reshape(num_rows, -1)
+    def load_packed(self, name: str, rows: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        return self._file(name).packed(name, rows)
 
     def stored_info(self, name: str) -> TensorInfo:
         tensor = self._file(name).tensors[name]

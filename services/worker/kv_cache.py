@@ -44,6 +44,30 @@ class MemoryPlan:
     num_pages: int
 
 
+def count_pages(shape: PageShape, *, kv_cache_bytes: int, kv_cache_tokens: int | None, max_model_len: int) -> int:
+    """Give the number of pages; needs no weights, so it is asked before they are read.
+
+    Args:
+        shape: See `plan_memory`, as for the others.
+        kv_cache_bytes: Memory for the pages.
+        kv_cache_tokens: Tokens to hold.
+        max_model_len: Tokens that one sequence may reach.
+
+    Raises:
+        ConfigError: The longest sequence does not fit into the pages.
+    """
+    num_pages = kv_cache_bytes // shape.num_bytes if kv_cache_tokens is None else -(-kv_cache_tokens // shape.page_size)
+    setting = "kv_cache_bytes" if kv_cache_tokens is None else "kv_cache_tokens"
+    if num_pages * shape.page_size < max_model_len:
+        needed = -(-max_model_len // shape.page_size) * shape.num_bytes
+        raise ConfigError(
+            f"worker.{setting}: {num_pages} pages of {shape.page_size} tokens do not hold one sequence of model.max_model_len = "
+            f"{max_model_len} tokens, which needs {needed} bytes; raise it or lower model.max_model_len",
+            param=f"worker.{setting}",
+        )
+    return num_pages
+
+
 def plan_memory(
     shape: PageShape,
     *,
@@ -66,15 +90,8 @@ def plan_memory(
     Raises:
         ConfigError: The pages do not fit into the memory, or the longest sequence does not fit into the pages.
     """
-    num_pages = kv_cache_bytes // shape.num_bytes if kv_cache_tokens is None else -(-kv_cache_tokens // shape.page_size)
+    num_pages = count_pages(shape, kv_cache_bytes=kv_cache_bytes, kv_cache_tokens=kv_cache_tokens, max_model_len=max_model_len)
     setting = "kv_cache_bytes" if kv_cache_tokens is None else "kv_cache_tokens"
-    if num_pages * shape.page_size < max_model_len:
-        needed = -(-max_model_len // shape.page_size) * shape.num_bytes
-        raise ConfigError(
-            f"worker.{setting}: {num_pages} pages of {shape.page_size} tokens do not hold one sequence of model.max_model_len = "
-            f"{max_model_len} tokens, which needs {needed} bytes; raise it or lower model.max_model_len",
-            param=f"worker.{setting}",
-        )
     kv_bytes = num_pages * shape.num_bytes
     if kv_bytes + _MARGIN_BYTES_MIN > available_bytes:
         raise ConfigError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,15 +20,16 @@ from kernels.cpu.library import ISA_NAMES, NativeLibraryError, load_library
 from services.worker.attention.torch_cpu import TorchCpuAttention
 from services.worker.batch_inputs import Limits
 from services.worker.embedder import Embedder, EmbedLimits
-from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, plan_memory
+from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, count_pages, plan_memory
 from services.worker.layers.config_check import unknown_fields
 from services.worker.layers.linear import can_pack_bfloat16
-from services.worker.layers.native_ops import NativeNetwork, NativeOps, UnsupportedError
+from services.worker.layers.native_ops import NativeNetwork, NativeOps, check_page_size
+from services.worker.layers.native_packing import UnsupportedError
 from services.worker.layers.ops import Network
 from services.worker.layers.torch_ops import TorchEncoder, TorchNetwork, TorchOps
 from services.worker.model_runner import ModelRunner
 from services.worker.models.registry import build_encoder, build_model
-from services.worker.weights import MapParts, WeightLoader
+from services.worker.weights import MapParts, OnProgress, WeightLoader
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,7 +65,12 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was decided. `unknown_fields` are those of config.json of which it is not known whether they matter."""
+    """What was decided.
+
+    Attributes:
+        unknown_fields: Those of config.json of which it is not known whether they matter.
+        unpacked_names: Matrices that could not stay quantised: see `WeightLoader`.
+    """
 
     config: ModelConfig
     backend: str
@@ -72,6 +79,7 @@ class LoadReport:
     dtype_reason: str
     memory: MemoryPlan
     unknown_fields: tuple[str, ...]
+    unpacked_names: tuple[str, ...]
 
 
 def choose_dtype(setting: str, cpu_flags: frozenset[str]) -> tuple[str, str]:
@@ -108,6 +116,7 @@ class _Backend:
         reason: Why it was taken, for the log.
         weight_bytes: Memory of the weights.
         kv_dtype: Type of the pages.
+        unpacked_names: See `LoadReport`.
         make_network: Makes the pages, given their number and shape.
     """
 
@@ -115,11 +124,17 @@ class _Backend:
     reason: str
     weight_bytes: int
     kv_dtype: torch.dtype
+    unpacked_names: tuple[str, ...]
     make_network: Callable[[int, PageShape], Network]
 
 
 def load_runner(
-    options: LoadOptions, *, cpu_flags: frozenset[str], available_bytes: Callable[[], int], map_parts: MapParts = map
+    options: LoadOptions,
+    *,
+    cpu_flags: frozenset[str],
+    available_bytes: Callable[[], int],
+    map_parts: MapParts = map,
+    on_progress: OnProgress | None = None,
 ) -> tuple[ModelRunner, LoadReport]:
     """Load a model and make a runner for it, not yet warm.
 
@@ -128,6 +143,7 @@ def load_runner(
         cpu_flags: What the CPU can do.
         available_bytes: Asked for the free memory after the weights are in.
         map_parts: See `WeightLoader`.
+        on_progress: See `WeightLoader`.
 
     Raises:
         ModelError: The directory cannot be used.
@@ -136,14 +152,15 @@ def load_runner(
     config = load_model_config(options.directory)
     max_model_len = choose_max_model_len(options.max_model_len, config)
     dtype_name, dtype_reason = choose_dtype(options.dtype, cpu_flags)
-    backend = _load_backend(options, config, _DTYPES[dtype_name], max_model_len=max_model_len, map_parts=map_parts)
-    shape = PageShape(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        page_size=options.page_size,
-        dtype=backend.kv_dtype,
+    dtype = _DTYPES[dtype_name]
+    # Native kernels keep bfloat16, so no fewer pages than these can be needed.
+    smallest = _page_shape(options, config, dtype if options.backend == "torch" else torch.bfloat16)
+    count_pages(
+        smallest, kv_cache_bytes=options.kv_cache_bytes, kv_cache_tokens=options.kv_cache_tokens, max_model_len=max_model_len
     )
+    open_weights = partial(WeightLoader, options.directory, map_parts=map_parts, on_progress=on_progress)
+    backend = _load_backend(options, config, dtype, max_model_len=max_model_len, open_weights=open_weights)
+    shape = _page_shape(options, config, backend.kv_dtype)
     memory = plan_memory(
         shape,
         weight_bytes=backend.weight_bytes,
@@ -169,23 +186,34 @@ def load_runner(
         dtype_reason=dtype_reason,
         memory=memory,
         unknown_fields=unknown_fields(config),
+        unpacked_names=backend.unpacked_names,
     )
     return runner, report
 
 
+def _page_shape(options: LoadOptions, config: ModelConfig, dtype: torch.dtype) -> PageShape:
+    return PageShape(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=options.page_size,
+        dtype=dtype,
+    )
+
+
 def _load_backend(
-    options: LoadOptions, config: ModelConfig, dtype: torch.dtype, *, max_model_len: int, map_parts: MapParts
+    options: LoadOptions, config: ModelConfig, dtype: torch.dtype, *, max_model_len: int, open_weights: Callable[..., WeightLoader]
 ) -> _Backend:
     """Take the native kernels where they are built and can compute the model, unless the settings say otherwise."""
     reason = "set"
     if options.backend != "torch":
         try:
-            return _load_native(options, config, max_model_len=max_model_len, map_parts=map_parts)
+            return _load_native(options, config, max_model_len=max_model_len, open_weights=open_weights)
         except (NativeLibraryError, UnsupportedError) as error:
             if options.backend == "native":
                 raise ConfigError(f"worker.backend is native: {error}", param="worker.backend") from error
             reason = str(error)
-    weights = WeightLoader(options.directory, dtype=dtype, map_parts=map_parts)
+    weights = open_weights(dtype=dtype)
     ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype))
     model = build_model(config, ops, max_model_len=max_model_len, external_package=options.external_package)
     weights.check_all_taken()
@@ -193,15 +221,18 @@ def _load_backend(
     def make_network(num_pages: int, shape: PageShape) -> Network:
         return TorchNetwork(model, ops, KvCache(shape, num_pages=num_pages))
 
-    return _Backend("torch", reason, weights.num_bytes, dtype, make_network)
+    return _Backend("torch", reason, weights.num_bytes, dtype, tuple(weights.unpacked_names), make_network)
 
 
-def _load_native(options: LoadOptions, config: ModelConfig, *, max_model_len: int, map_parts: MapParts) -> _Backend:
+def _load_native(
+    options: LoadOptions, config: ModelConfig, *, max_model_len: int, open_weights: Callable[..., WeightLoader]
+) -> _Backend:
     if options.dtype == "float32":
         raise UnsupportedError("the native kernels keep keys and values in bfloat16, and worker.dtype is float32")
+    check_page_size(options.page_size)
     library = load_library()
     # Quantised weights stay as they are; this is the type of all others.
-    weights = WeightLoader(options.directory, dtype=torch.bfloat16, map_parts=map_parts)
+    weights = open_weights(dtype=torch.bfloat16)
     ops = NativeOps(library, weights)
     model = build_model(config, ops, max_model_len=max_model_len, external_package=options.external_package)
     weights.check_all_taken()
@@ -218,7 +249,7 @@ def _load_native(options: LoadOptions, config: ModelConfig, *, max_model_len: in
         network.make_pages(num_pages, shape.num_bytes // (shape.num_layers * shape.dtype.itemsize))
         return network
 
-    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, make_network)
+    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, tuple(weights.unpacked_names), make_network)
 
 
 def load_embedder(options: LoadOptions, *, cpu_flags: frozenset[str], map_parts: MapParts = map) -> Embedder:

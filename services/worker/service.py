@@ -40,6 +40,7 @@ from services.worker.config import Settings
 from services.worker.drafting.factory import make_speculation
 from services.worker.entering import num_entering_tokens
 from services.worker.launcher import num_compute_threads
+from services.worker.load_progress import LoadProgress
 from services.worker.mock_runner import MockRunner
 from services.worker.runner import POOL_NAME, Runner
 from services.worker.sequence_spans import SequenceSpans
@@ -149,6 +150,19 @@ class ComputeThread:
     def _call(self, callback: Callable[..., Any], *arguments: Any) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *arguments)
+
+
+def progress_log() -> Callable[[int, int], None]:
+    """Give what logs how far loading is, whichever thread calls it."""
+    progress, lock = LoadProgress(time.monotonic()), threading.Lock()
+
+    def tell(num_values: int, num_in_all: int) -> None:
+        with lock:
+            percent = progress.add(num_values, num_in_all, time.monotonic())
+        if percent is not None:
+            log.info("weights.read", percent=percent)
+
+    return tell
 
 
 class ResultQueue:
@@ -433,9 +447,14 @@ class WorkerService:
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
         try:
-            runner, report = load_runner(
-                options, cpu_flags=machine.cpu_flags(), available_bytes=machine.available_memory_bytes, map_parts=pool.map
-            )
+            with machine.short_lived_blocks():
+                runner, report = load_runner(
+                    options,
+                    cpu_flags=machine.cpu_flags(),
+                    available_bytes=machine.available_memory_bytes,
+                    map_parts=pool.map,
+                    on_progress=progress_log(),
+                )
         finally:
             pool.shutdown(cancel_futures=True)
         # Beside native kernels torch samples only, and its threads would wait where ours compute.
@@ -449,6 +468,8 @@ class WorkerService:
         loaded_ns = time.monotonic_ns()
         if report.unknown_fields:
             log.warning("model.fields_ignored", directory=str(options.directory), fields=list(report.unknown_fields))
+        if report.unpacked_names:
+            log.warning("weights.unpacked", num_matrices=len(report.unpacked_names), first=report.unpacked_names[0])
         log.info(
             "model.loaded",
             directory=str(options.directory),

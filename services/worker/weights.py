@@ -1,15 +1,17 @@
 """Weights of a model directory as torch tensors, each checked against the shape that the model expects.
 
 A model asks for each tensor once, by its Hugging Face name and shape; what it never asks for is an error as well, since a tensor
-left over means a model that computes something else than its file says. Each tensor is read straight into its place, its rows in a
-stacked matrix included, so that the peak is the loaded model plus one tensor as it lies in the file.
+left over means a model that computes something else than its file says. Each tensor is read run by run of rows straight into its
+place, its rows in a stacked matrix included, and the file's pages are let go of, so that the peak is the loaded model and a little.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,10 @@ from services.worker.dequantize import BLOCK_TYPES, dequantize_into
 from services.worker.quantization.checkpoint_matrices import FP8_DTYPES, read_into, read_quantized
 from services.worker.quantization.gguf_blocks import BLOCK_LAYOUTS, unpack_blocks
 from services.worker.quantization.quantized_matrix import QuantizedMatrix
+from services.worker.row_runs import row_runs
+
+OnProgress = Callable[[int, int], None]
+"""Told after each tensor how many values it has, and how many all tensors have."""
 
 MapParts = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -40,12 +46,15 @@ class WeightLoader:
         directory: A model directory in Hugging Face layout.
         dtype: The type of every tensor given.
         map_parts: Calls a function for each part of a model, as `map` does; a pool's `map` loads the parts side by side.
+        on_progress: See `OnProgress`; called by whichever thread has read a tensor.
 
     Raises:
         ModelError: The directory's weights are missing, damaged or unsupported.
     """
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype, map_parts: MapParts = map) -> None:
+    def __init__(
+        self, directory: Path, *, dtype: torch.dtype, map_parts: MapParts = map, on_progress: OnProgress | None = None
+    ) -> None:
         self.dtype = dtype
         self.map = map_parts
         # One entry a tensor given: appending is safe from several threads, adding up is not.
@@ -55,6 +64,8 @@ class WeightLoader:
         self._directory = directory
         self._weights: Weights = with_single_experts(open_weights(directory))
         self._left = {name for name in self._weights.names() if not name.endswith(_DERIVED_SUFFIXES)}
+        self._on_progress = on_progress
+        self._num_values = sum(math.prod(self._weights.info(name).shape) for name in self._left)
 
     @property
     def num_bytes(self) -> int:
@@ -88,11 +99,34 @@ class WeightLoader:
         for name, shape in parts:
             self._read_into(name, stacked[first_row : first_row + shape[0]])
             first_row += shape[0]
+            self._tell(shape)
         self._sizes_bytes.append(stacked.nbytes)
         return stacked
 
-    def take_quantized(self, name: str, shape: tuple[int, int]) -> QuantizedMatrix | None:
-        """Read one matrix in the form in which it is quantised; None, and nothing taken, where it is stored as plain numbers.
+    def take_rows(self, name: str, shape: tuple[int, int], *, multiple: int) -> Iterator[torch.Tensor]:
+        """Read one matrix a run of rows at a time, each run in memory of its own.
+
+        Args:
+            name: The matrix.
+            shape: What it has to be.
+            multiple: Each run but the last has a multiple of so many rows; itself a multiple of 8.
+
+        Raises:
+            ModelError: As for `take`.
+        """
+        self._check(name, shape)
+        if self._weights.stored_matrix(name) is not None or not self._weights.reads_by_rows(name):
+            # Eight-bit floats and codes in no order, and single experts: they are put together as a whole.
+            whole = self.take(name, shape)
+            return (whole[rows] for rows in row_runs(*shape, multiple=multiple))
+        self._left.remove(name)
+        return self._counted((self._read_rows(name, rows) for rows in row_runs(*shape, multiple=multiple)), shape)
+
+    def take_quantized(self, name: str, shape: tuple[int, int], *, multiple: int) -> Iterator[QuantizedMatrix] | None:
+        """Read one matrix as `take_rows` does, in the form in which it is quantised.
+
+        Returns:
+            None, and nothing taken, where it is stored as plain numbers.
 
         Raises:
             ModelError: As for `take`.
@@ -100,22 +134,27 @@ class WeightLoader:
         self._check(name, shape)
         stored, dtype_name = self._weights.stored_matrix(name), self._weights.info(name).dtype_name
         if stored is not None:
-            matrix = read_quantized(self._weights, stored)
-            if matrix is None and stored.layout != "fp8":
+            matrices = read_quantized(self._weights, stored, multiple=multiple)
+            if matrices is None and stored.layout != "fp8":
                 self.unpacked_names.append(name)
+        elif dtype_name in BLOCK_LAYOUTS:
+            runs = row_runs(*shape, multiple=multiple)
+            matrices = (unpack_blocks(self._weights.load_packed(name, rows), dtype_name) for rows in runs)
         else:
-            matrix = unpack_blocks(self._weights.load_packed(name), dtype_name) if dtype_name in BLOCK_LAYOUTS else None
-        if matrix is None:
+            matrices = None
+        if matrices is None:
             return None
         self._left.remove(name)
-        self._sizes_bytes.append(matrix.num_bytes)
-        return matrix
+        return self._counted(matrices, shape)
 
-    def take_blocks(self, name: str, shape: tuple[int, int]) -> tuple[str, npt.NDArray[np.uint8]] | None:
-        """Read one matrix as the blocks that a GGUF file holds; None, and nothing taken, for a type not in `RAW_BLOCK_TYPES`.
+    def take_blocks(
+        self, name: str, shape: tuple[int, int], *, multiple: int
+    ) -> tuple[str, Iterator[npt.NDArray[np.uint8]]] | None:
+        """Read one matrix as `take_rows` does, as the blocks that a GGUF file holds.
 
         Returns:
-            The type, for example `q4_1`, and `[num_rows, bytes_per_row]` in memory of its own, rows in Hugging Face order.
+            The type, for example `q4_1`, and runs `[num_rows, bytes_per_row]`, rows in Hugging Face order; None, and nothing taken,
+            for a type not in `RAW_BLOCK_TYPES`.
 
         Raises:
             ModelError: As for `take`.
@@ -125,9 +164,8 @@ class WeightLoader:
         if dtype_name not in RAW_BLOCK_TYPES:
             return None
         self._left.remove(name)
-        rows = self._weights.load_packed(name)
-        self._sizes_bytes.append(rows.nbytes)
-        return dtype_name, rows
+        runs = row_runs(*shape, multiple=multiple)
+        return dtype_name, self._counted((self._weights.load_packed(name, rows) for rows in runs), shape)
 
     def skip(self, name: str) -> None:
         """Leave a tensor that the model does not need, if it is there."""
@@ -165,24 +203,71 @@ class WeightLoader:
                 param=name,
             )
 
+    def _counted(self, runs: Iterator[_Run], shape: tuple[int, int]) -> Iterator[_Run]:
+        for run in runs:
+            self._sizes_bytes.append(run.num_bytes if isinstance(run, QuantizedMatrix) else run.nbytes)
+            yield run
+        self._tell(shape)
+
+    def _tell(self, shape: tuple[int, ...]) -> None:
+        if self._on_progress is not None:
+            self._on_progress(math.prod(shape), self._num_values)
+
     def _read_into(self, name: str, place: torch.Tensor) -> None:
         stored = self._weights.stored_matrix(name)
         if stored is not None:
             read_into(self._weights, stored, place)
             return
-        dtype_name = self._weights.info(name).dtype_name
-        if dtype_name in BLOCK_TYPES:
-            dequantize_into(self._weights.load_packed(name), dtype_name, place)
-            return
-        values = self._weights.load(name)
-        if dtype_name in ("bf16", "mxfp4"):
-            place.copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
-        elif dtype_name in FP8_DTYPES:
-            place.copy_(torch.from_numpy(values).view(FP8_DTYPES[dtype_name]))
-        elif values.dtype.kind == "f":
-            place.copy_(torch.from_numpy(values))
-        else:
-            raise ModelError(f"{self._directory}: tensor {name} holds {values.dtype}, not floating-point numbers", param=name)
+        place = place.view(-1, place.shape[-1])
+        runs = row_runs(*place.shape) if self._weights.reads_by_rows(name) else [slice(0, len(place))]
+        for rows in runs:
+            self._fill(name, rows, place[rows])
+
+    def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        place = torch.empty((rows.stop - rows.start, self._weights.info(name).shape[1]), dtype=self.dtype)
+        self._fill(name, rows, place)
+        return place
+
+    def _fill(self, name: str, rows: slice, place: torch.Tensor) -> None:
+        fill = _filler(self._weights.info(name).dtype_name)
+        if fill is None:
+            dtype_name = self._weights.info(name).dtype_name
+            raise ModelError(f"{self._directory}: tensor {name} holds {dtype_name}, not floating-point numbers", param=name)
+        fill(self._weights.load_packed(name, rows), place)
+
+
+_Run = TypeVar("_Run", bound=QuantizedMatrix | torch.Tensor | npt.NDArray[np.uint8])
+
+_PLAIN_DTYPES: Final = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "mxfp4": torch.bfloat16,
+    **FP8_DTYPES,
+}
+"""Numbers that are read as they are, by the name in `TensorInfo.dtype_name`, and the type of what is read."""
+
+
+def _filler(dtype_name: str) -> Callable[[npt.NDArray[np.uint8], torch.Tensor], None] | None:
+    """What turns rows of a type into numbers in their place; None for what are no numbers."""
+    if dtype_name in _PLAIN_DTYPES:
+        return partial(_fill_plain, _PLAIN_DTYPES[dtype_name])
+    if dtype_name in BLOCK_TYPES:
+        return partial(_fill_blocks, dtype_name)
+    return partial(_fill_codes, dtype_name) if dtype_name in BLOCK_LAYOUTS else None
+
+
+def _fill_plain(dtype: torch.dtype, rows: npt.NDArray[np.uint8], place: torch.Tensor) -> None:
+    place.copy_(torch.from_numpy(rows).view(dtype))
+
+
+def _fill_blocks(dtype_name: str, rows: npt.NDArray[np.uint8], place: torch.Tensor) -> None:
+    dequantize_into(rows, dtype_name, place)
+
+
+def _fill_codes(dtype_name: str, rows: npt.NDArray[np.uint8], place: torch.Tensor) -> None:
+    place.copy_(torch.from_numpy(unpack_blocks(rows, dtype_name).dequantize()))
 
 
 def _text(shape: tuple[int, ...]) -> str:

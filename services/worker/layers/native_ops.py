@@ -20,6 +20,7 @@ import torch
 
 from headrace.models.pooling_config import Pooling
 from kernels.cpu import library as native
+from services.worker.layers.native_packing import UnsupportedError, pack_matrix
 from services.worker.layers.ops import AttentionSpec, Best, Index, Layer, MixtureSpec, Model, Part, StepTensors
 from services.worker.layers.rotary import RotaryTables
 from services.worker.weights import WeightLoader
@@ -29,10 +30,6 @@ CHUNK_TOKENS: Final = 128
 _LANES: Final = 16
 
 FloatArray = npt.NDArray[np.float32]
-
-
-class UnsupportedError(Exception):
-    """The native kernels cannot compute this model; the text says what it is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +59,16 @@ class Node:
     is_sampled: bool
     what: tuple[Any, ...] = ()
     uses: list[Node] = field(default_factory=list)
+
+
+def check_page_size(page_size: int) -> None:
+    """Refuse pages that the kernels do not have; asked before weights are read.
+
+    Raises:
+        UnsupportedError: Names the sizes that there are.
+    """
+    if page_size % _LANES or CHUNK_TOKENS % page_size:
+        raise UnsupportedError(f"page_size {page_size} is not 16, 32, 64 or 128")
 
 
 class NativeOps:
@@ -196,30 +203,9 @@ class NativeOps:
         return node
 
     def _pack(self, name: str, shape: tuple[int, ...]) -> native.PackedMatrix:
-        shape = (shape[0], shape[1])
-        packed = self._pack_quantized(name, shape)
-        if packed is None:
-            tensor = self._weights.take(name, shape)
-            is_bf16 = tensor.dtype is torch.bfloat16
-            packed = native.pack_dense(self._library, (tensor.view(torch.int16) if is_bf16 else tensor.float()).numpy())
+        packed = pack_matrix(self._library, self._weights, name, (shape[0], shape[1]))
         self._sizes_bytes.append(packed.num_bytes)
         return packed
-
-    def _pack_quantized(self, name: str, shape: tuple[int, int]) -> native.PackedMatrix | None:
-        blocks = self._weights.take_blocks(name, shape)
-        if blocks is not None:
-            return native.pack_blocks(self._library, *blocks, shape[1])
-        matrix = self._weights.take_quantized(name, shape)
-        if matrix is None:
-            return None
-        if shape[1] % 32 or not (matrix.group_size == 16 or matrix.group_size % 32 == 0):
-            raise UnsupportedError(f"{name}: groups of {matrix.group_size} weights in rows of {shape[1]}")
-        scales, minimums = matrix.scales, matrix.minimums
-        if minimums is not None and minimums.dtype != scales.dtype:
-            scales, minimums = scales.astype(np.float32), minimums.astype(np.float32)
-        return native.pack_codes(
-            self._library, matrix.codes, bits=matrix.bits, scales=scales, zero=matrix.zero or 0, minimums=minimums
-        )
 
 
 class NativeNetwork:
@@ -252,8 +238,7 @@ class NativeNetwork:
         num_threads: int,
         isa: int | None = None,
     ) -> None:
-        if page_size % _LANES or CHUNK_TOKENS % page_size:
-            raise UnsupportedError(f"page_size {page_size} is not 16, 32, 64 or 128")
+        check_page_size(page_size)
         self._library = library
         self._ops = ops
         self.isa = library.hr_best_isa() if isa is None else isa

@@ -7,7 +7,7 @@ that they fit together, has been found before: see `headrace/models/quantized_la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,13 +19,14 @@ from headrace.errors import ModelError
 from headrace.models.quantized_layout import StoredMatrix, is_in_order
 from headrace.models.weights import Weights
 from services.worker.quantization.quantized_matrix import Floats, QuantizedMatrix, narrowed
+from services.worker.row_runs import row_runs
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.integer[Any]]
 
 _WORD_BITS: Final = 32
-_CHUNK_VALUES: Final = 1 << 18
-"""Values unpacked at a time, so that temporaries stay small."""
+_WORD_CODES_MAX: Final = 8
+"""Codes a word, at most: those of 4 bits."""
 
 _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the codes of eight neighbouring columns are."""
@@ -39,18 +40,23 @@ class _Parts:
     """What the stored tensors of a matrix of integer codes say.
 
     Attributes:
-        codes: `[num_rows, num_columns]`, unsigned.
+        codes: Reads those of a run of rows, `[num_rows, num_columns]`, unsigned. A run begins at a multiple of a word's codes.
         scales: `[num_rows, num_groups]`.
         zeros: The codes of zero, `[num_rows, num_groups]` or one for all.
     """
 
-    codes: Bytes
+    codes: Callable[[slice], Bytes]
     scales: Floats
     zeros: Integers | int
 
 
-def read_quantized(weights: Weights, stored: StoredMatrix) -> QuantizedMatrix | None:
-    """Give a matrix in the common form; None for one that has to be read as plain numbers.
+def read_quantized(weights: Weights, stored: StoredMatrix, *, multiple: int) -> Iterator[QuantizedMatrix] | None:
+    """Give a matrix in the common form, a run of rows at a time; None for one that has to be read as plain numbers.
+
+    Args:
+        weights: Where its parts are.
+        stored: The matrix.
+        multiple: Each run but the last has a multiple of so many rows; itself a multiple of `_WORD_CODES_MAX`.
 
     Raises:
         ModelError: Its parts hold what cannot be.
@@ -58,15 +64,17 @@ def read_quantized(weights: Weights, stored: StoredMatrix) -> QuantizedMatrix | 
     if stored.layout == "fp8" or _order(weights, stored) is not None:
         return None
     parts = _read_parts(weights, stored)
-    num_columns = stored.shape[1]
     zero, minimums = _offsets(parts.scales, parts.zeros)
-    return QuantizedMatrix(
-        codes=parts.codes,
-        bits=stored.bits,
-        group_size=num_columns // parts.scales.shape[1],
-        scales=parts.scales,
-        zero=zero,
-        minimums=minimums,
+    return (
+        QuantizedMatrix(
+            codes=parts.codes(rows),
+            bits=stored.bits,
+            group_size=stored.shape[1] // parts.scales.shape[1],
+            scales=parts.scales[rows],
+            zero=zero,
+            minimums=None if minimums is None else minimums[rows],
+        )
+        for rows in row_runs(*stored.shape, multiple=multiple)
     )
 
 
@@ -90,8 +98,8 @@ def read_into(weights: Weights, stored: StoredMatrix, place: torch.Tensor) -> No
     if order is None:
         order = np.arange(num_columns) // (num_columns // parts.scales.shape[1])
     scales, zeros = parts.scales.astype(np.float32), np.broadcast_to(np.float32(parts.zeros), parts.scales.shape)
-    for rows in _chunks(num_rows, num_columns):
-        values = parts.codes[rows].astype(np.float32)
+    for rows in row_runs(num_rows, num_columns, multiple=_WORD_CODES_MAX):
+        values = parts.codes(rows).astype(np.float32)
         values -= zeros[rows][:, order]
         values *= scales[rows][:, order]
         place[rows].copy_(torch.from_numpy(values))
@@ -99,17 +107,17 @@ def read_into(weights: Weights, stored: StoredMatrix, place: torch.Tensor) -> No
 
 def _read_fp8_into(weights: Weights, stored: StoredMatrix, place: torch.Tensor) -> None:
     num_rows, num_columns = stored.shape
-    bits = torch.from_numpy(weights.load(stored.parts["codes"])).view(FP8_DTYPES[stored.dtype_name])
     scales = torch.from_numpy(_floats(weights, stored.parts["scales"]).astype(np.float32))
     block = stored.scheme.block_shape
     is_by_block = block is not None and scales.numel() > 1 and scales.shape not in ((num_rows,), (num_rows, 1))
-    for rows in _chunks(num_rows, num_columns):
+    for rows in row_runs(num_rows, num_columns):
         if block is not None and is_by_block:
             of_rows = scales[torch.arange(rows.start, min(rows.stop, num_rows)) // block[0]]
             factors = of_rows.repeat_interleave(block[1], dim=1)[:, :num_columns]
         else:
             factors = scales.reshape(1, 1) if scales.numel() == 1 else scales.reshape(num_rows, 1)[rows]
-        place[rows].copy_(bits[rows].float().mul_(factors))
+        bits = torch.from_numpy(weights.load_packed(stored.parts["codes"], rows)).view(FP8_DTYPES[stored.dtype_name])
+        place[rows].copy_(bits.float().mul_(factors))
 
 
 def _read_parts(weights: Weights, stored: StoredMatrix) -> _Parts:
@@ -118,9 +126,12 @@ def _read_parts(weights: Weights, stored: StoredMatrix) -> _Parts:
 
 def _read_awq(weights: Weights, stored: StoredMatrix) -> _Parts:
     words = weights.load(stored.parts["codes"])
-    codes = np.empty(stored.shape, dtype=np.uint8)
-    for inputs in _chunks(*words.shape, values_each=_WORD_BITS // stored.bits):
-        codes[:, inputs] = _awq_fields(words[inputs], stored.bits).T
+    per_word = _WORD_BITS // stored.bits
+
+    def codes(rows: slice) -> Bytes:
+        columns = slice(rows.start // per_word, -(-rows.stop // per_word))
+        return np.ascontiguousarray(_awq_fields(words[:, columns], stored.bits).T[: rows.stop - rows.start])
+
     zeros = _awq_fields(weights.load(stored.parts["zeros"]), stored.bits)
     return _Parts(codes, _by_rows(_floats(weights, stored.parts["scales"]).T), zeros.T)
 
@@ -131,11 +142,11 @@ def _awq_fields(words: Integers, bits: int) -> Bytes:
 
 def _read_gptq(weights: Weights, stored: StoredMatrix) -> _Parts:
     words = weights.load(stored.parts["codes"])
-    per_word = _WORD_BITS // stored.bits
-    codes = np.empty(stored.shape, dtype=np.uint8)
-    for rows in _chunks(*words.shape, values_each=per_word):
-        inputs = slice(rows.start * per_word, rows.stop * per_word)
-        codes[:, inputs] = _fields(words[rows], stored.bits).transpose(1, 0, 2).reshape(stored.shape[0], -1)
+
+    def codes(rows: slice) -> Bytes:
+        fields = _fields(words[:, rows], stored.bits)
+        return fields.transpose(1, 0, 2).reshape(rows.stop - rows.start, -1)
+
     fields = _fields(weights.load(stored.parts["zeros"]), stored.bits)
     # A zero point of 0 was stored as the largest code in the first format.
     zeros = fields.reshape(len(fields), -1) + np.uint8(stored.scheme.zero_offset) & np.uint8((1 << stored.bits) - 1)
@@ -144,11 +155,11 @@ def _read_gptq(weights: Weights, stored: StoredMatrix) -> _Parts:
 
 def _read_packed(weights: Weights, stored: StoredMatrix) -> _Parts:
     num_rows, num_columns = stored.shape
-    words = weights.load(stored.parts["codes"])
-    codes = np.empty(stored.shape, dtype=np.uint8)
-    for rows in _chunks(*words.shape, values_each=_WORD_BITS // stored.bits):
-        fields = _fields(words[rows], stored.bits)
-        codes[rows] = fields.reshape(len(fields), -1)[:, :num_columns]
+
+    def codes(rows: slice) -> Bytes:
+        words = weights.load_packed(stored.parts["codes"], rows).view("<i4")
+        return np.ascontiguousarray(_fields(words, stored.bits).reshape(len(words), -1)[:, :num_columns])
+
     half = 1 << (stored.bits - 1)
     zeros: Integers | int = half
     if "zeros" in stored.parts:
@@ -161,9 +172,12 @@ def _read_packed(weights: Weights, stored: StoredMatrix) -> _Parts:
 
 
 def _read_int8(weights: Weights, stored: StoredMatrix) -> _Parts:
-    codes = weights.load(stored.parts["codes"]).view(np.uint8)
-    # Adding 128 turns the sign bit round.
-    codes ^= np.uint8(128)
+    def codes(rows: slice) -> Bytes:
+        read = weights.load_packed(stored.parts["codes"], rows)
+        # Adding 128 turns the sign bit round.
+        read ^= np.uint8(128)
+        return read
+
     scales = _group_scales(weights, stored)
     zeros: Integers | int = 128
     if "zeros" in stored.parts:
@@ -225,9 +239,3 @@ def _fields(words: Integers, bits: int) -> Bytes:
     """`[n, m]` words of 32 bits to `[n, m, 32 / bits]` codes, lowest bits first."""
     shifts = np.arange(0, _WORD_BITS, bits, dtype=np.uint32)
     return (words.view(np.uint32)[:, :, None] >> shifts & np.uint32((1 << bits) - 1)).astype(np.uint8)
-
-
-def _chunks(num_rows: int, num_columns: int, *, values_each: int = 1) -> Iterator[slice]:
-    """Cut rows into runs of about `_CHUNK_VALUES` values."""
-    step = max(1, _CHUNK_VALUES // (num_columns * values_each))
-    return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))

@@ -110,7 +110,7 @@ def test_second_copy_of_a_tied_matrix_and_old_rope_tables_are_left(tmp_path: Pat
             lambda w: w.update({"model.norm.weight": np.zeros(9, np.float32)}),
             r"model\.norm\.weight has shape \[9\], but config\.json asks for \[8\]",
         ),
-        (lambda w: w.update({"model.norm.weight": np.zeros(8, np.int32)}), r"model\.norm\.weight holds int32"),
+        (lambda w: w.update({"model.norm.weight": np.zeros(8, np.int32)}), r"model\.norm\.weight holds i32"),
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, change: Any, message: str) -> None:
@@ -247,3 +247,19 @@ def test_rotary_keeps_lengths_and_leaves_position_zero() -> None:
     torch.testing.assert_close(turned[0], heads[0])
     torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
     assert not torch.allclose(turned[1], heads[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "native", "dtype": "bfloat16"}, r"worker\.backend is native: page_size 8 is not 16, 32, 64 or 128"),
+        ({"backend": "native", "page_size": 32}, r"worker\.backend is native: .*worker\.dtype is float32"),
+        ({"kv_cache_bytes": 1}, r"worker\.kv_cache_bytes: 0 pages of 8 tokens do not hold one sequence"),
+        ({"max_model_len": 65}, r"model\.max_model_len is 65; the model has 64 positions"),
+    ],
+)
+def test_what_needs_no_weights_is_refused_before_they_are_read(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """Method: there are no weights, which would be another error."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **settings)

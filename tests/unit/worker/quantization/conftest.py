@@ -28,3 +28,9 @@ def write_gguf(tmp_path: Path) -> Callable[[Mapping[str, tuple[str, np.ndarray]]
         return tmp_path
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices here are small: they are read in as many runs of rows as there can be."""
+    monkeypatch.setattr("services.worker.row_runs._RUN_VALUES", 1)

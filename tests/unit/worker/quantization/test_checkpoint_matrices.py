@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from headrace.errors import ModelError
+from services.worker.quantization.quantized_matrix import QuantizedMatrix
 from services.worker.weights import WeightLoader
+from tests.unit.worker.quantization.joined import joined
 
 NAME = "model.layers.0.mlp.down_proj"
 NUM_OUT, NUM_IN, GROUP = 24, 64, 16
@@ -99,6 +101,13 @@ def open_loader(directory: Path, made: tuple[dict[str, Any] | None, dict[str, to
     return WeightLoader(write(directory, *made), **({"dtype": torch.float32} | options))
 
 
+def taken(loader: WeightLoader) -> QuantizedMatrix:
+    """The matrix, joined from its runs of rows."""
+    runs = loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8)
+    assert runs is not None
+    return joined(runs)
+
+
 INTEGER_CASES: dict[str, Callable[[], tuple[Case, tuple[dict[str, Any], dict[str, torch.Tensor]]]]] = {
     "awq": lambda: (case := Case(4), awq(case)),
     "gptq": lambda: (case := Case(4), gptq(case)),
@@ -114,8 +123,7 @@ INTEGER_CASES: dict[str, Callable[[], tuple[Case, tuple[dict[str, Any], dict[str
 @pytest.mark.parametrize("kind", INTEGER_CASES)
 def test_integer_codes_come_in_the_common_form_and_as_numbers(kind: str, tmp_path: Path) -> None:
     case, made = INTEGER_CASES[kind]()
-    matrix = open_loader(tmp_path, made).take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN))
-    assert matrix is not None
+    matrix = taken(open_loader(tmp_path, made))
     assert np.array_equal(matrix.codes, case.codes)
     assert (matrix.bits, matrix.group_size, matrix.scales.dtype) == (case.bits, GROUP, np.float16)
     assert (matrix.zero is None) == (len(set(case.zeros.flat)) > 1)
@@ -130,8 +138,7 @@ def test_integer_codes_come_in_the_common_form_and_as_numbers(kind: str, tmp_pat
 def test_zero_points_that_are_all_alike_are_one(tmp_path: Path) -> None:
     case = Case(4)
     case.zeros = np.full_like(case.zeros, 8)
-    matrix = open_loader(tmp_path, gptq(case)).take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN))
-    assert matrix is not None
+    matrix = taken(open_loader(tmp_path, gptq(case)))
     assert (matrix.zero, matrix.minimums) == (8, None)
 
 
@@ -165,7 +172,7 @@ def test_inputs_spread_over_the_groups_are_given_as_numbers_only(layout: str, tm
         made = packed(case, zeros="packed")
         made[1][f"{NAME}.weight_g_idx"] = torch.from_numpy(groups.astype(np.int32))
     loader = open_loader(tmp_path, made)
-    assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN)) is None
+    assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8) is None
     assert np.array_equal(loader.take(f"{NAME}.weight", (NUM_OUT, NUM_IN)).numpy(), case.weights(groups).astype(np.float32))
     assert loader.unpacked_names == [f"{NAME}.weight"]
 
@@ -174,8 +181,7 @@ def test_an_order_of_minus_one_is_none(tmp_path: Path) -> None:
     case = Case(4)
     config, tensors = packed(case)
     tensors[f"{NAME}.weight_g_idx"] = torch.full((NUM_IN,), -1, dtype=torch.int32)
-    matrix = open_loader(tmp_path, (config, tensors)).take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN))
-    assert matrix is not None
+    matrix = taken(open_loader(tmp_path, (config, tensors)))
     assert np.array_equal(matrix.dequantize(), case.weights().astype(np.float32))
 
 
@@ -208,8 +214,7 @@ def test_int8_weights(scales: str, has_zeros: bool, tmp_path: Path) -> None:
     loader = open_loader(tmp_path, made)
     assert np.array_equal(loader.take(f"{NAME}.weight", (NUM_OUT, NUM_IN)).numpy(), expected)
     loader.check_all_taken()
-    matrix = open_loader(tmp_path, made).take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN))
-    assert matrix is not None
+    matrix = taken(open_loader(tmp_path, made))
     assert matrix.group_size == (GROUP if scales == "groups" else NUM_IN)
     np.testing.assert_allclose(matrix.dequantize(), expected, rtol=1e-5, atol=1e-5)
 
@@ -238,7 +243,7 @@ def test_eight_bit_floats_are_given_as_numbers(kind: str, dtype: torch.dtype, tm
     spread = scales.repeat_interleave(16, 0)[:NUM_OUT].repeat_interleave(24, 1)[:, :NUM_IN] if by_block else scales
     for wanted in (torch.float32, torch.bfloat16):
         loader = open_loader(tmp_path, (FP8_CONFIGS[kind], tensors), dtype=wanted)
-        assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN)) is None
+        assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8) is None
         assert torch.equal(loader.take(f"{NAME}.weight", (NUM_OUT, NUM_IN)), (codes.float() * spread).to(wanted))
         loader.check_all_taken()
 
@@ -259,11 +264,11 @@ def test_modules_that_are_left_out_are_plain(tmp_path: Path) -> None:
                 tensors | {"lm_head.weight": head, f"{NAME}.bias": torch.ones(NUM_OUT)},
             ),
         )
-        assert loader.take_quantized("lm_head.weight", (8, 6)) is None, kind
+        assert loader.take_quantized("lm_head.weight", (8, 6), multiple=8) is None, kind
         stacked = loader.take_stacked([("lm_head.weight", (8, 6))])
         assert torch.equal(stacked, head.float())
         assert loader.take(f"{NAME}.bias", (NUM_OUT,)).tolist() == [1.0] * NUM_OUT
-        assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN)) is not None
+        assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8) is not None
         loader.check_all_taken()
 
 

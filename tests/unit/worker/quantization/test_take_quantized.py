@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from gguf.quants import dequantize, quantize
 from headrace.errors import ModelError
 from services.worker.quantization.gguf_blocks import unpack_blocks
 from services.worker.weights import RAW_BLOCK_TYPES, WeightLoader
+from tests.unit.worker.quantization.joined import joined
 
 Write = Callable[[Mapping[str, tuple[str, np.ndarray]]], Path]
 LAYER = "model.layers.0."
@@ -39,16 +41,16 @@ def test_mixed_types_of_one_file_are_each_given_as_they_are(write_gguf: Write) -
         "blk.0.ffn_down.weight": ("f16", np.random.default_rng(5).standard_normal((64, 128)).astype(np.float16)),
     }
     weights = WeightLoader(write_gguf(tensors), dtype=torch.float32)
-    query = weights.take_quantized(QUERY, (32, 64))
-    value = weights.take_quantized(VALUE, (16, 64))
+    query, value = (weights.take_quantized(QUERY, (32, 64), multiple=8), weights.take_quantized(VALUE, (16, 64), multiple=8))
     assert query is not None and value is not None
+    query, value = joined(query), joined(value)
     assert (query.bits, query.group_size, query.zero) == (8, 32, 128)
     expected = dequantize(in_hf_order(tensors["blk.0.attn_q.weight"][1], 4), GGMLQuantizationType.Q8_0)
     assert np.array_equal(query.dequantize(), expected)
     assert (value.bits, value.zero) == (5, None)
     # A plain tensor is not taken by asking for it as a quantised one.
-    assert weights.take_quantized(DOWN, (64, 128)) is None
-    assert weights.take_blocks(DOWN, (64, 128)) is None
+    assert weights.take_quantized(DOWN, (64, 128), multiple=8) is None
+    assert weights.take_blocks(DOWN, (64, 128), multiple=8) is None
     assert np.array_equal(weights.take(DOWN, (64, 128)).numpy(), tensors["blk.0.ffn_down.weight"][1].astype(np.float32))
     weights.check_all_taken()
 
@@ -57,18 +59,18 @@ def test_mixed_types_of_one_file_are_each_given_as_they_are(write_gguf: Write) -
 def test_raw_blocks_are_in_hugging_face_row_order(write_gguf: Write, type_name: str) -> None:
     tensor = packed(type_name, (32, 64))
     weights = WeightLoader(write_gguf({"blk.0.attn_q.weight": tensor}), dtype=torch.float32)
-    taken = weights.take_blocks(QUERY, (32, 64))
+    taken = weights.take_blocks(QUERY, (32, 64), multiple=8)
     assert taken is not None
     assert taken[0] == type_name
-    assert np.array_equal(taken[1], in_hf_order(tensor[1], 4))
+    assert np.array_equal(np.concatenate(list(taken[1])), in_hf_order(tensor[1], 4))
     assert weights.num_bytes == tensor[1].nbytes
     weights.check_all_taken()
 
 
 def test_a_type_without_raw_blocks_is_left_for_the_common_form(write_gguf: Write) -> None:
     weights = WeightLoader(write_gguf({"blk.0.attn_v.weight": packed("q5_0", (16, 64))}), dtype=torch.float32)
-    assert weights.take_blocks(VALUE, (16, 64)) is None
-    assert weights.take_quantized(VALUE, (16, 64)) is not None
+    assert weights.take_blocks(VALUE, (16, 64), multiple=8) is None
+    assert weights.take_quantized(VALUE, (16, 64), multiple=8) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,9 +85,28 @@ def test_the_plain_path_gives_the_same_numbers(write_gguf: Write, type_name: str
 @pytest.mark.parametrize("method", ["take_quantized", "take_blocks"])
 def test_shape_and_presence_are_checked_as_for_plain_tensors(write_gguf: Write, method: str) -> None:
     weights = WeightLoader(write_gguf({"blk.0.attn_v.weight": packed("q8_0", (16, 64))}), dtype=torch.float32)
-    take = getattr(weights, method)
+    take = partial(getattr(weights, method), multiple=8)
     with pytest.raises(ModelError, match=r"v_proj\.weight has shape \[16, 64\], but config\.json asks for \[32, 64\]"):
         take(VALUE, (32, 64))
     assert take(VALUE, (16, 64)) is not None
     with pytest.raises(ModelError, match=r"v_proj\.weight \[16, 64\] is missing"):
         take(VALUE, (16, 64))
+
+
+def test_a_shape_that_the_file_does_not_have_is_refused_before_there_is_a_place_for_it(write_gguf: Write) -> None:
+    tensors = {"blk.0.attn_v.weight": packed("q8_0", (16, 64)), "blk.0.attn_q.weight": packed("q8_0", (16, 64))}
+    weights = WeightLoader(write_gguf(tensors), dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"asks for \[1099511627776, 64\]"):
+        weights.take_stacked([(VALUE, (16, 64)), (QUERY, (1 << 40, 64))])
+
+
+def test_progress_is_told_after_each_tensor(write_gguf: Write) -> None:
+    tensors = {"blk.0.attn_v.weight": packed("q8_0", (16, 64)), "blk.0.ffn_down.weight": packed("q4_1", (64, 128))}
+    told: list[tuple[int, int]] = []
+    weights = WeightLoader(write_gguf(tensors), dtype=torch.float32, on_progress=lambda *values: told.append(values))
+    weights.take(VALUE, (16, 64))
+    blocks = weights.take_blocks(DOWN, (64, 128), multiple=8)
+    assert blocks is not None
+    assert len(list(blocks[1])) == 8
+    in_all = 16 * 64 + 64 * 128
+    assert told == [(16 * 64, in_all), (64 * 128, in_all)]
