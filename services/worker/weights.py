@@ -120,7 +120,13 @@ class WeightLoader:
             whole = self.take(name, shape)
             return (whole[rows] for rows in row_runs(*shape, multiple=multiple))
         self._left.remove(name)
-        return self._counted((self._read_rows(name, rows) for rows in row_runs(*shape, multiple=multiple)), shape)
+
+        def read(rows: slice) -> torch.Tensor:
+            place = torch.empty((rows.stop - rows.start, shape[1]), dtype=self.dtype)
+            self._fill(name, rows, place)
+            return place
+
+        return self._counted(map(read, row_runs(*shape, multiple=multiple)), shape)
 
     def take_quantized(self, name: str, shape: tuple[int, int], *, multiple: int) -> Iterator[QuantizedMatrix] | None:
         """Read one matrix as `take_rows` does, in the form in which it is quantised.
@@ -222,11 +228,6 @@ class WeightLoader:
         runs = row_runs(*place.shape) if self._weights.reads_by_rows(name) else [slice(0, len(place))]
         for rows in runs:
             self._fill(name, rows, place[rows])
-
-    def _read_rows(self, name: str, rows: slice) -> torch.Tensor:
-        place = torch.empty((rows.stop - rows.start, self._weights.info(name).shape[1]), dtype=self.dtype)
-        self._fill(name, rows, place)
-        return place
 
     def _fill(self, name: str, rows: slice, place: torch.Tensor) -> None:
         fill = _filler(self._weights.info(name).dtype_name)
