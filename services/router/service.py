@@ -25,6 +25,7 @@ from services.router.gateway import Gateway
 from services.router.grpc.server import GrpcServer
 from services.router.http.app import HttpApp
 from services.router.http.exchange import HttpLimits
+from services.router.http.protocols import protocol_routes
 from services.router.http.server import HttpServer
 from services.router.policies.choice import POLICIES
 
@@ -55,7 +56,7 @@ class RouterService:
             max_timeout_s=settings.max_timeout_s,
             send_timeout_s=settings.slow_client_timeout_s,
         )
-        app = HttpApp(self.gateway, limits)
+        app = HttpApp(self.gateway, limits, protocol_routes(self.gateway))
         self.http = HttpServer(app, host=settings.http_host, port=settings.http_port, keep_alive_s=settings.keep_alive_s)
         self.grpc = self._make_grpc()
         self._timers: asyncio.Task[None] | None = None

@@ -23,7 +23,7 @@ from headrace.errors import (
 )
 from headrace.telemetry import logs
 from services.router.generation import Engine, OutputStream
-from services.router.http import native, openai, openai_answers, serving, sse
+from services.router.http import anthropic_answers, native, openai, openai_answers, serving, sse
 from services.router.http.exchange import (
     Exchange,
     HttpLimits,
@@ -151,13 +151,20 @@ class HttpApp:
     # Questions, answered without entering any queue.
 
     async def _list_models(self, exchange: Exchange) -> None:
-        await exchange.respond(200, orjson.dumps(openai_answers.models_page(self._engine.list_models())))
+        offers = self._engine.list_models()
+        # Two protocols have this path; one of them always names its version.
+        if "anthropic-version" in exchange.headers:
+            await exchange.respond(200, anthropic_answers.models_page(offers))
+        else:
+            await exchange.respond(200, orjson.dumps(openai_answers.models_page(offers)))
 
     async def _show_model(self, exchange: Exchange) -> None:
         name = exchange.path_values["model"]
         for offer in self._engine.list_models():
             if offer.name == name:
-                await exchange.respond(200, orjson.dumps(openai_answers.model_object(offer)))
+                is_anthropic = "anthropic-version" in exchange.headers
+                shape = anthropic_answers.model_object if is_anthropic else openai_answers.model_object
+                await exchange.respond(200, orjson.dumps(shape(offer)))
                 return
         raise NotFoundError(f"the model {name[:200]!r} does not exist or is not served now", param="model")
 

@@ -16,6 +16,7 @@ class Usage:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
+    num_reasoning_tokens: int = 0
 
 
 class Rendering(Protocol):
@@ -24,6 +25,11 @@ class Rendering(Protocol):
     It is fed every piece of output, in order. What it gives back is the streamed form; from what it keeps it can make the whole
     form, so the two cannot differ.
     """
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Further headers of an answer in one piece."""
+        ...
 
     @property
     def stream_headers(self) -> list[tuple[bytes, bytes]]:

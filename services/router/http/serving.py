@@ -47,7 +47,7 @@ async def send_answer(exchange: Exchange, stream: OutputStream, rendering: Rende
         else:
             async for _ in _rendered(stream, rendering):
                 continue
-            await exchange.respond(200, rendering.whole(usage_of(stream)))
+            await exchange.respond(200, rendering.whole(usage_of(stream)), headers=rendering.headers)
     finally:
         watcher.cancel()
         stream.close()
@@ -64,6 +64,7 @@ def usage_of(stream: OutputStream) -> Usage:
         num_prompt_tokens=stream.num_prompt_tokens,
         num_output_tokens=stream.num_output_tokens,
         num_cached_tokens=stream.num_cached_tokens,
+        num_reasoning_tokens=stream.num_reasoning_tokens,
     )
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events, as far as OpenAI's streams use them. Pure."""
+"""Server-sent events, as far as the streams of our protocols use them. Pure."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ HEADERS: list[tuple[bytes, bytes]] = [
 def event(value: object) -> bytes:
     """One event with a JSON value."""
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def named_event(name: str, value: object) -> bytes:
+    """One event with a name and a JSON value."""
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(value) + b"\n\n"

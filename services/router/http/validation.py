@@ -7,7 +7,8 @@ be, and what came. An unknown field is an error that names the nearest known one
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import orjson
@@ -107,9 +108,10 @@ def _refuse_first(
     # Of a field that takes several types, the error that is deepest in the body tells most.
     first = max(unknown or errors, key=lambda item: len(field_path(item["loc"], body)))
     location = field_path(first["loc"], body)
-    union = next((index for index, part in enumerate(location) if part in unions), None)
-    if union is not None and first["type"] != "extra_forbidden":
-        location = location[: union + 1]
+    is_deep = first["type"] == "extra_forbidden" or first["type"].startswith("union_tag")
+    if not is_deep and len(location) > 1 and location[-1].isdigit() and location[-2] in unions:
+        # An item of the wrong type: what the field takes is told as a whole.
+        location.pop()
     param = ".".join(location)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], [*_names(shape), *also_known], n=1)
@@ -187,3 +189,15 @@ def _shapes_in(annotation: Any) -> list[type[BaseModel]]:
 def _expectation(message: str) -> str:
     text = message.removeprefix("Input should be ")
     return text if text != message else message[:1].lower() + message[1:]
+
+
+@contextmanager
+def renamed_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Refusals of the checks that all protocols share, in the words of a protocol that names a field otherwise."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        name = names.get(error.param or "")
+        if name is None:
+            raise
+        raise type(error)(error.message.replace(str(error.param), name, 1), param=name) from None
