@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -35,3 +37,12 @@ class Settings(BaseModel):
     client_buffer_bytes: int = Field(1024 * 1024, ge=4096, description="Most unread output kept for a client.")
     stuck_after_s: float = Field(60.0, gt=0, description="An instance with work and no step for so long is stuck.")
     keep_alive_s: float = Field(75.0, gt=0, description="Idle time after which an HTTP connection is closed.")
+    data_directory: str = Field(
+        "~/.local/share/headrace", description="Directory of what clients leave here: uploaded files, batches, history in SQLite."
+    )
+    history: Literal["memory", "sqlite"] = Field(
+        "memory", description="Where responses and conversations are kept: in this process, or in a file of the data directory."
+    )
+    history_max_entries: int = Field(10_000, ge=1, description="Most responses and conversations kept; the oldest go first.")
+    history_max_bytes: int = Field(128 * 1024 * 1024, ge=4096, description="Most bytes of responses and conversations kept.")
+    history_ttl_s: float = Field(30 * 86400.0, gt=0, description="Time for which a response or a conversation is kept.")

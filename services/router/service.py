@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ConfigError, UnavailableError
@@ -25,7 +26,8 @@ from services.router.gateway import Gateway
 from services.router.grpc.server import GrpcServer
 from services.router.http.app import HttpApp
 from services.router.http.exchange import HttpLimits
-from services.router.http.protocols import protocol_routes
+from services.router.http.protocols import HISTORY_FILE, Protocols, StorageSettings
+from services.router.http.responses.history import HistoryLimits
 from services.router.http.server import HttpServer
 from services.router.policies.choice import POLICIES
 
@@ -56,7 +58,8 @@ class RouterService:
             max_timeout_s=settings.max_timeout_s,
             send_timeout_s=settings.slow_client_timeout_s,
         )
-        app = HttpApp(self.gateway, limits, protocol_routes(self.gateway))
+        self._protocols = Protocols(self.gateway, _storage(settings))
+        app = HttpApp(self.gateway, limits, self._protocols.routes())
         self.http = HttpServer(app, host=settings.http_host, port=settings.http_port, keep_alive_s=settings.keep_alive_s)
         self.grpc = self._make_grpc()
         self._timers: asyncio.Task[None] | None = None
@@ -75,6 +78,7 @@ class RouterService:
     async def start(self) -> None:
         """Bind both public ports and the back-plane."""
         self._check_settings()
+        await self._protocols.start()
         # The public ports first: a second router started by mistake fails here, before it takes the first one's ipc socket.
         await self.http.start()
         if self.grpc is not None:
@@ -150,5 +154,16 @@ class RouterService:
         if self.grpc is not None:
             await self.grpc.stop()
         await self.http.stop()
+        await self._protocols.stop()
         if self._timers is not None:
             self._timers.cancel()
+
+
+def _storage(settings: Settings) -> StorageSettings:
+    directory = Path(settings.data_directory).expanduser()
+    return StorageSettings(
+        history_path=str(directory / HISTORY_FILE) if settings.history == "sqlite" else ":memory:",
+        history=HistoryLimits(
+            max_entries=settings.history_max_entries, max_bytes=settings.history_max_bytes, ttl_s=settings.history_ttl_s
+        ),
+    )

@@ -16,6 +16,7 @@ from pydantic import Field
 from headrace.errors import InvalidRequestError
 from services.router.generation import (
     ChatTurn,
+    Constraint,
     ConversationPrompt,
     GenerationRequest,
     ReasoningOptions,
@@ -205,6 +206,7 @@ def parse_messages(body: bytes) -> MessagesCall:
         tool_choice=choice,
         parallel_tool_calls=is_parallel,
         reasoning=ReasoningOptions(budget_tokens=_budget(asked.thinking, asked.max_tokens)),
+        constraint=_constraint(asked.output_config),
     )
     user = None if asked.metadata is None else asked.metadata.user_id
     return MessagesCall(generation, stops, user, asked.stream is True)
@@ -215,6 +217,12 @@ def parse_count_tokens(body: bytes) -> tuple[str, ConversationPrompt]:
     asked = validate(CountTokensBody, _drop(load_object(body)), unions=_UNIONS)
     _tool_choice(asked)
     return asked.model, _conversation(asked)
+
+
+def _constraint(config: OutputConfig | None) -> Constraint | None:
+    if config is None or config.format is None:
+        return None
+    return Constraint("json_schema", orjson.dumps(config.format.schema_).decode(), param="output_config.format.schema")
 
 
 def _drop(body: dict[str, Any]) -> dict[str, Any]:

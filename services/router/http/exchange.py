@@ -6,7 +6,7 @@ Part of the shell: it waits for the client. It knows no path and no shape.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -131,10 +131,10 @@ class Exchange:
         return int(text) / 1000
 
     async def respond(
-        self, status: int, body: bytes, *, content_type: bytes = JSON, headers: list[tuple[bytes, bytes]] | None = None
+        self, status: int, body: bytes, *, content_type: bytes = JSON, headers: Sequence[tuple[bytes, bytes]] = ()
     ) -> None:
         """Answer in one piece. A client that does not take it in time is cut off."""
-        head = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *(headers or [])]
+        head = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers]
         try:
             async with asyncio.timeout(self._limits.send_timeout_s):
                 await self.start(status, head)
@@ -151,8 +151,22 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, body: bytes, *, is_last: bool = False) -> None:
-        """Send a part of the body."""
+        """Send a part of the body; waits while the client is slow."""
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    async def write_or_cut(self, body: bytes, *, is_last: bool = False) -> None:
+        """Send a part of the body to a client whose output nobody else watches; one that does not take it in time is cut off.
+
+        Raises:
+            RequestAbortedError: It was.
+        """
+        try:
+            async with asyncio.timeout(self._limits.send_timeout_s):
+                await self.write(body, is_last=is_last)
+        except TimeoutError:
+            if self.cut is not None:
+                self.cut()
+            raise RequestAbortedError("the client left its output unread for too long") from None
 
 
 async def close_on_disconnect(receive: Receive, stream: OutputStream) -> None:

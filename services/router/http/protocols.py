@@ -1,12 +1,67 @@
-"""The paths of every protocol that has files of its own, over one engine. Part of the shell."""
+"""The paths of every protocol that has files of its own, and what they keep, over one engine. Part of the shell."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.errors import ConfigError
 from services.router.generation import Engine
 from services.router.http.anthropic_routes import AnthropicRoutes
+from services.router.http.responses.history import History, HistoryLimits
+from services.router.http.responses.routes import ConversationsRoutes, ResponsesRoutes
 from services.router.http.routing import Route
+from services.router.storage_thread import StorageThread
+
+HISTORY_FILE = "history.sqlite"
 
 
-def protocol_routes(engine: Engine) -> list[Route]:
-    """Routes for `HttpApp`."""
-    return AnthropicRoutes(engine).routes()
+@dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """Where and how much is kept. `history_path` is a file's, or ":memory:"."""
+
+    history_path: str
+    history: HistoryLimits
+
+
+class Protocols:
+    """Routes for `HttpApp`, with a life: begun before the port opens, ended after it closes."""
+
+    def __init__(self, engine: Engine, storage: StorageSettings) -> None:
+        self._history_thread = StorageThread("the history of responses")
+        self._history = _open_history(storage)
+        self._anthropic = AnthropicRoutes(engine)
+        self._responses = ResponsesRoutes(engine, self._history, self._history_thread)
+        self._conversations = ConversationsRoutes(self._history, self._history_thread)
+
+    def routes(self) -> list[Route]:
+        """All paths."""
+        return [*self._anthropic.routes(), *self._responses.routes(), *self._conversations.routes()]
+
+    async def start(self) -> None:
+        """Take up what a former life left."""
+        await self._responses.start()
+
+    async def stop(self) -> None:
+        """Keep what must be kept, and close the files."""
+        await self._responses.stop()
+        self._history_thread.close()
+        self._history.close()
+
+
+def _open_history(storage: StorageSettings) -> History:
+    if storage.history_path != ":memory:":
+        make_directory(Path(storage.history_path).parent)
+    return History(storage.history_path, storage.history)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory that only we can read.
+
+    Raises:
+        ConfigError: It cannot be made; the message names the setting.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"router.data_directory {path} cannot be made ({error.strerror})") from error

@@ -8,10 +8,10 @@ that still gets its own status.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 
 from headrace.errors import HeadraceError
-from services.router.generation import Engine, GenerationRequest, OutputStream
+from services.router.generation import Call, Engine, GenerationRequest, OutputStream
 from services.router.http.exchange import Exchange, close_on_disconnect
 from services.router.http.rendering import Rendering, Usage
 from services.router.tenants import tenant_of
@@ -28,14 +28,28 @@ def open_stream(
     exchange: Exchange, engine: Engine, generation: GenerationRequest, *, user: str | None, is_streaming: bool
 ) -> OutputStream:
     """Begin a generation for the exchange's call, counted to its tenant."""
-    call = exchange.open_call
-    call.is_streaming = is_streaming
+    exchange.open_call.is_streaming = is_streaming
+    return open_stream_for(exchange.open_call, exchange, engine, generation, user=user)
+
+
+def open_stream_for(
+    call: Call, exchange: Exchange, engine: Engine, generation: GenerationRequest, *, user: str | None
+) -> OutputStream:
+    """The same for a call of its own, that is on the exchange's client's behalf."""
     call.tenant = tenant_of(user, authorization(exchange))
     return engine.open_stream(generation, call)
 
 
-async def send_answer(exchange: Exchange, stream: OutputStream, rendering: Rendering, *, is_streaming: bool) -> None:
+BeforeEnd = Callable[[Usage], Awaitable[None]]
+
+
+async def send_answer(
+    exchange: Exchange, stream: OutputStream, rendering: Rendering, *, is_streaming: bool, before_end: BeforeEnd | None = None
+) -> None:
     """Send the answer of an open stream, and close it.
+
+    Args:
+        before_end: Awaited when all output has come, before the client is told that it has.
 
     Raises:
         HeadraceError: It failed; a stream that had begun has ended with an event that says so.
@@ -43,19 +57,16 @@ async def send_answer(exchange: Exchange, stream: OutputStream, rendering: Rende
     watcher = asyncio.create_task(close_on_disconnect(exchange.receive, stream))
     try:
         if is_streaming:
-            await _send_stream(exchange, stream, rendering)
+            await _send_stream(exchange, stream, rendering, before_end)
         else:
-            async for _ in _rendered(stream, rendering):
-                continue
+            while not rendering.is_finished:
+                rendering.add(await stream.next())
+            if before_end is not None:
+                await before_end(usage_of(stream))
             await exchange.respond(200, rendering.whole(usage_of(stream)), headers=rendering.headers)
     finally:
         watcher.cancel()
         stream.close()
-
-
-async def _rendered(stream: OutputStream, rendering: Rendering) -> AsyncIterator[bytes]:
-    while not rendering.is_finished:
-        yield rendering.add(await stream.next())
 
 
 def usage_of(stream: OutputStream) -> Usage:
@@ -68,15 +79,19 @@ def usage_of(stream: OutputStream) -> Usage:
     )
 
 
-async def _send_stream(exchange: Exchange, stream: OutputStream, rendering: Rendering) -> None:
+async def _send_stream(exchange: Exchange, stream: OutputStream, rendering: Rendering, before_end: BeforeEnd | None) -> None:
     try:
-        async for chunk in _rendered(stream, rendering):
+        while not rendering.is_finished:
+            piece = await stream.next()
             opening = b""
             if not exchange.status:
                 await exchange.start(200, rendering.stream_headers)
                 opening = rendering.begin(usage_of(stream))
-            if opening or chunk:
-                await exchange.write(opening + chunk)
+            chunk = opening + rendering.add(piece)
+            if chunk:
+                await exchange.write(chunk)
+        if before_end is not None:
+            await before_end(usage_of(stream))
     except HeadraceError as error:
         if exchange.status:
             # The status is gone already: the error is the stream's last event.

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from headrace.errors import InvalidRequestError, RequestFailedError, UnavailableError
-from services.router.generation import ChatTurn, ConversationPrompt, OutputPiece, Tool, ToolCall, ToolCallDelta, ToolChoice
+from services.router.generation import (
+    ChatTurn,
+    Constraint,
+    ConversationPrompt,
+    OutputPiece,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+)
 from services.router.http import anthropic
 from services.router.http.anthropic_routes import AnthropicRoutes
 from services.router.http.app import HttpApp
@@ -237,6 +246,9 @@ def test_thinking_and_tool_choice_are_taken_over() -> None:
         "enable_thinking": True,
         "reasoning_effort": "high",
     }
+    form = {"type": "json_schema", "schema": {"type": "object"}}
+    constraint = Constraint("json_schema", '{"type":"object"}', param="output_config.format.schema")
+    assert parsed(output_config={"format": form}).constraint == constraint
     for choice, expected in (
         ({"type": "any"}, ToolChoice("required")),
         ({"type": "auto"}, ToolChoice()),
