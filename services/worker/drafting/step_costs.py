@@ -1,8 +1,12 @@
 """What a step costs by the drafts it carries, measured: whether a draft that may be wrong is worth computing.
 
-Times are kept by the rows of a step and by its drafts, each in buckets that are exact where they are small. Between two numbers of
-drafts that are known a straight line is drawn, and beyond the last one on; with none known, drafts are hoped to cost nothing: so
-they are tried, and then it is known.
+A step takes the time of its rows, and for each draft a further time that depends on how many tokens the step has: nothing while it
+is bound by memory, the same again for each when it is bound by arithmetic. Times without drafts are kept by the number of rows,
+between which a straight line is drawn; times of a draft by the size of the step, whoever its rows are, so that few steps are spent
+on learning them. A draft of which nothing is known is hoped to cost nothing: so it is tried, and then it is known.
+
+What says that drafts are dear cannot be corrected while none are verified. So the time of a draft is believed to halve for each
+while in which none was met at that size: sooner or later those that are likeliest to be right are tried again.
 """
 
 from __future__ import annotations
@@ -16,66 +20,104 @@ import numpy.typing as npt
 Float64Array = npt.NDArray[np.float64]
 
 _NUM_TRIES: Final = 3
-"""Steps of a bucket before its time is believed: the first of a size may prepare kernels."""
+"""Measurements before they are believed: the first step of a size may prepare kernels."""
 _NUM_KEPT: Final = 16
-"""Latest steps of a bucket that count; its time is their lower quartile, for whatever interrupts a step makes it longer."""
-_OLD_STEPS: Final = 2000
-"""A bucket that was not met in so many steps is not known any more."""
+"""Latest measurements that count, by their lower quartile, for whatever interrupts a step makes it longer."""
+_FORGOTTEN_STEPS: Final = 1000
+"""A number of rows that was not met without drafts in so many steps is not known any more."""
+_HALVING_STEPS: Final = 200
+"""In so many steps without a draft of that size, its time halves. With a step of 10 ms, a try every few seconds."""
 
 
-class _Bucket:
-    __slots__ = ("durations_ns", "last_step", "time_ns")
+class _Measurements:
+    """The latest of one kind.
 
-    def __init__(self) -> None:
-        self.durations_ns: deque[int] = deque(maxlen=_NUM_KEPT)
-        self.time_ns = 0
+    Args:
+        lasting_steps: Steps after which they are replaced by what comes, instead of being joined.
+    """
+
+    __slots__ = ("_lasting_steps", "_latest_ns", "last_step", "num_seen", "time_ns")
+
+    def __init__(self, lasting_steps: int) -> None:
+        self._lasting_steps = lasting_steps
+        self._latest_ns: deque[float] = deque(maxlen=_NUM_KEPT)
+        self.num_seen = 0
         self.last_step = 0
+        self.time_ns = 0.0
 
-    def add(self, duration_ns: int, step: int) -> None:
+    @property
+    def is_known(self) -> bool:
+        return self.num_seen >= _NUM_TRIES
+
+    def add(self, time_ns: float, step: int) -> None:
+        if step - self.last_step > self._lasting_steps:
+            self._latest_ns.clear()
         self.last_step = step
-        self.durations_ns.append(duration_ns)
-        self.time_ns = sorted(self.durations_ns)[len(self.durations_ns) // 4]
+        self.num_seen += 1
+        self._latest_ns.append(time_ns)
+        self.time_ns = sorted(self._latest_ns)[len(self._latest_ns) // 4]
 
 
 class StepCosts:
     """Times of decode steps at this worker."""
 
     def __init__(self) -> None:
-        self._buckets: dict[int, dict[int, _Bucket]] = {}
+        # By number of rows, the time without drafts; by size of the step, the time of each draft.
+        self._plain: dict[int, _Measurements] = {}
+        self._drafts: dict[int, _Measurements] = {}
         self._num_steps = 0
 
     def record(self, *, num_rows: int, num_drafts: int, duration_ns: int) -> None:
         """A step without prompts took that long."""
         self._num_steps += 1
-        buckets, place = self._buckets.setdefault(_bucket(num_rows), {}), _bucket(num_drafts)
-        bucket = buckets.get(place)
-        if bucket is None or self._num_steps - bucket.last_step > _OLD_STEPS:
-            bucket = buckets[place] = _Bucket()
-        bucket.add(duration_ns, self._num_steps)
+        plain_ns = self._plain_ns(num_rows)
+        if num_drafts and plain_ns is not None:
+            size = _size(num_rows + num_drafts)
+            draft_ns = max(0.0, (duration_ns - plain_ns) / num_drafts)
+            self._drafts.setdefault(size, _Measurements(_HALVING_STEPS)).add(draft_ns, self._num_steps)
+        else:
+            # Where every step has drafts, because a sequence asked for all of them, they are taken for free.
+            self._plain.setdefault(num_rows, _Measurements(_FORGOTTEN_STEPS)).add(duration_ns, self._num_steps)
 
     def expected_ns(self, *, num_rows: int, least_drafts: int, most_drafts: int) -> Float64Array | None:
-        """Expected times of steps with `least_drafts`, … `most_drafts` drafts; None while the first is not known."""
-        known = sorted(
-            (num_drafts, bucket.time_ns)
-            for num_drafts, bucket in self._buckets.get(_bucket(num_rows), {}).items()
-            if len(bucket.durations_ns) >= _NUM_TRIES and self._num_steps - bucket.last_step <= _OLD_STEPS
-        )
-        if not known or known[0][0] > least_drafts:
+        """Expected times of steps with `least_drafts`, … `most_drafts` drafts; None while those without any are not known."""
+        plain_ns = self._plain_ns(num_rows)
+        if plain_ns is None:
             return None
-        numbers, times = np.array(known, dtype=np.float64).T
-        # A draft never makes a step shorter; what says so was met when the machine was faster.
-        times = np.maximum.accumulate(times)
+        first, last = _size(num_rows + least_drafts), _size(num_rows + most_drafts)
+        by_size = np.array([self._draft_ns(size) for size in range(first, last + 1)])
         wanted = np.arange(least_drafts, most_drafts + 1)
-        found: Float64Array = np.interp(wanted, numbers, times)
-        if len(known) > 1:
-            slope = (times[-1] - times[-2]) / (numbers[-1] - numbers[-2])
-            found += slope * np.maximum(0.0, wanted - numbers[-1])
+        # The same sizes as `_size` gives.
+        sizes = np.frexp(num_rows + wanted)[1]
+        # A further draft never makes a step shorter.
+        found: Float64Array = np.maximum.accumulate(plain_ns + wanted * by_size[sizes - first])
         return found
 
+    def _plain_ns(self, num_rows: int) -> float | None:
+        """Expected time of a step with so many rows and no drafts; None where neither it is known nor what is above and below."""
+        if (own := self._plain.get(num_rows)) is not None and self._is_fresh(own):
+            return own.time_ns
+        known = sorted((rows, found.time_ns) for rows, found in self._plain.items() if self._is_fresh(found))
+        if not known or not known[0][0] <= num_rows <= known[-1][0]:
+            return None
+        rows, times = zip(*known, strict=True)
+        return float(np.interp(num_rows, rows, times))
 
-def _bucket(number: int) -> int:
-    """The bucket of a number, named by the smallest it holds: each by itself up to 16, then eight to a doubling."""
-    if number <= 16:
-        return number
-    step: int = 1 << (number.bit_length() - 4)
-    return number // step * step
+    def _is_fresh(self, found: _Measurements) -> bool:
+        return found.is_known and self._num_steps - found.last_step <= _FORGOTTEN_STEPS
+
+    def _draft_ns(self, size: int) -> float:
+        """Expected time of each draft in a step of that size, by the nearest size that is known."""
+        nearest = min(
+            (known for known, found in self._drafts.items() if found.is_known), key=lambda k: (abs(k - size), k), default=None
+        )
+        if nearest is None:
+            return 0.0
+        found = self._drafts[nearest]
+        halvings: int = (self._num_steps - found.last_step) // _HALVING_STEPS
+        return found.time_ns * 0.5**halvings
+
+
+def _size(num_tokens: int) -> int:
+    """Which size a step of so many tokens is: one more for each doubling."""
+    return num_tokens.bit_length()
