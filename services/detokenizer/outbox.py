@@ -7,10 +7,15 @@ else's time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.v1.common_pb2 import FinishReason
+from services.detokenizer.parsers.reading import CallPart
 from services.detokenizer.stream import NOT_FINISHED, Stream
+from services.detokenizer.stream_reader import Unsent
+
+_NOTHING_READ = Unsent()
 
 
 @dataclass(slots=True)
@@ -24,6 +29,29 @@ class DeltaArrays:
     texts: list[str]
     finish_reasons: list[FinishReason]
     num_cached_tokens: list[int]
+    readings: ReadArrays | None = None
+
+
+@dataclass(slots=True)
+class ReadArrays:
+    """What was read of the text beside text, one entry a stream; `calls` are parts of calls, flat."""
+
+    reasonings: list[str]
+    num_reasoning_tokens: list[int]
+    is_budget_spent: list[bool]
+    num_call_parts: list[int]
+    calls: list[CallPart]
+
+
+def _read_arrays(streams: Sequence[Stream]) -> ReadArrays:
+    unsent = [stream.reader.unsent if stream.reader is not None else _NOTHING_READ for stream in streams]
+    return ReadArrays(
+        reasonings=["".join(read.reasonings) for read in unsent],
+        num_reasoning_tokens=[stream.reader.num_reasoning_tokens if stream.reader is not None else 0 for stream in streams],
+        is_budget_spent=[stream.is_budget_spent for stream in streams],
+        num_call_parts=[len(read.calls) for read in unsent],
+        calls=[part for read in unsent for part in read.calls],
+    )
 
 
 class Outbox:
@@ -73,6 +101,8 @@ class Outbox:
             arrays.num_cached_tokens = []
         if arrays.num_tokens.count(1) == len(arrays.num_tokens):
             arrays.num_tokens = []
+        if any(stream.reader is not None for stream in streams):
+            arrays.readings = _read_arrays(list(streams))
         return arrays
 
     def mark_sent(self) -> list[Stream]:

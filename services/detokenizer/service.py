@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import Tokenizer
 
-from headrace.errors import HeadraceError, ModelError, NotFoundError, OverloadedError, ProtocolError, ReplicaDeadError
+from headrace.errors import HeadraceError, ModelError, NotFoundError, OverloadedError, ReplicaDeadError
 from headrace.models.model_config import TOKENIZER_FILE
 from headrace.service import ServiceContext
 from headrace.telemetry import logs, names
@@ -27,13 +27,13 @@ from headrace.telemetry.traces import Context, Span
 from headrace.v1.common_pb2 import ModelInfo
 from headrace.v1.control_pb2 import Load, Progress, Register, Role
 from headrace.v1.detokenizer_pb2 import DetokenizerInbox, OpenStream, TokenBatch
-from headrace.v1.router_pb2 import OutputDeltas, StreamGap
+from headrace.v1.router_pb2 import StreamGap
 from headrace.v1.scheduler_pb2 import Stop
-from headrace.wire.envelope import int32_array
 from headrace.wire.session import Peer
 from headrace.wire.topology import DETOKENIZER_BACKPLANE, DETOKENIZER_SCHEDULER, ROUTER_BACKPLANE, ROUTER_DETOKENIZER
 from services.detokenizer.config import Settings
-from services.detokenizer.streams import Batch, BatchEffects, StreamLimits, StreamStart, StreamTable
+from services.detokenizer.messages import output_deltas, stream_start
+from services.detokenizer.streams import Batch, BatchEffects, StreamLimits, StreamTable
 from services.detokenizer.token_table import TokenTable
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class DetokenizerService:
         try:
             if body.model != self._model.name:
                 raise NotFoundError(f"model: {body.model!r} is not served here; {self._model.name!r} is", param="model")
-            effects = self._streams.open(_stream_start(body, history), owner=peer.incarnation, now_ns=time.monotonic_ns())
+            effects = self._streams.open(stream_start(body, history), owner=peer.incarnation, now_ns=time.monotonic_ns())
         except HeadraceError as error:
             log.warning("stream.refused", request_id=body.work.request_id, error_type=error.code, message=error.message)
             self._metrics.dropped.labels(error.code).inc()
@@ -304,19 +304,7 @@ class DetokenizerService:
                 del outbox.gaps[stream_id]
             deltas = outbox.deltas()
             if deltas is not None:
-                router.send(
-                    "output_deltas",
-                    OutputDeltas(
-                        stream_ids=deltas.stream_ids,
-                        first_positions=deltas.first_positions,
-                        num_tokens=deltas.num_tokens,
-                        token_ids=deltas.token_ids,
-                        texts=deltas.texts,
-                        finish_reasons=deltas.finish_reasons,
-                        enqueued_unix_ns=time.time_ns(),
-                        num_cached_tokens=deltas.num_cached_tokens,
-                    ),
-                )
+                router.send("output_deltas", output_deltas(deltas, enqueued_unix_ns=time.time_ns()))
         except (OverloadedError, ReplicaDeadError) as error:
             # A router that is gone is reported by the link in a moment, and its streams are closed then.
             num_rewound = self._streams.mark_unsent(owner)
@@ -399,18 +387,3 @@ def _load_table(directory: Path, model: str) -> TokenTable:
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path}: cannot be loaded: {error}; pull the model again") from error
     return TokenTable.from_tokenizer(tokenizer, model=model)
-
-
-def _stream_start(body: OpenStream, history: memoryview | None) -> StreamStart:
-    token_ids: list[int] = int32_array(history).tolist() if history is not None else []
-    if token_ids and min(token_ids) < 0:
-        raise ProtocolError(f"open_stream: the history holds the token id {min(token_ids)}")
-    return StreamStart(
-        stream_id=body.stream_id,
-        stops=list(body.stopping.stop),
-        include_stop=body.stopping.include_stop_in_output,
-        skip_special_tokens=body.skip_special_tokens if body.HasField("skip_special_tokens") else True,
-        history=token_ids,
-        num_output_tokens=body.num_output_tokens,
-        num_sent_chars=body.num_sent_chars,
-    )

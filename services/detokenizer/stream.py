@@ -13,6 +13,7 @@ from typing import NamedTuple
 from headrace.v1.common_pb2 import FinishReason
 from services.detokenizer.incremental_decoder import DecoderState, IncrementalDecoder
 from services.detokenizer.stop_strings import StopMatcher
+from services.detokenizer.stream_reader import StreamReader
 
 NOT_FINISHED = FinishReason.FINISH_REASON_UNSPECIFIED
 
@@ -27,7 +28,7 @@ class Outcome(IntEnum):
     GAP = 2
     """Tokens are missing before these."""
     STOPPED = 3
-    """A stop string ended the stream, of which the scheduler does not know yet."""
+    """A stop string, or the reasoning budget, ended the stream, of which the scheduler does not know yet."""
 
 
 class Stream:
@@ -38,8 +39,10 @@ class Stream:
         "_decoder",
         "_matcher",
         "_num_skipped_chars",
+        "_reader",
         "finish_reason",
         "gap_told_ns",
+        "is_budget_spent",
         "is_unsent",
         "next_position",
         "num_cached_tokens",
@@ -50,7 +53,14 @@ class Stream:
         "unsent_token_ids",
     )
 
-    def __init__(self, stream_id: int, owner: int, decoder: IncrementalDecoder, matcher: StopMatcher | None) -> None:
+    def __init__(
+        self,
+        stream_id: int,
+        owner: int,
+        decoder: IncrementalDecoder,
+        matcher: StopMatcher | None,
+        reader: StreamReader | None = None,
+    ) -> None:
         self.stream_id = stream_id
         self.owner = owner
         """Process life of the router that opened the stream."""
@@ -66,10 +76,18 @@ class Stream:
         """Output position of the first unsent token."""
         self.unsent_token_ids: list[int] = []
         self.unsent_texts: list[str] = []
+        self.is_budget_spent = False
+        """Whether it was stopped because of its reasoning budget."""
         self._decoder = decoder
         self._matcher = matcher
+        self._reader = reader
         self._num_skipped_chars = 0
         self._checkpoint: _Checkpoint | None = None
+
+    @property
+    def reader(self) -> StreamReader | None:
+        """What reads its text; None when it is only text."""
+        return self._reader
 
     def resume(self, history: Sequence[int], *, num_output_tokens: int, num_sent_chars: int) -> bool:
         """Go on where another detokenizer left the stream.
@@ -89,7 +107,8 @@ class Stream:
         self.next_position = num_output_tokens
         text = self._read(history[num_prompt_tokens:])[1]
         self._gather((), text)
-        self.is_unsent = bool(self.unsent_texts) or self.finish_reason != NOT_FINISHED
+        has_read = self._reader is not None and self._reader.has_unsent
+        self.is_unsent = bool(self.unsent_texts) or has_read or self.finish_reason != NOT_FINISHED
         return self.is_unsent
 
     def take(self, position: int, token_ids: Sequence[int], finish_reason: FinishReason, *, num_stop_tokens: int) -> Outcome:
@@ -131,6 +150,8 @@ class Stream:
         self._checkpoint = None
         self.unsent_token_ids.clear()
         self.unsent_texts.clear()
+        if self._reader is not None:
+            self._reader.mark_sent()
 
     def mark_unsent(self) -> int:
         """Note that the router's queue is full; give how many tokens were gathered since that was noted first."""
@@ -139,6 +160,8 @@ class Stream:
             self._checkpoint = _Checkpoint(
                 self._decoder.state, held, self._num_skipped_chars, len(self.unsent_token_ids), len(self.unsent_texts)
             )
+            if self._reader is not None:
+                self._reader.mark()
         return len(self.unsent_token_ids) - self._checkpoint.num_token_ids
 
     def rewind(self) -> None:
@@ -149,6 +172,8 @@ class Stream:
         self._decoder.restore(point.decoder_state)
         if self._matcher is not None:
             self._matcher.restore(point.held)
+        if self._reader is not None:
+            self._reader.rewind()
         self._num_skipped_chars = point.num_skipped_chars
         self.next_position = self.unsent_position + point.num_token_ids
         del self.unsent_token_ids[point.num_token_ids :]
@@ -168,27 +193,43 @@ class Stream:
             self.unsent_texts.append(text)
 
     def _read(self, token_ids: Sequence[int]) -> tuple[int, str]:
-        """Decode up to the token that completes a stop string; give how many tokens that were, and the text to show."""
-        if self._matcher is None:
+        """Decode up to the token that ends the stream; give how many tokens that were, and the text to show."""
+        matcher, reader = self._matcher, self._reader
+        if matcher is None and reader is None:
             return len(token_ids), self._decoder.decode(token_ids)
         shown = []
         for index, token_id in enumerate(token_ids):
-            shown.append(self._matcher.push(self._decoder.decode((token_id,))))
-            if self._matcher.is_found:
+            text = self._decoder.decode((token_id,))
+            if matcher is not None:
+                text = matcher.push(text)
+            if reader is None:
+                shown.append(text)
+            else:
+                reader.push(text)
+            if matcher is not None and matcher.is_found:
                 self.finish_reason = FinishReason.FINISH_REASON_STOP
-                return index + 1, "".join(shown)
-        return len(token_ids), "".join(shown)
+                if reader is not None:
+                    reader.finish("")
+            elif reader is not None and reader.is_budget_spent:
+                self.finish_reason = FinishReason.FINISH_REASON_STOP
+                self.is_budget_spent = True
+            if self.finish_reason != NOT_FINISHED:
+                return index + 1, reader.gather() if reader is not None else "".join(shown)
+        return len(token_ids), reader.gather() if reader is not None else "".join(shown)
 
     def _flush(self, finish_reason: FinishReason) -> str:
         self.finish_reason = finish_reason
         text = self._decoder.flush()
-        if self._matcher is None:
+        if self._matcher is not None:
+            text = self._matcher.push(text)
+            if self._matcher.is_found:
+                self.finish_reason = FinishReason.FINISH_REASON_STOP
+            else:
+                text += self._matcher.flush()
+        if self._reader is None:
             return text
-        text = self._matcher.push(text)
-        if self._matcher.is_found:
-            self.finish_reason = FinishReason.FINISH_REASON_STOP
-            return text
-        return text + self._matcher.flush()
+        self._reader.finish(text)
+        return self._reader.gather()
 
 
 class _Checkpoint(NamedTuple):

@@ -14,9 +14,11 @@ from headrace.errors import OverloadedError, ProtocolError
 from headrace.v1.common_pb2 import FinishReason
 from services.detokenizer.incremental_decoder import IncrementalDecoder
 from services.detokenizer.outbox import Outbox
+from services.detokenizer.parsers.output_parser import ReadingOptions
 from services.detokenizer.pending_tokens import PendingTokens, TokenEntry
 from services.detokenizer.stop_strings import StopMatcher
 from services.detokenizer.stream import NOT_FINISHED, Outcome, Stream
+from services.detokenizer.stream_reader import SentCounts, StreamReader
 from services.detokenizer.token_table import TokenTable
 
 
@@ -47,6 +49,8 @@ class StreamStart:
     history: Sequence[int] = ()
     num_output_tokens: int = 0
     num_sent_chars: int = 0
+    reading: ReadingOptions | None = None
+    sent: SentCounts = field(default_factory=SentCounts)
 
 
 @dataclass(slots=True)
@@ -129,7 +133,8 @@ class StreamTable:
 
     def __init__(self, table: TokenTable, limits: StreamLimits) -> None:
         self._table = table
-        self._table_without_special = table.without_special()
+        # Tables without special tokens, by the markers that stay because a parser reads them.
+        self._tables_without_special = {frozenset[str](): table.without_special()}
         self._limits = limits
         self._streams: dict[int, Stream] = {}
         self._over: OrderedDict[int, _Over] = OrderedDict()
@@ -161,7 +166,7 @@ class StreamTable:
 
         Raises:
             OverloadedError: There are too many streams. Nothing was opened: `refuse` tells the router.
-            ProtocolError: The history is shorter than it claims. Likewise.
+            ProtocolError: The history is shorter than it claims, or the text cannot be read as asked. Likewise.
         """
         former = self._streams.get(start.stream_id)
         if former is None and len(self._streams) >= self._limits.streams_max:
@@ -170,11 +175,15 @@ class StreamTable:
             raise ProtocolError(
                 f"open_stream: num_output_tokens is {start.num_output_tokens} but the history has {len(start.history)} tokens"
             )
+        reader = None
+        if start.reading is not None:
+            start.reading.check()
+            reader = StreamReader(start.reading, start.sent)
         self._forget(start.stream_id)
         self._over.pop(start.stream_id, None)
-        table = self._table_without_special if start.skip_special_tokens else self._table
         matcher = StopMatcher(start.stops, include_stop=start.include_stop) if any(start.stops) else None
-        stream = self._streams[start.stream_id] = Stream(start.stream_id, owner, IncrementalDecoder(table), matcher)
+        decoder = IncrementalDecoder(self._table_for(start))
+        stream = self._streams[start.stream_id] = Stream(start.stream_id, owner, decoder, matcher, reader)
         if former is not None and former.owner == owner:
             # Begun again because of a gap: tokens already on their way show the same gap once more, which is no news.
             stream.gap_told_ns = former.gap_told_ns
@@ -184,6 +193,15 @@ class StreamTable:
         for entry in self._pending.pop(start.stream_id):
             self._take(start.stream_id, entry, effects, now_ns=now_ns)
         return effects
+
+    def _table_for(self, start: StreamStart) -> TokenTable:
+        if not start.skip_special_tokens:
+            return self._table
+        markers = frozenset[str]() if start.reading is None else start.reading.markers
+        table = self._tables_without_special.get(markers)
+        if table is None:
+            table = self._tables_without_special[markers] = self._table.without_special(keep=markers)
+        return table
 
     def refuse(self, stream_id: int, *, owner: int) -> None:
         """End a stream that was not opened with an error, which waits in the outbox."""

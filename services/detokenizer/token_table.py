@@ -9,7 +9,7 @@ docs/decisions/0003-incremental-decoding.md says why.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,13 @@ class TokenTable:
     start_rule: StartRule
     first_pieces: Mapping[int, bytes]
 
-    def without_special(self) -> TokenTable:
-        """Give the same table with special tokens standing for nothing."""
+    def without_special(self, keep: Set[str] = frozenset()) -> TokenTable:
+        """Give the same table with special tokens standing for nothing, except those with a text to keep."""
         pieces, texts = list(self.pieces), list(self.texts)
-        for token_id in self.special_ids:
+        skipped = {token_id for token_id in self.special_ids if texts[token_id] not in keep}
+        for token_id in skipped:
             pieces[token_id], texts[token_id] = b"", ""
-        first = {token_id: piece for token_id, piece in self.first_pieces.items() if token_id not in self.special_ids}
+        first = {token_id: piece for token_id, piece in self.first_pieces.items() if token_id not in skipped}
         return TokenTable(pieces, texts, self.special_ids, self.start_rule, first)
 
     @staticmethod
