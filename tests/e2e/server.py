@@ -50,6 +50,7 @@ class Server:
             "run_directory": str(self.run_directory),
             "router_http_port": "0",
             "router_grpc_port": "0",
+            "router_data_directory": str(self.directory / "data"),
             "telemetry_log_output": "json",
             **{f"telemetry_{name}_metrics_port": "0" for name in ("router", "tokenizer", "scheduler", "worker", "detokenizer")},
             **settings,

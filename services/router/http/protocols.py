@@ -8,6 +8,8 @@ from pathlib import Path
 from headrace.errors import ConfigError
 from services.router.generation import Engine
 from services.router.http.anthropic_routes import AnthropicRoutes
+from services.router.http.generate_routes import GenerateRoutes
+from services.router.http.ollama_routes import OllamaRoutes
 from services.router.http.responses.history import History, HistoryLimits
 from services.router.http.responses.routes import ConversationsRoutes, ResponsesRoutes
 from services.router.http.routing import Route
@@ -30,13 +32,13 @@ class Protocols:
     def __init__(self, engine: Engine, storage: StorageSettings) -> None:
         self._history_thread = StorageThread("the history of responses")
         self._history = _open_history(storage)
-        self._anthropic = AnthropicRoutes(engine)
+        self._stateless = [*GenerateRoutes(engine).routes(), *AnthropicRoutes(engine).routes(), *OllamaRoutes(engine).routes()]
         self._responses = ResponsesRoutes(engine, self._history, self._history_thread)
         self._conversations = ConversationsRoutes(self._history, self._history_thread)
 
     def routes(self) -> list[Route]:
         """All paths."""
-        return [*self._anthropic.routes(), *self._responses.routes(), *self._conversations.routes()]
+        return [*self._stateless, *self._responses.routes(), *self._conversations.routes()]
 
     async def start(self) -> None:
         """Take up what a former life left."""
