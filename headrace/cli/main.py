@@ -119,6 +119,27 @@ def config_check(config_file: Path | None, **options: Any) -> None:
     _load(config_file, options)
 
 
+@main.command()
+@click.option("--json", "is_json", is_flag=True, help="Print one JSON document.")
+@settings_options
+def doctor(is_json: bool, config_file: Path | None, **options: Any) -> None:
+    """Look at machine, torch, kernels, models and ports, and say what is missing; exit status 0 when it can serve, else 1."""
+    from headrace.doctor.collect import collect
+    from headrace.doctor.findings import can_serve, findings
+    from headrace.doctor.text import document, finding_lines, rows
+
+    settings, _ = _load(config_file, options)
+    facts = collect(settings)
+    found = findings(facts)
+    if is_json:
+        click.echo(json.dumps(document(facts, found), indent=2))
+    else:
+        _print_columns(rows(facts))
+        click.echo("")
+        click.echo("\n".join(finding_lines(found)))
+    sys.exit(0 if can_serve(found) else 1)
+
+
 @main.group()
 def keys() -> None:
     """CURVE keys of the links."""
