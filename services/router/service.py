@@ -27,7 +27,7 @@ from services.router.grpc.server import GrpcServer
 from services.router.http.app import HttpApp
 from services.router.http.exchange import HttpLimits
 from services.router.http.protocols import HISTORY_FILE, Protocols, StorageSettings
-from services.router.http.responses.history import HistoryLimits
+from services.router.http.responses.entries import HistoryLimits
 from services.router.http.server import HttpServer
 from services.router.policies.choice import POLICIES
 

@@ -10,7 +10,8 @@ from services.router.generation import Engine
 from services.router.http.anthropic_routes import AnthropicRoutes
 from services.router.http.generate_routes import GenerateRoutes
 from services.router.http.ollama_routes import OllamaRoutes
-from services.router.http.responses.history import History, HistoryLimits
+from services.router.http.responses.entries import HistoryLimits
+from services.router.http.responses.history import History
 from services.router.http.responses.routes import ConversationsRoutes, ResponsesRoutes
 from services.router.http.routing import Route
 from services.router.storage_thread import StorageThread

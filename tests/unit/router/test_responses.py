@@ -25,7 +25,8 @@ from services.router.generation import (
 from services.router.http.app import HttpApp
 from services.router.http.protocols import Protocols, StorageSettings
 from services.router.http.responses import shapes
-from services.router.http.responses.history import History, HistoryLimits
+from services.router.http.responses.entries import HistoryLimits
+from services.router.http.responses.history import History
 from tests.unit.router.fake_engine import FakeEngine
 from tests.unit.router.http_client import LIMITS, Answer, ask
 
@@ -415,37 +416,37 @@ def response(name: str, size: int = 10, **fields: Any) -> dict[str, Any]:
 def test_the_oldest_entries_go_when_there_are_too_many_or_they_are_too_big() -> None:
     history = History(":memory:", HistoryLimits(max_entries=3, max_bytes=2000, ttl_s=100))
     for index in range(4):
-        history.put_response(response(f"r{index}"), [], now_s=index)
+        history.responses.put(response(f"r{index}"), [], now_s=index)
     with pytest.raises(NotFoundError):
-        history.response("r0", 4)
-    assert history.response("r1", 4)["id"] == "r1"
-    history.put_response(response("big", 1500), [], now_s=5)
+        history.responses.get("r0", 4)
+    assert history.responses.get("r1", 4)["id"] == "r1"
+    history.responses.put(response("big", 1500), [], now_s=5)
     with pytest.raises(NotFoundError):
-        history.response("r1", 5)
-    assert history.response("big", 5)
+        history.responses.get("r1", 5)
+    assert history.responses.get("big", 5)
     with pytest.raises(RequestTooLargeError):
-        history.put_response(response("too big", 2500), [], now_s=6)
-    assert history.response("big", 6)
+        history.responses.put(response("too big", 2500), [], now_s=6)
+    assert history.responses.get("big", 6)
     history.close()
 
 
 def test_an_entry_goes_when_its_time_is_over() -> None:
     history = History(":memory:", HistoryLimits(max_entries=3, max_bytes=2000, ttl_s=100))
-    history.put_response(response("r"), [], now_s=0)
-    assert history.response("r", 99)
+    history.responses.put(response("r"), [], now_s=0)
+    assert history.responses.get("r", 99)
     with pytest.raises(NotFoundError):
-        history.response("r", 100)
+        history.responses.get("r", 100)
     history.close()
 
 
 def test_a_chain_has_a_bound_and_needs_finished_responses() -> None:
     history = History(":memory:", HistoryLimits(max_entries=10_000, max_bytes=10**8, ttl_s=100))
     for index in range(1026):
-        history.put_response(response(f"r{index}", previous_response_id=f"r{index - 1}" if index else None), [], now_s=0)
-    assert history.transcript("r1023", 1) == []
+        history.responses.put(response(f"r{index}", previous_response_id=f"r{index - 1}" if index else None), [], now_s=0)
+    assert history.responses.transcript("r1023", 1) == []
     with pytest.raises(InvalidRequestError, match="at most 1024"):
-        history.transcript("r1025", 1)
-    history.put_response(response("open", status="in_progress"), [], now_s=0)
+        history.responses.transcript("r1025", 1)
+    history.responses.put(response("open", status="in_progress"), [], now_s=0)
     with pytest.raises(InvalidRequestError, match="finished"):
-        history.transcript("open", 1)
+        history.responses.transcript("open", 1)
     history.close()

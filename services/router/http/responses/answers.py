@@ -6,14 +6,14 @@ the next begins. Every event has the next sequence number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from headrace.errors import HeadraceError, OverloadedError
-from services.router.generation import OutputPiece, TokenLogprob
+from services.router.generation import OutputPiece, TokenLogprob, ToolCallDelta
 from services.router.http import sse
 from services.router.http.rendering import Usage
 from services.router.http.responses.items import Item
@@ -32,6 +32,74 @@ class _Open:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
+Emit = Callable[[str, dict[str, Any]], bytes]
+
+
+class OutputItems:
+    """The items of one answer, each filled before the next; says what is to be told of it."""
+
+    def __init__(self, emit: Emit, id_tail: str) -> None:
+        """`emit` makes an event of a kind and its fields; `id_tail` makes the items' ids this answer's own."""
+        self.closed: list[Item] = []
+        self._emit = emit
+        self._tail = id_tail
+        self._open: _Open | None = None
+
+    def add_text(self, events: list[bytes], kind: str, text: str, logprobs: list[dict[str, Any]]) -> None:
+        """More of a message or of reasoning."""
+        if self._open is None or self._open.kind != kind:
+            fields = {"summary": [], "content": []} if kind == "reasoning" else {"role": "assistant", "content": []}
+            self._begin(events, kind, fields)
+            events.append(self._item_event("response.content_part.added", content_index=0, part=_part(kind, "", [])))
+        assert self._open is not None
+        self._open.texts.append(text)
+        self._open.logprobs += logprobs
+        if kind == "reasoning":
+            events.append(self._item_event("response.reasoning_text.delta", content_index=0, delta=text))
+        else:
+            events.append(self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs))
+
+    def add_call(self, events: list[bytes], delta: ToolCallDelta) -> None:
+        """A new tool call, or more of its arguments."""
+        if delta.id:
+            self._begin(events, "function_call", {"call_id": delta.id, "name": delta.name, "arguments": ""})
+        if delta.arguments and self._open is not None:
+            self._open.texts.append(delta.arguments)
+            events.append(self._item_event("response.function_call_arguments.delta", delta=delta.arguments))
+
+    def close(self, events: list[bytes], status: str) -> None:
+        """The open item, if there is one, is over."""
+        opened = self._open
+        if opened is None:
+            return
+        text = "".join(opened.texts)
+        item = {**opened.item, "status": status}
+        if opened.kind == "function_call":
+            item["arguments"] = text
+            events.append(self._item_event("response.function_call_arguments.done", arguments=text, name=item["name"]))
+        else:
+            part = _part(opened.kind, text, opened.logprobs)
+            item["content"] = [part]
+            if opened.kind == "reasoning":
+                events.append(self._item_event("response.reasoning_text.done", content_index=0, text=text))
+            else:
+                events.append(self._item_event("response.output_text.done", content_index=0, text=text, logprobs=opened.logprobs))
+            events.append(self._item_event("response.content_part.done", content_index=0, part=part))
+        events.append(self._emit("response.output_item.done", {"output_index": len(self.closed), "item": item}))
+        self.closed.append(item)
+        self._open = None
+
+    def _begin(self, events: list[bytes], kind: str, fields: Item) -> None:
+        self.close(events, "completed")
+        item_id = f"{_PREFIXES[kind]}_{self._tail}{len(self.closed):02x}"
+        self._open = _Open(kind, {"id": item_id, "type": kind, "status": "in_progress", **fields})
+        events.append(self._emit("response.output_item.added", {"output_index": len(self.closed), "item": self._open.item}))
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        assert self._open is not None
+        return self._emit(kind, {"item_id": self._open.item["id"], "output_index": len(self.closed), **fields})
+
+
 class ResponseAnswer:
     """Renders one response, whole and as events."""
 
@@ -42,17 +110,20 @@ class ResponseAnswer:
         self.id = f"resp_{request_id}"
         self.is_finished = False
         self.status = "queued" if call.body.background is True else "in_progress"
-        self.output: list[Item] = []
-        self._tail = request_id
+        self._items = OutputItems(self._event, request_id)
         self._head = _head(call, self.id, model=model, created_unix_s=created_unix_s)
         self._with_logprobs = call.num_top_logprobs is not None
-        self._open: _Open | None = None
         self._usage: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
         self._incomplete: dict[str, str] | None = None
         self._num_events = 0
 
     # The response.
+
+    @property
+    def output(self) -> list[Item]:
+        """Items that are whole."""
+        return self._items.closed
 
     def response(self) -> dict[str, Any]:
         """The response object as it stands."""
@@ -106,19 +177,15 @@ class ResponseAnswer:
         """Take one piece of output; gives its events, each by itself."""
         events: list[bytes] = []
         if piece.reasoning:
-            self._add_text(events, "reasoning", piece.reasoning, [])
+            self._items.add_text(events, "reasoning", piece.reasoning, [])
         if piece.text:
-            self._add_text(events, "message", piece.text, logprob_objects(piece.logprobs) if self._with_logprobs else [])
+            self._items.add_text(events, "message", piece.text, logprob_objects(piece.logprobs) if self._with_logprobs else [])
         for delta in piece.tool_calls:
-            if delta.id:
-                self._open_item(events, "function_call", {"call_id": delta.id, "name": delta.name, "arguments": ""})
-            if delta.arguments and self._open is not None:
-                self._open.texts.append(delta.arguments)
-                events.append(self._item_event("response.function_call_arguments.delta", delta=delta.arguments))
+            self._items.add_call(events, delta)
         if piece.finish_reason is not None:
             self.is_finished = True
             is_cut = piece.finish_reason == "length"
-            self._close_item(events, "incomplete" if is_cut else "completed")
+            self._items.close(events, "incomplete" if is_cut else "completed")
             self.status = "incomplete" if is_cut else "completed"
             self._incomplete = {"reason": "max_output_tokens"} if is_cut else None
         return events
@@ -143,53 +210,6 @@ class ResponseAnswer:
         number = self._num_events
         self._num_events += 1
         return sse.named_event(kind, {"type": kind, "sequence_number": number, **fields})
-
-    def _item_event(self, kind: str, **fields: Any) -> bytes:
-        assert self._open is not None
-        return self._event(kind, {"item_id": self._open.item["id"], "output_index": len(self.output), **fields})
-
-    # Items.
-
-    def _add_text(self, events: list[bytes], kind: str, text: str, logprobs: list[dict[str, Any]]) -> None:
-        if self._open is None or self._open.kind != kind:
-            self._open_item(
-                events, kind, {"summary": [], "content": []} if kind == "reasoning" else {"role": "assistant", "content": []}
-            )
-            events.append(self._item_event("response.content_part.added", content_index=0, part=_part(kind, "", [])))
-        assert self._open is not None
-        self._open.texts.append(text)
-        self._open.logprobs += logprobs
-        if kind == "reasoning":
-            events.append(self._item_event("response.reasoning_text.delta", content_index=0, delta=text))
-        else:
-            events.append(self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs))
-
-    def _open_item(self, events: list[bytes], kind: str, fields: Item) -> None:
-        self._close_item(events, "completed")
-        item_id = f"{_PREFIXES[kind]}_{self._tail}{len(self.output):02x}"
-        self._open = _Open(kind, {"id": item_id, "type": kind, "status": "in_progress", **fields})
-        events.append(self._event("response.output_item.added", {"output_index": len(self.output), "item": self._open.item}))
-
-    def _close_item(self, events: list[bytes], status: str) -> None:
-        opened = self._open
-        if opened is None:
-            return
-        text = "".join(opened.texts)
-        item = {**opened.item, "status": status}
-        if opened.kind == "function_call":
-            item["arguments"] = text
-            events.append(self._item_event("response.function_call_arguments.done", arguments=text, name=item["name"]))
-        else:
-            part = _part(opened.kind, text, opened.logprobs)
-            item["content"] = [part]
-            if opened.kind == "reasoning":
-                events.append(self._item_event("response.reasoning_text.done", content_index=0, text=text))
-            else:
-                events.append(self._item_event("response.output_text.done", content_index=0, text=text, logprobs=opened.logprobs))
-            events.append(self._item_event("response.content_part.done", content_index=0, part=part))
-        events.append(self._event("response.output_item.done", {"output_index": len(self.output), "item": item}))
-        self.output.append(item)
-        self._open = None
 
 
 def _part(kind: str, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:

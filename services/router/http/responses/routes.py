@@ -45,7 +45,7 @@ class ResponsesRoutes:
 
     async def start(self) -> None:
         """Responses of a former life that it could not finish have failed."""
-        await self._thread.run(self._history.fail_unfinished, RESTARTED, time.time())
+        await self._thread.run(self._history.responses.fail_unfinished, RESTARTED)
 
     async def stop(self) -> None:
         """Keep what ends now."""
@@ -77,17 +77,17 @@ class ResponsesRoutes:
         now_s = time.time()
         before: list[Item] = []
         if call.body.previous_response_id is not None:
-            before = self._history.transcript(call.body.previous_response_id, now_s)
+            before = self._history.responses.transcript(call.body.previous_response_id, now_s)
         elif call.conversation_id is not None:
-            before = self._history.conversation_items(call.conversation_id, now_s)
+            before = self._history.conversations.items(call.conversation_id, now_s)
         return before, self._history.resolve(items, now_s)
 
     async def _keep(self, call: shapes.ResponseCall, answer: answers.ResponseAnswer, items: Sequence[Item]) -> None:
         if call.is_stored:
-            await self._thread.run(self._history.put_response, answer.response(), items, time.time())
+            await self._thread.run(self._history.responses.put, answer.response(), items, time.time())
         if call.conversation_id is not None and answer.status in ("completed", "incomplete"):
             added = [*items, *answer.output]
-            await self._thread.run(self._history.append_items, call.conversation_id, added, time.time())
+            await self._thread.run(self._history.conversations.append, call.conversation_id, added, time.time())
 
     async def _create_background(
         self, exchange: Exchange, call: shapes.ResponseCall, generation: GenerationRequest, items: list[Item]
@@ -111,7 +111,7 @@ class ResponsesRoutes:
         async def keep(ended: answers.ResponseAnswer) -> None:
             await self._keep(call, ended, items)
 
-        await self._thread.run(self._history.put_response, answer.response(), items, time.time())
+        await self._thread.run(self._history.responses.put, answer.response(), items, time.time())
         queued = orjson.dumps(answer.response())
         self._runs.start(Run(self._engine, own, stream, answer, keep))
         if call.body.stream is True:
@@ -126,7 +126,9 @@ class ResponsesRoutes:
             raise InvalidRequestError("starting_after must be left out unless stream is true", param="starting_after")
         run = self._runs.running(response_id)
         kept = (
-            run.answer.response() if run is not None else await self._thread.run(self._history.response, response_id, time.time())
+            run.answer.response()
+            if run is not None
+            else await self._thread.run(self._history.responses.get, response_id, time.time())
         )
         if asked.stream:
             await self._runs.send_events(exchange, response_id, starting_after=asked.starting_after)
@@ -138,7 +140,7 @@ class ResponsesRoutes:
         run = self._runs.running(response_id)
         if run is not None:
             await run.cancel()
-        await self._thread.run(self._history.delete, response_id, "response", time.time())
+        await self._thread.run(self._history.responses.delete, response_id, time.time())
         self._runs.forget(response_id)
         await exchange.respond(200, answers.deleted("response", response_id))
 
@@ -147,7 +149,7 @@ class ResponsesRoutes:
         run = self._runs.running(response_id)
         if run is not None:
             await run.cancel()
-        kept = await self._thread.run(self._history.response, response_id, time.time())
+        kept = await self._thread.run(self._history.responses.get, response_id, time.time())
         if not kept["background"]:
             raise InvalidRequestError(
                 "only a background response can be cancelled; end others by closing the connection", param="response_id"
@@ -156,7 +158,7 @@ class ResponsesRoutes:
 
     async def _list_input(self, exchange: Exchange) -> None:
         asked = validate(shapes.PageQuery, _without_include(exchange.query))
-        items = await self._thread.run(self._history.input_items, exchange.path_values["response_id"], time.time())
+        items = await self._thread.run(self._history.responses.input_items, exchange.path_values["response_id"], time.time())
         await exchange.respond(200, page_of(items, asked))
 
 
@@ -189,23 +191,23 @@ class ConversationsRoutes:
             "metadata": asked.metadata or {},
         }
         items = await self._thread.run(self._history.resolve, listed(asked.items or (), request_id), time.time())
-        await self._thread.run(self._history.put_conversation, conversation, items, time.time())
+        await self._thread.run(self._history.conversations.put, conversation, items, time.time())
         await exchange.respond(200, orjson.dumps(conversation))
 
     async def _show(self, exchange: Exchange) -> None:
         name = exchange.path_values["conversation_id"]
-        await exchange.respond(200, orjson.dumps(await self._thread.run(self._history.conversation, name, time.time())))
+        await exchange.respond(200, orjson.dumps(await self._thread.run(self._history.conversations.get, name, time.time())))
 
     async def _update(self, exchange: Exchange) -> None:
         asked = validate(shapes.UpdateBody, load_object(await exchange.read_body()))
         shapes.check_metadata(asked.metadata)
         name = exchange.path_values["conversation_id"]
-        updated = await self._thread.run(self._history.update_conversation, name, asked.metadata or {}, time.time())
+        updated = await self._thread.run(self._history.conversations.update, name, asked.metadata or {}, time.time())
         await exchange.respond(200, orjson.dumps(updated))
 
     async def _delete(self, exchange: Exchange) -> None:
         name = exchange.path_values["conversation_id"]
-        await self._thread.run(self._history.delete, name, "conversation", time.time())
+        await self._thread.run(self._history.conversations.delete, name, time.time())
         await exchange.respond(200, answers.deleted("conversation.deleted", name))
 
     async def _list_items(self, exchange: Exchange) -> None:
@@ -215,7 +217,7 @@ class ConversationsRoutes:
     async def _add_items(self, exchange: Exchange) -> None:
         asked = validate(shapes.ItemsBody, _with_named(load_object(await exchange.read_body())), unions=UNIONS)
         items = await self._thread.run(self._history.resolve, listed(asked.items, exchange.open_call.request_id), time.time())
-        await self._thread.run(self._history.append_items, exchange.path_values["conversation_id"], items, time.time())
+        await self._thread.run(self._history.conversations.append, exchange.path_values["conversation_id"], items, time.time())
         await exchange.respond(200, answers.page(items, has_more=False))
 
     async def _show_item(self, exchange: Exchange) -> None:
@@ -228,11 +230,11 @@ class ConversationsRoutes:
 
     async def _delete_item(self, exchange: Exchange) -> None:
         name = exchange.path_values["conversation_id"]
-        await self._thread.run(self._history.delete_item, name, exchange.path_values["item_id"], time.time())
-        await exchange.respond(200, orjson.dumps(await self._thread.run(self._history.conversation, name, time.time())))
+        await self._thread.run(self._history.conversations.delete_item, name, exchange.path_values["item_id"], time.time())
+        await exchange.respond(200, orjson.dumps(await self._thread.run(self._history.conversations.get, name, time.time())))
 
     async def _items(self, exchange: Exchange) -> list[Item]:
-        return await self._thread.run(self._history.conversation_items, exchange.path_values["conversation_id"], time.time())
+        return await self._thread.run(self._history.conversations.items, exchange.path_values["conversation_id"], time.time())
 
 
 def page_of(objects: Sequence[dict[str, Any]], asked: shapes.PageQuery) -> bytes:
