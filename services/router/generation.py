@@ -214,6 +214,8 @@ class EncodedPrompt:
     max_model_len: int = 0
     eos_token_ids: tuple[int, ...] = ()
     defaults: Sampling = field(default_factory=Sampling)
+    grammar: str = ""
+    """What the output must be, as workers take it; empty for anything."""
     formats: OutputFormats = OutputFormats()
 
 

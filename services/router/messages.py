@@ -228,8 +228,8 @@ def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: 
         body.speculative.method = _SPECULATIVE_METHODS[speculative.method]
     if speculative.num_tokens is not None:
         body.speculative.num_speculative_tokens = speculative.num_tokens
-    if request.generation.constraint is not None:
-        body.constraint.CopyFrom(_constraint(request.generation.constraint))
+    if encoded.grammar:
+        body.constraint.CopyFrom(common.Constraint(kind=common.CONSTRAINT_KIND_GRAMMAR, source=encoded.grammar))
     return "submit", body, [tokens]
 
 
@@ -292,6 +292,7 @@ def encoded_prompt(reply: tokenizer.TokenizeReply, tokens: TokenArray) -> Encode
         token_ids=tokens,
         max_model_len=reply.max_model_len,
         eos_token_ids=tuple(reply.eos_token_ids),
+        grammar=reply.grammar,
         defaults=Sampling(
             temperature=defaults.temperature if defaults.HasField("temperature") else None,
             top_p=defaults.top_p if defaults.HasField("top_p") else None,

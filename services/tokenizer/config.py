@@ -22,6 +22,18 @@ class Settings(Section):
     render_memory_bytes: int = Field(
         default=1 << 30, ge=1 << 28, description="Most memory (address space) of a process that renders templates, bytes."
     )
+    constraint_timeout_s: float = Field(
+        default=2.0, gt=0, le=60, description="Longest time that compiling a constraint (a schema, a grammar) may take, seconds."
+    )
+    constraint_memory_bytes: int = Field(
+        default=1 << 30, ge=1 << 28, description="Most memory (address space) of a process that compiles constraints, bytes."
+    )
+    constraint_cache_bytes: int = Field(
+        default=16 << 20, ge=0, description="Most memory for constraints that have been compiled or refused, bytes."
+    )
+    num_constraint_threads: int = Field(
+        default=2, ge=1, le=64, description="Constraints compiled at a time, each in a process of its own, started when needed."
+    )
     prompt_bytes_max: int | None = Field(
         default=None,
         ge=1,

@@ -43,6 +43,7 @@ from headrace.wire.envelope import int32_array, int32_frame
 from headrace.wire.session import Peer
 from headrace.wire.topology import ROUTER_BACKPLANE, ROUTER_TOKENIZER
 from services.tokenizer.config import Settings
+from services.tokenizer.constraint_desk import ConstraintDesk, make_desk
 from services.tokenizer.encoding import Encoder, Field, PromptLimits, TokenIds
 from services.tokenizer.renderer import Renderer, RenderLimits
 from services.tokenizer.sampling_defaults import sampling_defaults
@@ -85,6 +86,7 @@ class _Job:
     frame: memoryview | None
     span: Span
     begun_ns: int
+    grammar: str = ""
 
     @property
     def work(self) -> WorkHeader:
@@ -112,8 +114,8 @@ class TokenizerService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._renderers: list[Renderer] = []
+        self._constraints: ConstraintDesk | None = None
         self._model = ModelInfo()
-        self._has_template = False
         self._eos_token_ids: tuple[int, ...] = ()
         self._sampling_defaults = SamplingParams()
         self._limits = PromptLimits(model="", vocab_size=0, max_model_len=0, prompt_bytes_max=0)
@@ -171,6 +173,19 @@ class TokenizerService:
         self._idle.clear()
         self._waiting_since_ns.append(job.begun_ns)
         self._metrics.queue.set(len(self._waiting_since_ns))
+        if isinstance(body, Tokenize) and body.HasField("constraint"):
+            assert self._constraints is not None
+            self._constraints.take(body.constraint, body.constraint_param, lambda verdict: self._encode(job, verdict))
+        else:
+            self._encode(job)
+
+    def _encode(self, job: _Job, verdict: str | HeadraceError = "") -> None:
+        """A request's constraint has been compiled, or refused; now for its prompt."""
+        if isinstance(verdict, HeadraceError):
+            self._waiting_since_ns.popleft()
+            self._finish(job, verdict)
+            return
+        job.grammar = verdict
         loop = asyncio.get_running_loop()
 
         def tell_loop(future: Future[_Result | HeadraceError]) -> None:
@@ -204,7 +219,7 @@ class TokenizerService:
 
     def health(self) -> dict[str, Any]:
         """What /health adds."""
-        return {"model": self._model.name, "has_chat_template": self._has_template}
+        return {"model": self._model.name, "has_chat_template": bool(self._renderers)}
 
     async def drain(self) -> None:
         """Refuse new requests and answer those that are open."""
@@ -219,6 +234,8 @@ class TokenizerService:
         self._executor.shutdown(wait=False, cancel_futures=True)
         for renderer in self._renderers:
             renderer.interrupt()
+        if self._constraints is not None:
+            await self._constraints.stop()
         await asyncio.to_thread(self._executor.shutdown, wait=True)
         for renderer in self._renderers:
             renderer.close()
@@ -231,7 +248,6 @@ class TokenizerService:
         max_model_len = min(model_settings.max_model_len or config.max_position_embeddings, config.max_model_len)
         self._eos_token_ids = config.eos_token_ids
         self._sampling_defaults = sampling_defaults(load_generation_defaults(directory))
-        self._has_template = tokenizer_config.chat_template is not None
         self._limits = PromptLimits(name, config.vocab_size, max_model_len, self._settings.prompt_bytes_limit(max_model_len))
         try:
             tokenizer_json = (directory / TOKENIZER_FILE).read_text(encoding="utf-8")
@@ -259,6 +275,7 @@ class TokenizerService:
                 self._renderers.append(renderer)
                 renderer.start()
             self._engines.put(_Engine(encoder, renderer))
+        self._constraints = make_desk(self._settings, directory, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
         self._model = ModelInfo(name=name, max_model_len=max_model_len, loaded_unix_s=int(time.time()))
 
     def _admit(self, job: _Job) -> None:
@@ -266,7 +283,7 @@ class TokenizerService:
             raise UnavailableError("tokenizer: this instance is stopping; another one may serve")
         if job.body.model != self._model.name:
             raise NotFoundError(f"model: {job.body.model!r} is not served here; {self._model.name!r} is", param="model")
-        self._check_deadline(job)
+        _check_deadline(job)
         if self._num_open >= self._settings.num_threads + self._settings.queue_max:
             retry_after_s = max(0.1, self._job_s * self._num_open / self._settings.num_threads)
             raise OverloadedError(
@@ -275,20 +292,12 @@ class TokenizerService:
                 retry_after_s=retry_after_s,
             )
 
-    def _check_deadline(self, job: _Job) -> None:
-        deadline_unix_ns = job.work.deadline_unix_ns
-        if deadline_unix_ns and time.time_ns() >= deadline_unix_ns:
-            waited_ms = (time.monotonic_ns() - job.begun_ns) / 1e6
-            raise DeadlineExceededError(
-                f"tokenizer: the request's deadline passed before it was encoded ({waited_ms:.0f} ms in the queue)"
-            )
-
     def _work(self, job: _Job) -> _Result | HeadraceError:
         """Answer one request; runs on a thread."""
         self._waiting_since_ns.popleft()
         engine = self._engines.get()
         try:
-            self._check_deadline(job)
+            _check_deadline(job)
             if isinstance(job.body, Tokenize):
                 return self._tokenize(engine, job.body, job.frame)
             return self._detokenize(engine, job.body, job.frame)
@@ -391,6 +400,7 @@ class TokenizerService:
             return
         assert result.tokens is not None
         reply.num_tokens = result.num_tokens
+        reply.grammar = job.grammar
         reply.eos_token_ids.extend(self._eos_token_ids)
         reply.sampling_defaults.CopyFrom(self._sampling_defaults)
         job.peer.send("tokenize_reply", reply, [int32_frame(result.tokens)])
@@ -402,6 +412,15 @@ class TokenizerService:
         else:
             reply.text = result.text
         job.peer.send("detokenize_reply", reply)
+
+
+def _check_deadline(job: _Job) -> None:
+    deadline_unix_ns = job.work.deadline_unix_ns
+    if deadline_unix_ns and time.time_ns() >= deadline_unix_ns:
+        waited_ms = (time.monotonic_ns() - job.begun_ns) / 1e6
+        raise DeadlineExceededError(
+            f"tokenizer: the request's deadline passed before it was encoded ({waited_ms:.0f} ms in the queue)"
+        )
 
 
 def _error_detail(error: HeadraceError) -> ErrorDetail:

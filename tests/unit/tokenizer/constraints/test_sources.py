@@ -1,0 +1,152 @@
+"""Constraints of every kind, compiled over a tokenizer of single bytes: what they allow, and how what is wrong is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from headrace.errors import InvalidRequestError
+from headrace.grammars import Vocabulary, compile_grammar, load_vocabulary
+from services.tokenizer.constraints.sources import MAX_CHOICES, grammar_of
+
+SPECIAL = ("<s>", "</s>")
+
+
+@pytest.fixture
+def vocabulary(model_directory: Path) -> Vocabulary:
+    return load_vocabulary(model_directory, vocab_size=260, eos_token_ids=(257,))
+
+
+def _grammar(vocabulary: Vocabulary, kind: str, source: object) -> str:
+    text = source if isinstance(source, str) else json.dumps(source)
+    return grammar_of(kind, text, param="response_format", vocabulary=vocabulary, special_tokens=SPECIAL)
+
+
+def _is_allowed(vocabulary: Vocabulary, grammar: str, output: str) -> bool:
+    """Whether a whole output matches; `<s>` in it stands for that token."""
+    matcher = compile_grammar(vocabulary, grammar)
+    tokens: list[int] = []
+    for index, part in enumerate(output.split("<s>")):
+        tokens += ([256] if index else []) + vocabulary.greedy_tokenize(part)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+ADDRESS = {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^[0-9]{5}$"}}, "required": ["zip"]}
+TAGS = {"structures": [{"begin": "<f=a>", "schema": ADDRESS, "end": "</f>"}], "triggers": ["<f="]}
+THINK = {
+    "type": "sequence",
+    "elements": [
+        {"type": "any_text"},
+        {"type": "const_string", "value": "</think>"},
+        {"type": "json_schema", "json_schema": {"type": "integer"}},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "allowed", "refused"),
+    [
+        ("json_object", "", ['{"a": [1]}', "{}"], ["[]", "1", '{"a": }', "{"]),
+        ("json_schema", ADDRESS, ['{"zip": "01234"}', '{ \n"zip":"01234", "b": 1}'], ['{"zip": "1"}', "{}", '{"zip":"01234"} ']),
+        ("json_schema", "true", ["1", '"ü"'], ["x"]),
+        ("json_schema", {"type": "object"}, ['{"a":' + " " * 40 + "1}"], ['{"a":' + " " * 41 + "1}"]),
+        ("regex", "^a+/b$", ["aa/b"], ["a/b\n", "xa/b", "aa/"]),
+        ("regex", r"a\$", ["a$"], ["a"]),
+        ("regex", "a|bc", ["a", "bc"], ["ac", "b"]),
+        ("choice", ['say "ü"', "no\n", "/x/"], ['say "ü"', "no\n", "/x/"], ["no", "say"]),
+        ("ebnf", 'root ::= "(" root ")" | [0-9]+', ["((12))"], ["((1)", "()"]),
+        ("ebnf", 'start: "(" start ")" | N\nN: /[0-9]+/', ["((12))"], ["((1)"]),
+        ("structural_tag", TAGS, ["hi", 'hi <f=a>{"zip":"01234"}</f> and on'], ["<f=b>", '<f=a>{"zip":1}</f>']),
+        ("structural_tag", {"format": THINK}, ["well </think>12", "</think>3"], ["12", "</think>x"]),
+        (
+            "structural_tag",
+            {"format": {"type": "tag", "begin": "<s>", "content": THINK["elements"][2], "end": "!"}},
+            ["<s>7!"],
+            ["7!"],
+        ),
+        (
+            "structural_tag",
+            {
+                "format": {
+                    "type": "tags_with_separator",
+                    "tags": [{"begin": "[", "content": {"type": "regex", "pattern": "[0-9]"}, "end": "]"}],
+                    "separator": ",",
+                    "at_least_one": True,
+                }
+            },
+            ["[1]", "[1],[2]"],
+            ["", "[1],", "[a]"],
+        ),
+        (
+            "structural_tag",
+            {
+                "format": {
+                    "type": "triggered_tags",
+                    "triggers": ["<"],
+                    "tags": [{"begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"}],
+                    "at_least_one": True,
+                    "stop_after_first": True,
+                }
+            },
+            ["x<a>y</a>"],
+            ["x", "x<a>y</a>z", "x<b>"],
+        ),
+        (
+            "structural_tag",
+            {
+                "format": {
+                    "type": "or",
+                    "elements": [{"type": "const_string", "value": "a"}, {"type": "regex", "pattern": "/[0-9]"}],
+                }
+            },
+            ["a", "/1"],
+            ["b"],
+        ),
+    ],
+)
+def test_exactly_what_a_constraint_says_is_allowed(
+    vocabulary: Vocabulary, kind: str, source: object, allowed: list[str], refused: list[str]
+) -> None:
+    grammar = _grammar(vocabulary, kind, source)
+    assert [output for output in allowed if not _is_allowed(vocabulary, grammar, output)] == []
+    assert [output for output in refused if _is_allowed(vocabulary, grammar, output)] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("json_schema", "{", "the schema at #: is not valid JSON"),
+        ("json_schema", "[" * 50_000, "nested too deeply"),
+        ("json_schema", {"properties": {"a": {"not": {}}}}, "the schema at #/properties/a/not: not cannot be enforced"),
+        ("json_schema", {"properties": {"a": {"type": "strin"}}}, "the schema at #/properties/a: Invalid type: strin"),
+        ("json_schema", {"$defs": {"x": {"type": "string", "pattern": "(?=a)"}}, "$ref": "#/$defs/x"}, "at #/$defs/x: regex"),
+        ("json_schema", {"items": {"oneOf": [{"type": "string"}, {"maxLength": 3}]}}, "at #/items: alternatives of oneOf"),
+        ("json_schema", {"type": "integer", "minimum": 3, "maximum": 2}, "at #: Unsatisfiable schema"),
+        ("regex", "(", "the regular expression cannot be used"),
+        ("regex", "", "it is empty"),
+        ("choice", [], "the choice at #: must be an array of 1 to"),
+        ("choice", ["a"] * (MAX_CHOICES + 1), "the choice at #: must be an array of 1 to"),
+        ("choice", ["a", 3], "the choice at #/1: must be a non-empty string"),
+        ("ebnf", "root ::= none", "neither GBNF nor Lark"),
+        ("ebnf", "start: none", "the grammar cannot be used"),
+        ("structural_tag", {}, "the structural tag at #/structures: must be a non-empty array"),
+        ("structural_tag", {"format": {"type": "x"}}, "at #/format/type: must be one of"),
+        ("structural_tag", TAGS | {"triggers": ["<g"]}, "at #/tags/0/begin: must begin with one of the triggers"),
+        ("structural_tag", {"format": {"type": "json_schema", "json_schema": {"not": {}}}}, "at #/format/json_schema/not:"),
+        ("unknown", "", "not known here"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(vocabulary: Vocabulary, kind: str, source: object, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        _grammar(vocabulary, kind, source)
+    assert message in refused.value.message
+    assert refused.value.message.startswith("response_format: ")
+    assert refused.value.param == "response_format"
+
+
+def test_a_grammar_that_is_too_large_is_refused(vocabulary: Vocabulary) -> None:
+    alternatives = " | ".join(f'"a{index}" "b" start' for index in range(40_000))
+    with pytest.raises(InvalidRequestError, match=r"too (large|big)"):
+        _grammar(vocabulary, "ebnf", f'start: "x" | {alternatives}')
