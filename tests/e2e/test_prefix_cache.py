@@ -53,9 +53,9 @@ def small_server(model_store: Path, scheduler_metrics: int, worker_metrics: int)
 
 
 def metric(port: int, name: str) -> float:
-    """A sample of a service's metrics."""
+    """A sample of a service's metrics; one with labels is not there before its first count."""
     lines = get(f"http://127.0.0.1:{port}/metrics").splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 def long_messages(question: str) -> list[dict[str, str]]:
@@ -189,6 +189,34 @@ def test_choices_fork_from_one_prefill(small_server: Server, scheduler_metrics: 
     assert all(texts)
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.prompt_tokens == alone.usage.prompt_tokens
+
+
+def test_an_answer_given_before_is_drafted_from_the_cache_and_is_the_same(small_server: Server, worker_metrics: int) -> None:
+    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def num_right() -> float:
+        return metric(worker_metrics, 'headrace_worker_draft_tokens_total{outcome="accepted"}')
+
+    def ask_again(method: str) -> tuple[str, float]:
+        before = num_right()
+        answer = client.completions.create(
+            model=MODEL,
+            prompt="A list of unlike things that were found in the attic of the old mill:",
+            # Hardly anything repeats itself in such a text.
+            temperature=1.5,
+            seed=11,
+            max_tokens=100,
+            extra_body={"ignore_eos": True, "speculative": {"method": method}},
+        )
+        return answer.choices[0].text, num_right() - before
+
+    first, num_found_in_its_text = ask_again("ngram")
+    again, num_found_in_the_cache = ask_again("ngram")
+    without, num_without = ask_again("off")
+    assert first == again == without
+    # Whole pages are cached: 96 of the tokens at least, in rows of eight drafts and one more.
+    assert num_found_in_its_text < 40 < 70 < num_found_in_the_cache
+    assert num_without == 0
 
 
 async def test_too_few_pages_end_no_request(small_server: Server, scheduler_metrics: int) -> None:
