@@ -26,7 +26,7 @@ from headrace.errors import ProtocolError
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
 from services.worker.drafting.drafter import Drafts
 from services.worker.entering import Int32Array, entering
-from services.worker.sampling_table import Int64Array, SampledRows, SamplingTable
+from services.worker.sampling_table import Int64Array, SampledRows, SamplingTable, is_penalised
 from services.worker.step_tokens import StepTokens
 
 _FREE: Final = 0
@@ -110,6 +110,9 @@ class BatchInputs:
 
     Args:
         limits: Sizes; a plan beyond them is a `ProtocolError`.
+
+    Attributes:
+        tokens: int32 `[num_slots, max_model_len + 1]`, known tokens by slot; only to be read elsewhere.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -119,7 +122,7 @@ class BatchInputs:
         self._max_pages = max_pages
         self._states = np.zeros(num_slots, dtype=np.int8)
         # One more than the longest sequence: the token sampled last is appended and never computed.
-        self._tokens = np.zeros((num_slots, limits.max_model_len + 1), dtype=np.int32)
+        self.tokens = np.zeros((num_slots, limits.max_model_len + 1), dtype=np.int32)
         self._page_table = np.zeros((num_slots, _table_width(max_pages)), dtype=np.int64)
         self._num_tokens = np.zeros(num_slots, dtype=np.int64)
         self._num_computed = np.zeros(num_slots, dtype=np.int64)
@@ -127,7 +130,7 @@ class BatchInputs:
         self._num_settled_pages = np.zeros(num_slots, dtype=np.int64)
         self._max_num_tokens = np.zeros(num_slots, dtype=np.int64)
         self._max_num_drafts = np.zeros(num_slots, dtype=np.int64)
-        self._sampling = SamplingTable(num_slots)
+        self._sampling = SamplingTable(num_slots, limits.vocab_size)
         self._last_rows = _NO_ROWS
 
     @property
@@ -157,6 +160,10 @@ class BatchInputs:
         if plan.page_slots:
             self._give_pages(plan)
         return self._rows(plan)
+
+    def holds(self, slot: int) -> bool:
+        """Whether a slot has a sequence that was not refused and has not failed."""
+        return bool(self._states[slot] == _HELD)
 
     def draft_room(self, slot: int) -> int:
         """Most drafts that a row may carry which computes one token: none unless that is the last known."""
@@ -206,7 +213,7 @@ class BatchInputs:
             row_starts=row_starts,
             row_counts=row_counts,
             num_decode_rows=num_decode_rows,
-            token_ids=self._tokens[token_slots, positions].astype(np.int64),
+            token_ids=self.tokens[token_slots, positions].astype(np.int64),
             positions=positions,
             slot_mapping=slot_mapping,
             sampled=self._sampling.rows(sampled_slots, positions[sampled_tokens] + 1),
@@ -235,7 +242,7 @@ class BatchInputs:
             is_finite = np.logical_and.reduceat(is_finite, firsts)
             is_kept = np.arange(len(slots)) < np.repeat(firsts + counts, num_drafts + 1)
             slots, positions, token_ids = slots[is_kept], positions[is_kept], token_ids[is_kept]
-        self._tokens[slots, positions] = token_ids
+        self.tokens[slots, positions] = token_ids
         row_slots = slots if counts is None else step.sampled.slots[firsts]
         num_tokens = positions + 1 if counts is None else step.sampled.positions[firsts] + counts
         self._num_tokens[row_slots] = num_tokens
@@ -268,16 +275,19 @@ class BatchInputs:
                 f"be left to compute, and at most {limits.max_model_len} are allowed"
             )
         is_entered = self._are_valid(tokens) and self._are_valid(foretold)
+        is_entered &= sequence.num_output_tokens < len(tokens)
         is_entered &= self._sampling.enter(slot, sequence.sampling, sequence.work.request_id)
         # A refused sequence keeps its slot, so that its rows fail one by one until the scheduler frees it.
         self._states[slot] = _HELD if is_entered else _FAILED
-        self._tokens[slot, : len(tokens)] = tokens
+        self.tokens[slot, : len(tokens)] = tokens
         self._num_tokens[slot] = len(tokens)
         self._num_computed[slot] = sequence.num_cached_tokens
         self._num_settled_pages[slot] = sequence.num_cached_tokens // limits.page_size
         self._num_pages[slot] = 0
         self._max_num_tokens[slot] = min(sequence.max_num_tokens or limits.max_model_len, limits.max_model_len)
-        self._max_num_drafts[slot] = sequence.max_num_drafts
+        # Penalties count a sequence's tokens one after another, and logprobs are told of one token a row.
+        is_single = is_penalised(sequence.sampling) or sequence.HasField("logprobs")
+        self._max_num_drafts[slot] = 0 if is_single else sequence.max_num_drafts
 
     def _are_valid(self, tokens: Int32Array) -> bool:
         return not len(tokens) or bool(tokens.min() >= 0 and tokens.max() < self.limits.vocab_size)
@@ -342,7 +352,7 @@ class BatchInputs:
     def _place(self, drafts: Drafts, slots: Int64Array) -> Int64Array:
         """Write drafts behind the known tokens; gives how many each of the rows has."""
         starts = np.repeat(self._num_tokens[drafts.slots] - (np.cumsum(drafts.counts) - drafts.counts), drafts.counts)
-        self._tokens[np.repeat(drafts.slots, drafts.counts), starts + np.arange(len(drafts.token_ids))] = drafts.token_ids
+        self.tokens[np.repeat(drafts.slots, drafts.counts), starts + np.arange(len(drafts.token_ids))] = drafts.token_ids
         by_slot = np.zeros(self.limits.max_num_seqs, dtype=np.int64)
         by_slot[drafts.slots] = drafts.counts
         return by_slot[slots]

@@ -7,6 +7,7 @@ thread. See `rank.py` for where plans come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,13 @@ from headrace.v1.worker_pb2 import NewSequence, StepPlan
 from services.worker.batch_inputs import BatchInputs, Limits, PlannedRows, StepInputs, page_copies
 from services.worker.drafting.drafter import Drafts
 from services.worker.drafting.speculation import Speculation
-from services.worker.layers.ops import Network, StepTensors
+from services.worker.entering import entering
+from services.worker.layers.ops import Best, Network, StepTensors
+from services.worker.logit_adjuster import LogitAdjuster
 from services.worker.runner import step_result
 from services.worker.sampler import sample
 from services.worker.step_tokens import StepTokens
+from services.worker.token_logprobs import LogprobTable, PromptSpan, prompt_indices
 
 
 class ModelRunner:
@@ -39,6 +43,8 @@ class ModelRunner:
         self.speculation: Speculation | None = None
         self._network = network
         self._inputs = BatchInputs(limits)
+        self._adjuster = LogitAdjuster(limits.max_num_seqs, limits.vocab_size)
+        self._logprobs = LogprobTable(limits.max_num_seqs)
 
     @property
     def limits(self) -> Limits:
@@ -69,6 +75,7 @@ class ModelRunner:
             ProtocolError: The plan contradicts what is held; nothing was computed.
         """
         rows = self._inputs.take(plan, token_ids)
+        self._enter(plan, token_ids)
         drafts = self._drafts(plan, token_ids, rows)
         step = self._inputs.lay_out(rows, drafts)
         if plan.copied_pages or plan.page_copies:
@@ -76,18 +83,31 @@ class ModelRunner:
             self._network.copy_pages(torch.from_numpy(sources), torch.from_numpy(targets))
         if len(step.token_ids) == 0:
             return step_result(plan, StepTokens(), step.unknown_slots)
+        spans = self._logprobs.prompt_spans(step, self._inputs.tokens)
         with torch.inference_mode():
-            logits = self._network.forward(self._tensors(step))
-            sampled, is_finite = sample(logits, step.sampled, self._network.best())
+            logits, best = self._forward(step, spans)
+            num_sampled = len(step.sampled.slots)
+            kept = self._logprobs.keep(logits, step.sampled)
+            sampled, is_finite = sample(logits[:num_sampled], step.sampled, best, (self._adjuster,))
+            told = self._logprobs.of_sampled(kept, step.sampled, sampled, is_finite)
+            told_of_prompts = self._logprobs.of_prompts(logits[num_sampled:], spans)
+        self._adjuster.commit(step.sampled.slots, sampled)
         tokens = self._inputs.commit(step, sampled, is_finite)
         self._clear_pages(tokens.failed_slots)
         if self.speculation is not None:
             self.speculation.finish(tokens, num_tokens=len(step.token_ids))
-        return step_result(plan, tokens, step.unknown_slots)
+        result = step_result(plan, tokens, step.unknown_slots)
+        if told is not None:
+            result.logprobs.CopyFrom(told)
+        if told_of_prompts is not None:
+            result.prompt_logprobs.CopyFrom(told_of_prompts)
+        return result
 
     def reset(self) -> None:
         """Forget every sequence. Pages keep their content; a page is always written before it is attended to."""
         self._inputs.reset()
+        self._adjuster.reset()
+        self._logprobs.reset()
         if self.speculation is not None:
             self.speculation.reset()
 
@@ -112,6 +132,25 @@ class ModelRunner:
         self.step(prefill, np.zeros(num_tokens, dtype=np.int32))
         self.step(StepPlan(row_slots=[0]), None)
         self.reset()
+
+    def _enter(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None) -> None:
+        """Some sequences leave with a plan, some enter."""
+        if plan.freed_slots:
+            self._adjuster.leave(plan.freed_slots)
+        for sequence, tokens, _ in entering(plan, token_ids):
+            if self._inputs.holds(sequence.slot):
+                self._adjuster.enter(sequence, tokens)
+                self._logprobs.enter(sequence)
+
+    def _forward(self, step: StepInputs, spans: list[PromptSpan]) -> tuple[torch.Tensor, Best | None]:
+        """Logits of the tokens to sample, then of the prompt tokens whose logprobs are wanted; and the best of the former."""
+        tensors = self._tensors(step)
+        if not spans:
+            return self._network.forward(tensors), self._network.best()
+        wanted = np.concatenate((step.sampled_tokens, prompt_indices(spans)))
+        logits = self._network.forward(replace(tensors, sampled_tokens=torch.from_numpy(wanted)))
+        best, num_sampled = self._network.best(), len(step.sampled_tokens)
+        return logits, None if best is None else (best[0][:num_sampled], best[1][:num_sampled])
 
     def _drafts(self, plan: StepPlan, token_ids: npt.NDArray[np.int32] | None, rows: PlannedRows) -> Drafts | None:
         if self.speculation is None:

@@ -1,0 +1,224 @@
+"""What changes a row's logits before it is sampled: penalties, then biases, then stop tokens that may not come yet.
+
+Which tokens a sequence has, and how often, is kept in dense rows, one a sequence that is penalised, and grows by one number a step.
+A row that asks for none of this costs nothing, and a step without such rows three comparisons.
+
+The repetition penalty looks at prompt and outputs, the others at the outputs: a logit is divided by the repetition penalty where it
+is positive and multiplied where it is not, then loses `frequency * count` and, where the count is not 0, `presence`.
+
+Source: frequency and presence, OpenAI's API reference; repetition, CTRL (Keskar et al., 2019), section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.v1.common_pb2 import SamplingParams
+from headrace.v1.worker_pb2 import NewSequence
+from services.worker.sampling_table import SampledRows, is_penalised, repetition_penalty
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+_NO_ROWS: Final = np.zeros(0, dtype=np.int64)
+
+
+class LogitAdjuster:
+    """State of all slots; see `LogitAdjustment`.
+
+    Args:
+        num_slots: Slots are below it.
+        vocab_size: Tokens are below it.
+        device: Where the logits are.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: str | torch.device = "cpu") -> None:
+        self._penalties = _Penalties(num_slots, vocab_size, device)
+        self._biases = _TokenLists(num_slots)
+        self._barred = _TokenLists(num_slots)
+        # Tokens at positions below this one may not be one of those barred.
+        self._barred_until = np.zeros(num_slots, dtype=np.int64)
+        self._vocab_size = vocab_size
+
+    def enter(self, sequence: NewSequence, tokens: Int32Array) -> None:
+        """Take a new sequence up, with all its tokens; what it asks for has been found to be in range."""
+        slot, sampling = sequence.slot, sequence.sampling
+        self.leave((slot,))
+        biases = {entry.token_id: entry.bias for entry in sampling.logit_bias}
+        num_prompt_tokens = len(tokens) - sequence.num_output_tokens
+        self._penalties.enter(slot, sampling, tokens, num_prompt_tokens)
+        if biases:
+            self._biases.put(slot, list(biases), list(biases.values()))
+        if sequence.num_output_tokens < sequence.min_output_tokens:
+            barred = sorted({token_id for token_id in sequence.stop_token_ids if token_id < self._vocab_size})
+            self._barred.put(slot, barred, [0.0] * len(barred))
+            self._barred_until[slot] = num_prompt_tokens + sequence.min_output_tokens
+
+    def leave(self, slots: Sequence[int]) -> None:
+        """Forget the sequences of some slots, where there are any."""
+        self._penalties.leave(slots)
+        self._biases.drop(slots)
+        self._barred.drop(slots)
+
+    def reset(self) -> None:
+        """Forget every sequence."""
+        self._penalties.reset()
+        self._biases.reset()
+        self._barred.reset()
+
+    def adjust(self, logits: torch.Tensor, rows: SampledRows) -> Int64Array:
+        """Change the logits of rows whose sequences ask for it; gives which those are."""
+        changed = []
+        if self._penalties.num_held:
+            changed.append(self._penalties.adjust(logits, rows.slots))
+        if self._biases.num_held:
+            indices, token_ids, biases = self._biases.gather(rows.slots, np.arange(len(rows.slots)))
+            values = torch.from_numpy(biases).to(logits.device)
+            places = (_tensor(indices, logits), _tensor(token_ids, logits))
+            logits.index_put_(places, values, accumulate=True)
+            changed.append(indices)
+        if self._barred.num_held:
+            (early,) = np.nonzero(rows.positions < self._barred_until[rows.slots])
+            indices, token_ids, _ = self._barred.gather(rows.slots[early], early)
+            logits[_tensor(indices, logits), _tensor(token_ids, logits)] = -torch.inf
+            changed.append(indices)
+        return np.unique(np.concatenate(changed)) if changed else _NO_ROWS
+
+    def commit(self, slots: Int64Array, token_ids: Int64Array) -> None:
+        """Sequences of these slots, each named once, have got a token each."""
+        if self._penalties.num_held:
+            self._penalties.commit(slots, token_ids)
+
+
+class _Penalties:
+    """Sequences with penalties, a dense row each."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: str | torch.device) -> None:
+        self._row_of = np.full(num_slots, -1, dtype=np.int64)
+        self._frequency = np.zeros(num_slots, dtype=np.float32)
+        self._presence = np.zeros(num_slots, dtype=np.float32)
+        self._repetition = np.ones(num_slots, dtype=np.float32)
+        # How often each token stands in the output, and whether it stands anywhere. [num_rows, vocab_size]
+        self._counts = torch.zeros((0, vocab_size), dtype=torch.float32, device=device)
+        self._is_seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self._free_rows: list[int] = []
+
+    @property
+    def num_held(self) -> int:
+        """Sequences with penalties."""
+        return self._counts.shape[0] - len(self._free_rows)
+
+    def enter(self, slot: int, sampling: SamplingParams, tokens: Int32Array, num_prompt_tokens: int) -> None:
+        if not is_penalised(sampling):
+            return
+        if not self._free_rows:
+            self._grow()
+        row = self._free_rows.pop()
+        known = torch.from_numpy(tokens.astype(np.int64)).to(self._counts.device)
+        self._counts[row] = torch.bincount(known[num_prompt_tokens:], minlength=self._counts.shape[1])
+        self._is_seen[row] = False
+        self._is_seen[row, known] = True
+        self._row_of[slot] = row
+        self._frequency[slot] = sampling.frequency_penalty
+        self._presence[slot] = sampling.presence_penalty
+        self._repetition[slot] = repetition_penalty(sampling)
+
+    def leave(self, slots: Sequence[int]) -> None:
+        for slot in slots if self.num_held else ():
+            if self._row_of[slot] >= 0:
+                self._free_rows.append(int(self._row_of[slot]))
+                self._row_of[slot] = -1
+
+    def reset(self) -> None:
+        self._row_of[:] = -1
+        self._free_rows = list(range(self._counts.shape[0]))
+
+    def adjust(self, logits: torch.Tensor, slots: Int64Array) -> Int64Array:
+        (indices,) = np.nonzero(self._row_of[slots] >= 0)
+        if not len(indices):
+            return indices
+        slots = slots[indices]
+        rows, places = _tensor(self._row_of[slots], logits), _tensor(indices, logits)
+        chosen, counts, is_seen = logits[places], self._counts[rows], self._is_seen[rows]
+        frequency, presence, repetition = (
+            torch.from_numpy(values[slots]).to(logits.device).unsqueeze(1)
+            for values in (self._frequency, self._presence, self._repetition)
+        )
+        repeated = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
+        chosen = torch.where(is_seen, repeated, chosen)
+        logits[places] = chosen - frequency * counts - presence * (counts > 0)
+        return indices
+
+    def commit(self, slots: Int64Array, token_ids: Int64Array) -> None:
+        rows = self._row_of[slots]
+        is_held = rows >= 0
+        if is_held.any():
+            places = _tensor(rows[is_held], self._counts), _tensor(token_ids[is_held], self._counts)
+            self._counts[places] += 1
+            self._is_seen[places] = True
+
+    def _grow(self) -> None:
+        """Double the rows: they are made when first wanted, for they are as long as the vocabulary."""
+        num_rows = self._counts.shape[0]
+        num_new = max(1, num_rows)
+        self._counts = torch.cat((self._counts, self._counts.new_zeros((num_new, self._counts.shape[1]))))
+        self._is_seen = torch.cat((self._is_seen, self._is_seen.new_zeros((num_new, self._is_seen.shape[1]))))
+        self._free_rows += range(num_rows, num_rows + num_new)
+
+
+class _TokenLists:
+    """Some tokens of some slots with a number each, flat, so that any rows' are gathered without a loop."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._lists: dict[int, tuple[Sequence[int], Sequence[float]]] = {}
+        self._starts = np.zeros(num_slots, dtype=np.int64)
+        self._counts = np.zeros(num_slots, dtype=np.int64)
+        self._token_ids = np.zeros(0, dtype=np.int64)
+        self._values = np.zeros(0, dtype=np.float32)
+
+    @property
+    def num_held(self) -> int:
+        """Slots with a list."""
+        return len(self._lists)
+
+    def put(self, slot: int, token_ids: Sequence[int], values: Sequence[float]) -> None:
+        """Keep a slot's list."""
+        self._lists[slot] = token_ids, values
+        self._flatten()
+
+    def drop(self, slots: Sequence[int]) -> None:
+        """Forget the lists of slots, where there are any."""
+        dropped = [slot for slot in slots if self._lists.pop(slot, None) is not None] if self._lists else ()
+        if dropped:
+            self._flatten()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._lists.clear()
+        self._flatten()
+
+    def gather(self, slots: Int64Array, indices: Int64Array) -> tuple[Int64Array, Int64Array, npt.NDArray[np.float32]]:
+        """The lists of some slots behind one another: the index of the row that each entry is of, tokens, numbers."""
+        counts = self._counts[slots]
+        ends = np.cumsum(counts)
+        num_entries = int(ends[-1]) if len(ends) else 0
+        places = np.arange(num_entries) + np.repeat(self._starts[slots] - (ends - counts), counts)
+        return np.repeat(indices, counts), self._token_ids[places], self._values[places]
+
+    def _flatten(self) -> None:
+        self._counts[:] = 0
+        start = 0
+        for slot, (token_ids, _) in self._lists.items():
+            self._starts[slot], self._counts[slot] = start, len(token_ids)
+            start += len(token_ids)
+        self._token_ids = np.array([token_id for token_ids, _ in self._lists.values() for token_id in token_ids], dtype=np.int64)
+        self._values = np.array([value for _, values in self._lists.values() for value in values], dtype=np.float32)
+
+
+def _tensor(values: Int64Array, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values).to(like.device)
