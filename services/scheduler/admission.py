@@ -5,6 +5,7 @@ from __future__ import annotations
 from headrace.errors import DeadlineExceededError, InvalidRequestError, NotFoundError, UnavailableError
 from services.scheduler.deadlines import BestSpeed
 from services.scheduler.lanes import Lanes
+from services.scheduler.logprobs import NUMBERS_MAX
 from services.scheduler.sequence import Sequence
 
 
@@ -46,6 +47,14 @@ def check_size(sequence: Sequence, max_prompt_tokens: int) -> None:
             "so that one output token still fits the context length and the KV pages; shorten it",
             param="prompt",
         )
+    if sequence.prompt_logprobs is not None:
+        num_numbers = sequence.num_prompt_tokens * (1 + sequence.prompt_logprobs.num_top)
+        if num_numbers > NUMBERS_MAX:
+            raise InvalidRequestError(
+                f"prompt_logprobs would be {num_numbers} numbers, {1 + sequence.prompt_logprobs.num_top} for each of "
+                f"{sequence.num_prompt_tokens} tokens; the limit is {NUMBERS_MAX}: ask for fewer, or shorten the prompt",
+                param="prompt_logprobs",
+            )
 
 
 def check_drafts(sequence: Sequence, max_num_drafts: int) -> None:

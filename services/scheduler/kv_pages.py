@@ -11,7 +11,7 @@ from array import array
 from typing import Final
 
 from services.scheduler.page_pool import PagePool
-from services.scheduler.radix_tree import TOKEN_BYTES, Eviction, Match, RadixTree
+from services.scheduler.radix_tree import NO_MATCH, TOKEN_BYTES, Eviction, Match, RadixTree
 from services.scheduler.sequence import Sequence
 
 FORETOLD_TOKENS_MAX: Final = 1024
@@ -46,7 +46,12 @@ class KvPages:
         return 1 - self.num_usable / self.pool.num_pages
 
     def match(self, sequence: Sequence) -> Match:
-        """The longest prefix of the sequence that is cached; its last token is never part of it, for that must be computed."""
+        """The longest prefix of the sequence that is cached; its last token is never part of it, for that must be computed.
+
+        Of a prompt whose logprobs are wanted all is computed.
+        """
+        if sequence.wants_prompt_logprobs:
+            return NO_MATCH
         num_pages = (sequence.num_tokens - 1) // self.pool.page_size
         return self.tree.match(_bytes(sequence.tokens, num_pages * self.pool.page_size), num_pages, sequence.namespace)
 

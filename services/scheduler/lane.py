@@ -184,6 +184,10 @@ class Lane:
         self.num_tokens += sequence.num_tokens
         self.num_backlog_tokens += sequence.num_tokens - sequence.num_scheduled
         self.stop_token_ids.update(sequence.stopping.stop_token_ids)
+        self.fanout.num_telling += sequence.tells
+        if sequence.prompt_logprobs is not None and sequence.wants_prompt_logprobs:
+            # What came of it in a stay that was cut short comes again.
+            sequence.prompt_logprobs.clear()
 
     def begin_decode(self, sequence: Sequence) -> None:
         """The step being planned schedules the last of the sequence's known tokens."""
@@ -217,6 +221,7 @@ class Lane:
             del self.prefilling[sequence]
             self.num_backlog_tokens -= sequence.num_tokens - sequence.num_scheduled
         self.num_tokens -= sequence.num_tokens
+        self.fanout.num_telling -= sequence.tells
         self.stop_token_ids.subtract(sequence.stopping.stop_token_ids)
         self.stop_token_ids = +self.stop_token_ids
         self.slots.free(sequence.slot, is_announced=sequence.is_announced)

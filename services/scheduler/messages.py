@@ -17,6 +17,7 @@ from headrace.v1 import router_pb2 as router
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import worker_pb2 as worker
 from headrace.wire.envelope import int32_array
+from services.scheduler import logprob_messages
 from services.scheduler.cache_feed import CacheNews
 from services.scheduler.lane import LaneCapacity
 from services.scheduler.outbox import Target
@@ -79,6 +80,11 @@ def check_submit(submit: scheduler.Submit, frames: Items[memoryview], *, vocab_s
         outside = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
         if not 0 <= outside < vocab_size:
             raise InvalidRequestError(f"token id {outside} is outside the vocabulary of {vocab_size} tokens", param="prompt")
+    biased = max((entry.token_id for entry in submit.sampling.logit_bias), default=0)
+    if vocab_size and biased >= vocab_size:
+        raise InvalidRequestError(
+            f"logit_bias names token id {biased}, which is outside the vocabulary of {vocab_size} tokens", param="logit_bias"
+        )
     return array("i", tokens.astype(np.int32).tobytes())
 
 
@@ -109,6 +115,7 @@ def sequence(
     if not stopping.ignore_eos:
         stop_token_ids.update(submit.eos_token_ids)
     deadline_unix_ns = submit.work.deadline_unix_ns
+    logprobs, prompt_logprobs = logprob_messages.asked_of(submit)
     return Sequence(
         request_id=submit.work.request_id,
         stream_id=submit.stream_id,
@@ -130,9 +137,12 @@ def sequence(
         tenant=submit.tenant,
         priority=submit.priority,
         namespace=submit.cache_namespace,
-        fork_group=submit.fork_group,
+        # Who tells of its prompt computes it.
+        fork_group=submit.fork_group if prompt_logprobs is None else "",
         # Zero would mean none.
         deadline_ns=max(1, now_ns + deadline_unix_ns - now_unix_ns) if deadline_unix_ns else 0,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -140,6 +150,11 @@ def _num_drafts_asked(submit: scheduler.Submit) -> int | None:
     speculative = submit.speculative
     # What a draft may be depends on the drafts before it: the worker's matchers do not go there.
     if submit.HasField("constraint") or speculative.method == common.SPECULATIVE_METHOD_OFF:
+        return 0
+    # Penalties count the tokens one after another, and logprobs are told of one token a row: no worker drafts there.
+    sampling = submit.sampling
+    repeats = sampling.HasField("repetition_penalty") and sampling.repetition_penalty != 1.0
+    if submit.HasField("logprobs") or repeats or sampling.frequency_penalty or sampling.presence_penalty:
         return 0
     return speculative.num_speculative_tokens if speculative.HasField("num_speculative_tokens") else None
 
@@ -164,6 +179,14 @@ def step_plan(plan: StepPlan, works: Items[common.WorkHeader]) -> tuple[worker.S
         assert isinstance(new.sampling, common.SamplingParams)
         entry = body.new_sequences.add(slot=new.slot, work=work, num_tokens=new.num_tokens, num_cached_tokens=new.num_reused_tokens)
         entry.sampling.CopyFrom(new.sampling)
+        entry.num_output_tokens = new.num_output_tokens
+        if new.logprobs is not None:
+            entry.logprobs = new.logprobs.num_top
+        if new.prompt_logprobs is not None and new.wants_prompt_logprobs:
+            entry.prompt_logprobs = new.prompt_logprobs.num_top
+        if new.num_output_tokens < new.stopping.min_tokens:
+            entry.min_output_tokens = new.stopping.min_tokens
+            entry.stop_token_ids.extend(sorted(new.stopping.stop_token_ids))
         if isinstance(new.constraint, common.Constraint):
             entry.constrained.constraint.CopyFrom(new.constraint)
             entry.constrained.num_output_tokens = new.num_output_tokens
@@ -194,6 +217,8 @@ def step_result(body: scheduler.StepResult) -> StepResult:
         token_ids=list(body.token_ids),
         num_tokens=list(body.num_tokens),
         duration_ns=max(0, body.finished_unix_ns - body.started_unix_ns),
+        logprobs=logprob_messages.logs_by_row(body.logprobs) if body.HasField("logprobs") else {},
+        prompt_logprobs=logprob_messages.logs_by_row(body.prompt_logprobs) if body.HasField("prompt_logprobs") else {},
     )
     for index, slot in enumerate(body.failed_slots):
         reason = body.failed_reasons[index] if index < len(body.failed_reasons) else scheduler.ROW_ERROR_UNSPECIFIED
@@ -220,7 +245,7 @@ def cache_events(news: CacheNews) -> router.CacheEvents:
 
 def token_batch(batch: StreamBatch, *, enqueued_unix_ns: int) -> detokenizer.TokenBatch:
     """A batch's message."""
-    return detokenizer.TokenBatch(
+    body = detokenizer.TokenBatch(
         stream_ids=batch.stream_ids,
         first_positions=batch.first_positions,
         num_tokens=batch.num_tokens,
@@ -231,6 +256,9 @@ def token_batch(batch: StreamBatch, *, enqueued_unix_ns: int) -> detokenizer.Tok
         enqueued_unix_ns=enqueued_unix_ns,
         num_cached_tokens=batch.num_cached_tokens,
     )
+    if batch.has_logprobs:
+        logprob_messages.fill(body, batch)
+    return body
 
 
 def error_detail(error: HeadraceError) -> common.ErrorDetail:

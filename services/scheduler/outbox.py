@@ -52,6 +52,7 @@ class Target:
             tokens = sequence.output_from(position)
             batch.num_tokens.append(len(tokens))
             batch.token_ids.extend(tokens)
+        batch.has_logprobs = any(sequence.tells for sequence in self.behind)
         if any(sequence.num_cached_tokens for sequence in self.behind):
             batch.num_cached_tokens = [sequence.num_cached_tokens for sequence in self.behind]
         batch.mark_finished()

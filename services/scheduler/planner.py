@@ -22,6 +22,9 @@ from services.scheduler.lane import Lane, preemption_order
 from services.scheduler.sequence import Sequence, Status
 from services.scheduler.step_plan import Rows, StepInFlight, StepPlan
 
+PROMPT_LOGITS_MAX = 128
+"""Prompt tokens of a step whose logprobs are wanted: each has logits over the whole vocabulary in the worker's memory."""
+
 
 def plan_step(lane: Lane, *, may_begin: bool = True) -> StepPlan | None:
     """Decide the lane's next step.
@@ -153,6 +156,7 @@ def _extend(
 ) -> tuple[list[tuple[Sequence, int, int, int]], list[Sequence]]:
     """Spend the rest of the budget on prompts. Returns those that go on in a later step, and those that are complete."""
     budget = lane.capacity.max_num_batched_tokens - plan.num_tokens
+    logits_budget = PROMPT_LOGITS_MAX
     extended: list[tuple[Sequence, int, int, int]] = []
     completed: list[Sequence] = []
     slots: list[int] = []
@@ -162,12 +166,17 @@ def _extend(
             break
         if not may_begin and sequence.is_new_prompt:
             continue
+        num_left = sequence.num_tokens - sequence.num_scheduled
+        num_new = min(budget, num_left)
+        if sequence.wants_prompt_logprobs:
+            if not logits_budget:
+                continue
+            num_new = min(num_new, logits_budget)
+            logits_budget -= num_new
         if not sequence.is_announced:
             sequence.is_announced = True
             plan.new_sequences.append(sequence)
             plan.add_pages(sequence.slot, sequence.pages)
-        num_left = sequence.num_tokens - sequence.num_scheduled
-        num_new = min(budget, num_left)
         budget -= num_new
         sequence.num_scheduled += num_new
         lane.num_backlog_tokens -= num_new

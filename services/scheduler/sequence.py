@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from services.scheduler.lane import Lane
+    from services.scheduler.logprobs import TokenLogs
     from services.scheduler.outbox import Target
     from services.scheduler.radix_tree import Node
 
@@ -76,6 +77,8 @@ class Sequence:
         priority: The larger, the more important.
         deadline_ns: Monotonic time at which it is ended; zero means none.
         queued_ns: Monotonic time at which it was submitted.
+        logprobs: Those of its outputs, by output position; None when nobody asked.
+        prompt_logprobs: Those of its prompt, without its first token; None when nobody asked.
     """
 
     request_id: str
@@ -98,6 +101,8 @@ class Sequence:
     priority: int = 0
     deadline_ns: int = 0
     queued_ns: int = 0
+    logprobs: TokenLogs | None = None
+    prompt_logprobs: TokenLogs | None = None
 
     status: Status = Status.WAITING
     finish_reason: FinishReason = FinishReason.NONE
@@ -159,6 +164,16 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Output tokens over all lives: also the output position of the next one."""
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def tells(self) -> bool:
+        """Whether logprobs of its tokens are wanted."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether its prompt must be computed whole because logprobs of it are wanted and not all here."""
+        return self.prompt_logprobs is not None and len(self.tokens) == self.num_prompt_tokens
 
     @property
     def is_new_prompt(self) -> bool:

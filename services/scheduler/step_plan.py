@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from services.scheduler.logprobs import TokenLogs
 from services.scheduler.sequence import Sequence
 
 
@@ -112,6 +113,8 @@ class StepResult:
         failed_reasons: Why, one each, in words.
         unknown_slots: Slots of rows that the worker does not hold: it has forgotten them, or refused them when they entered.
         duration_ns: Time at the worker, zero where it is not known.
+        logprobs: Of sampled tokens, by slot; only of those who asked.
+        prompt_logprobs: Of prompt tokens, by slot: those after the tokens that were computed.
     """
 
     step_id: int
@@ -122,3 +125,5 @@ class StepResult:
     failed_reasons: list[str] = field(default_factory=list)
     unknown_slots: list[int] = field(default_factory=list)
     duration_ns: int = 0
+    logprobs: dict[int, TokenLogs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, TokenLogs] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from headrace.errors import HeadraceError, RequestFailedError
 from services.scheduler.lane import Lane
+from services.scheduler.logprob_results import take_logprobs
 from services.scheduler.sequence import FinishReason, Sequence
 from services.scheduler.step_plan import StepInFlight, StepResult
 from services.scheduler.token_fanout import RowTokens, StreamBatch
@@ -60,22 +61,32 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
     for sequence, _slot, admission, num_scheduled in step.extended:
         if sequence.lane is lane and sequence.admission == admission:
             sequence.num_computed = num_scheduled
-    if step.completed:
-        got_token = set(gave.rows)
-        for sequence in step.completed:
-            if sequence in got_token:
-                lane.kv.publish(sequence)
+    if lane.fanout.num_telling:
+        gave = take_logprobs(step, result, gave, outcome.failed)
+    _publish(lane, step, gave)
     if gave.rows:
         if gave.counts:
             _append_several(lane, gave, outcome)
         else:
             _append(lane, gave, outcome)
         outcome.batches = lane.fanout.split(gave, version=lane.version)
+        if lane.fanout.num_telling:
+            for batch in outcome.batches:
+                batch.has_logprobs = any(sequence.tells for sequence in batch.sequences)
     _find_limits(lane, step, gave.rows, outcome)
     if outcome.finished:
         for batch in outcome.batches:
             batch.mark_finished()
     return outcome
+
+
+def _publish(lane: Lane, step: StepInFlight, gave: RowTokens) -> None:
+    """Prompts that the step completed, and which got a token, are good: others may share them."""
+    if step.completed:
+        got_token = set(gave.rows)
+        for sequence in step.completed:
+            if sequence in got_token:
+                lane.kv.publish(sequence)
 
 
 def _is_complete(lane: Lane, step: StepInFlight, result: StepResult) -> bool:

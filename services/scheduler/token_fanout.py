@@ -31,6 +31,7 @@ class StreamBatch:
         finish_reasons: Why each ended; empty when none did.
         num_stop_tokens: Trailing stop tokens of each; empty means none.
         num_cached_tokens: Prompt tokens of each whose KV was reused; empty means none.
+        has_logprobs: Logprobs go with tokens of some.
     """
 
     target: Target
@@ -42,6 +43,7 @@ class StreamBatch:
     finish_reasons: list[int] = field(default_factory=list)
     num_stop_tokens: list[int] = field(default_factory=list)
     num_cached_tokens: list[int] = field(default_factory=list)
+    has_logprobs: bool = False
 
     def mark_finished(self) -> None:
         """Fill in finish reasons and stop tokens from the sequences, which have just been told."""
@@ -103,9 +105,14 @@ class _Group:
 
 
 class TokenFanout:
-    """The split of one lane's rows."""
+    """The split of one lane's rows.
+
+    Attributes:
+        num_telling: Running sequences of the lane of which logprobs are wanted.
+    """
 
     def __init__(self) -> None:
+        self.num_telling = 0
         self._rows: list[Sequence] | None = None
         self._version = -1
         self._groups: list[_Group] = []

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from services.scheduler.lane import LaneCapacity
 from services.scheduler.lanes import Lanes
+from services.scheduler.logprobs import TokenLogs
 from services.scheduler.outbox import Outbox
 from services.scheduler.output_lengths import Float64Array, Int64Array
 from services.scheduler.policies.registry import POLICIES
@@ -110,6 +111,8 @@ def sequence(
     num_drafts_asked: int | None = None,
     wants_drafts: bool = False,
     fork_group: str = "",
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> Sequence:
     """A sequence, not submitted; its stream id follows from its request id when none is given."""
     known = array("i", tokens)
@@ -122,6 +125,8 @@ def sequence(
         num_prompt_tokens=len(known) - num_output_tokens,
         stopping=StoppingRules(frozenset(stop), min_tokens, max_tokens),
         target=core.outbox.target(detokenizer, 7),
+        logprobs=None if logprobs is None else TokenLogs(logprobs),
+        prompt_logprobs=None if prompt_logprobs is None else TokenLogs(prompt_logprobs),
         deadline_ns=deadline_ns,
         priority=priority,
         namespace=namespace,
