@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.v1.common_pb2 import FinishReason
+from services.detokenizer.logprobs import Told
 from services.detokenizer.parsers.reading import CallPart
 from services.detokenizer.stream import NOT_FINISHED, Stream
 from services.detokenizer.stream_reader import Unsent
@@ -29,6 +30,8 @@ class DeltaArrays:
     texts: list[str]
     finish_reasons: list[FinishReason]
     num_cached_tokens: list[int]
+    told: dict[int, Told]
+    """Logprobs, by the stream's place."""
     readings: ReadArrays | None = None
 
 
@@ -93,6 +96,7 @@ class Outbox:
             texts=["".join(stream.unsent_texts) for stream in streams],
             finish_reasons=[stream.finish_reason for stream in streams],
             num_cached_tokens=[stream.num_cached_tokens for stream in streams],
+            told={place: stream.told for place, stream in enumerate(streams) if stream.told is not None},
         )
         # The contract leaves out arrays that say nothing.
         if not any(arrays.finish_reasons):

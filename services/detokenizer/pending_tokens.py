@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from headrace.v1.common_pb2 import FinishReason
+from services.detokenizer.logprobs import Told
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class TokenEntry:
     num_cached_tokens: int
     source: int
     """Process life of the scheduler that sent it."""
+    told: Told | None = None
 
 
 @dataclass(slots=True)
@@ -51,7 +53,7 @@ class PendingTokens:
         waiting = self._waiting.setdefault(stream_id, _Waiting(now_ns))
         waiting.entries.append(entry)
         # An entry without tokens still takes a place.
-        size = len(entry.token_ids) + 1
+        size = len(entry.token_ids) + 1 + (entry.told.num_numbers if entry.told is not None else 0)
         waiting.num_tokens += size
         self._num_tokens += size
         num_evicted = 0

@@ -31,6 +31,7 @@ from headrace.v1.router_pb2 import StreamGap
 from headrace.v1.scheduler_pb2 import Stop
 from headrace.wire.session import Peer
 from headrace.wire.topology import DETOKENIZER_BACKPLANE, DETOKENIZER_SCHEDULER, ROUTER_BACKPLANE, ROUTER_DETOKENIZER
+from services.detokenizer import logprobs
 from services.detokenizer.config import Settings
 from services.detokenizer.messages import output_deltas, stream_start
 from services.detokenizer.streams import Batch, BatchEffects, StreamLimits, StreamTable
@@ -234,6 +235,7 @@ class DetokenizerService:
             finish_reasons=list(body.finish_reasons),
             num_stop_tokens=list(body.num_stop_tokens),
             num_cached_tokens=list(body.num_cached_tokens),
+            told=logprobs.told_by_stream(body),
         )
         batch.check()
         if self._num_backlog_tokens + len(batch.token_ids) > self._settings.backlog_tokens_max:
@@ -304,7 +306,10 @@ class DetokenizerService:
                 del outbox.gaps[stream_id]
             deltas = outbox.deltas()
             if deltas is not None:
-                router.send("output_deltas", output_deltas(deltas, enqueued_unix_ns=time.time_ns()))
+                body = output_deltas(deltas, enqueued_unix_ns=time.time_ns())
+                if deltas.told:
+                    logprobs.fill(body, deltas.told, self._streams.pieces)
+                router.send("output_deltas", body)
         except (OverloadedError, ReplicaDeadError) as error:
             # A router that is gone is reported by the link in a moment, and its streams are closed then.
             num_rewound = self._streams.mark_unsent(owner)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from headrace.v1.common_pb2 import FinishReason
 from services.detokenizer.incremental_decoder import DecoderState, IncrementalDecoder
+from services.detokenizer.logprobs import Told
 from services.detokenizer.stop_strings import StopMatcher
 from services.detokenizer.stream_reader import StreamReader
 
@@ -48,6 +49,7 @@ class Stream:
         "num_cached_tokens",
         "owner",
         "stream_id",
+        "told",
         "unsent_position",
         "unsent_texts",
         "unsent_token_ids",
@@ -78,6 +80,8 @@ class Stream:
         self.unsent_texts: list[str] = []
         self.is_budget_spent = False
         """Whether it was stopped because of its reasoning budget."""
+        self.told: Told | None = None
+        """Logprobs of the unsent tokens; None where nobody asked."""
         self._decoder = decoder
         self._matcher = matcher
         self._reader = reader
@@ -111,7 +115,15 @@ class Stream:
         self.is_unsent = bool(self.unsent_texts) or has_read or self.finish_reason != NOT_FINISHED
         return self.is_unsent
 
-    def take(self, position: int, token_ids: Sequence[int], finish_reason: FinishReason, *, num_stop_tokens: int) -> Outcome:
+    def take(
+        self,
+        position: int,
+        token_ids: Sequence[int],
+        finish_reason: FinishReason,
+        *,
+        num_stop_tokens: int,
+        told: Told | None = None,
+    ) -> Outcome:
         """Take tokens of a step.
 
         Args:
@@ -119,6 +131,7 @@ class Stream:
             token_ids: May be none, when only the end is told.
             finish_reason: Why the stream ends after them; UNSPECIFIED when it goes on.
             num_stop_tokens: So many at the end are stop tokens and make no text.
+            told: Logprobs that came with them.
         """
         num_seen = self.next_position - position
         if num_seen < 0:
@@ -133,10 +146,12 @@ class Stream:
         if self.finish_reason != NOT_FINISHED:
             # Tokens after the one that completed the stop string never were.
             self._gather(fresh[:num_read], text)
+            self._tell(told, num_seen, num_read)
             return Outcome.TAKEN if is_finished else Outcome.STOPPED
         if is_finished:
             text += self._flush(finish_reason)
         self._gather(fresh, text)
+        self._tell(told, num_seen, len(fresh))
         return Outcome.TAKEN
 
     def fail(self) -> None:
@@ -152,6 +167,7 @@ class Stream:
         self.unsent_texts.clear()
         if self._reader is not None:
             self._reader.mark_sent()
+        self.told = None
 
     def mark_unsent(self) -> int:
         """Note that the router's queue is full; give how many tokens were gathered since that was noted first."""
@@ -178,6 +194,8 @@ class Stream:
         self.next_position = self.unsent_position + point.num_token_ids
         del self.unsent_token_ids[point.num_token_ids :]
         del self.unsent_texts[point.num_texts :]
+        if self.told is not None:
+            self.told.cut(point.num_token_ids)
 
     def _gather(self, token_ids: Sequence[int], text: str) -> None:
         if not self.is_unsent:
@@ -191,6 +209,12 @@ class Stream:
             text = text[num_skipped:]
         if text:
             self.unsent_texts.append(text)
+
+    def _tell(self, told: Told | None, num_seen: int, num_tokens: int) -> None:
+        if told is not None:
+            if self.told is None:
+                self.told = Told()
+            self.told.take(told, num_seen, num_seen + num_tokens)
 
     def _read(self, token_ids: Sequence[int]) -> tuple[int, str]:
         """Decode up to the token that ends the stream; give how many tokens that were, and the text to show."""

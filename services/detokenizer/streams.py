@@ -7,12 +7,13 @@ shell (service.py) hands in messages with a time and sends what the outboxes hol
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headrace.errors import OverloadedError, ProtocolError
 from headrace.v1.common_pb2 import FinishReason
 from services.detokenizer.incremental_decoder import IncrementalDecoder
+from services.detokenizer.logprobs import Told
 from services.detokenizer.outbox import Outbox
 from services.detokenizer.parsers.output_parser import ReadingOptions
 from services.detokenizer.pending_tokens import PendingTokens, TokenEntry
@@ -64,6 +65,8 @@ class Batch:
     finish_reasons: Sequence[FinishReason] = ()
     num_stop_tokens: Sequence[int] = ()
     num_cached_tokens: Sequence[int] = ()
+    told: Mapping[int, Told] = field(default_factory=dict)
+    """Logprobs, by stream number."""
 
     def check(self) -> None:
         """Refuse arrays that contradict each other.
@@ -104,6 +107,7 @@ class Batch:
             self.finish_reasons[streams],
             self.num_stop_tokens[streams],
             self.num_cached_tokens[streams],
+            self.told,
         )
 
 
@@ -133,6 +137,8 @@ class StreamTable:
 
     def __init__(self, table: TokenTable, limits: StreamLimits) -> None:
         self._table = table
+        self.pieces: Sequence[bytes] = table.pieces
+        """Bytes of each token id, special tokens included."""
         # Tables without special tokens, by the markers that stay because a parser reads them.
         self._tables_without_special = {frozenset[str](): table.without_special()}
         self._limits = limits
@@ -246,6 +252,7 @@ class StreamTable:
                 batch.num_stop_tokens[index] if batch.num_stop_tokens else 0,
                 batch.num_cached_tokens[index] if batch.num_cached_tokens else 0,
                 source,
+                batch.told.get(stream_id) if batch.told else None,
             )
             self._take(stream_id, entry, effects, now_ns=now_ns)
             begin = end
@@ -275,7 +282,9 @@ class StreamTable:
             return
         if entry.num_cached_tokens:
             stream.num_cached_tokens = entry.num_cached_tokens
-        outcome = stream.take(entry.position, entry.token_ids, entry.finish_reason, num_stop_tokens=entry.num_stop_tokens)
+        outcome = stream.take(
+            entry.position, entry.token_ids, entry.finish_reason, num_stop_tokens=entry.num_stop_tokens, told=entry.told
+        )
         if outcome is Outcome.NOTHING_NEW:
             return
         if outcome is Outcome.GAP:
