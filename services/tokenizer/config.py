@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Iterable
+
+from pydantic import Field, field_validator
 
 from headrace.config.settings import Section
+from headrace.output_formats import REASONING_FORMATS, TOOL_FORMATS
+from services.tokenizer.output_formats import AUTO, NONE
 
 
 class Settings(Section):
@@ -41,6 +45,34 @@ class Settings(Section):
         "of the context length, but at least 1 MiB.",
     )
 
+    tool_parser: str = Field(
+        default=AUTO,
+        description=f"How the model writes tool calls: one of {', '.join(TOOL_FORMATS)}; auto tells it from the chat template, "
+        "none leaves calls in the text.",
+    )
+    reasoning_parser: str = Field(
+        default=AUTO,
+        description=f"How the model writes reasoning: one of {', '.join(REASONING_FORMATS)}; auto tells it from the chat template, "
+        "none leaves reasoning in the text.",
+    )
+
+    @field_validator("tool_parser")
+    @classmethod
+    def _check_tool_parser(cls, name: str) -> str:
+        return _known(name, TOOL_FORMATS)
+
+    @field_validator("reasoning_parser")
+    @classmethod
+    def _check_reasoning_parser(cls, name: str) -> str:
+        return _known(name, REASONING_FORMATS)
+
     def prompt_bytes_limit(self, max_model_len: int) -> int:
         """The setting, or what it means for a context length when it is null."""
         return self.prompt_bytes_max if self.prompt_bytes_max is not None else max(1 << 20, 16 * max_model_len)
+
+
+def _known(name: str, names: Iterable[str]) -> str:
+    allowed = [AUTO, NONE, *names]
+    if name not in allowed:
+        raise ValueError(f"must be one of {', '.join(allowed)}")
+    return name

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 from headrace.errors import ModelError, RequestFailedError
@@ -73,7 +74,15 @@ class Renderer:
             self._child.kill()
             raise
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, continue_final_message: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """Render a conversation; arguments and errors are those of `ChatTemplate.render`.
 
         Raises:
@@ -86,6 +95,8 @@ class Renderer:
             "messages": list(messages),
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            "tools": list(tools),
+            "kwargs": dict(kwargs),
         }
         try:
             text: str = self._child.ask(request, self._limits.timeout_s)["text"]

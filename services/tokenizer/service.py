@@ -32,11 +32,12 @@ from headrace.errors import (
     UnavailableError,
 )
 from headrace.models.model_config import TOKENIZER_FILE, load_generation_defaults, load_model_config, load_tokenizer_config
+from headrace.output_formats import REASONING_FORMATS
 from headrace.service import ServiceContext
 from headrace.telemetry import logs, names
 from headrace.telemetry.metrics import TokenizerMetrics
 from headrace.telemetry.traces import Context, Span
-from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, SamplingParams, WorkHeader
+from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, OutputFormats, SamplingParams, WorkHeader
 from headrace.v1.control_pb2 import Load, Progress, Register, Role
 from headrace.v1.tokenizer_pb2 import ChatPrompt, Detokenize, DetokenizeReply, Tokenize, TokenizeReply, TokenizerInbox
 from headrace.wire.envelope import int32_array, int32_frame
@@ -44,7 +45,9 @@ from headrace.wire.session import Peer
 from headrace.wire.topology import ROUTER_BACKPLANE, ROUTER_TOKENIZER
 from services.tokenizer.config import Settings
 from services.tokenizer.constraint_desk import ConstraintDesk, make_desk
+from services.tokenizer.conversations import template_kwargs_of, text_of, tools_of, turns_of
 from services.tokenizer.encoding import Encoder, Field, PromptLimits, TokenIds
+from services.tokenizer.output_formats import reasoning_format_of, starts_in_reasoning, tool_format_of
 from services.tokenizer.renderer import Renderer, RenderLimits
 from services.tokenizer.sampling_defaults import sampling_defaults
 
@@ -72,6 +75,7 @@ class _Result:
     tokens: TokenIds | None = None
     text: str = ""
     num_tokens: int = 0
+    formats: OutputFormats | None = None
     render_ns: int = 0
     encode_ns: int = 0
 
@@ -117,6 +121,7 @@ class TokenizerService:
         self._constraints: ConstraintDesk | None = None
         self._model = ModelInfo()
         self._eos_token_ids: tuple[int, ...] = ()
+        self._formats = OutputFormats()
         self._sampling_defaults = SamplingParams()
         self._limits = PromptLimits(model="", vocab_size=0, max_model_len=0, prompt_bytes_max=0)
 
@@ -276,7 +281,21 @@ class TokenizerService:
                 renderer.start()
             self._engines.put(_Engine(encoder, renderer))
         self._constraints = make_desk(self._settings, directory, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+        self._formats = self._output_formats(tokenizer_config.chat_template, encoder)
         self._model = ModelInfo(name=name, max_model_len=max_model_len, loaded_unix_s=int(time.time()))
+
+    def _output_formats(self, template: str | None, encoder: Encoder) -> OutputFormats:
+        settings = self._settings
+        formats = OutputFormats(
+            tool_format=tool_format_of(template, settings.tool_parser),
+            reasoning_format=reasoning_format_of(template, settings.reasoning_parser),
+        )
+        form = REASONING_FORMATS.get(formats.reasoning_format)
+        if form is not None and form.budget_end:
+            end = encoder.encode(form.budget_end, add_special_tokens=False, field="text")
+            formats.reasoning_end_token_ids.extend(end.tolist())
+        log.info("formats.chosen", tool_format=formats.tool_format, reasoning_format=formats.reasoning_format)
+        return formats
 
     def _admit(self, job: _Job) -> None:
         if self._is_draining:
@@ -311,6 +330,7 @@ class TokenizerService:
 
     def _tokenize(self, engine: _Engine, body: Tokenize, frame: memoryview | None) -> _Result:
         begun_ns = rendered_ns = time.monotonic_ns()
+        formats = None
         kind = body.WhichOneof("prompt")
         field: Field = "prompt"
         if kind == "num_token_ids":
@@ -321,7 +341,7 @@ class TokenizerService:
             tokens = engine.encoder.encode(body.text, add_special_tokens=is_special, field=field)
         elif kind == "chat":
             field = "messages"
-            text = self._render(engine, body.chat)
+            text, formats = self._render(engine, body.chat)
             rendered_ns = time.monotonic_ns()
             # The template writes the special tokens itself.
             tokens = engine.encoder.encode(text, add_special_tokens=False, field=field)
@@ -331,25 +351,41 @@ class TokenizerService:
             max_tokens = body.max_tokens if body.HasField("max_tokens") else None
             self._limits.check_length(len(tokens), max_tokens=max_tokens, field=field)
         ended_ns = time.monotonic_ns()
-        return _Result(tokens, num_tokens=len(tokens), render_ns=rendered_ns - begun_ns, encode_ns=ended_ns - rendered_ns)
+        return _Result(
+            tokens,
+            num_tokens=len(tokens),
+            formats=formats,
+            render_ns=rendered_ns - begun_ns,
+            encode_ns=ended_ns - rendered_ns,
+        )
 
-    def _render(self, engine: _Engine, chat: ChatPrompt) -> str:
+    def _render(self, engine: _Engine, chat: ChatPrompt) -> tuple[str, OutputFormats]:
+        """The prompt's text, and how the output is to be read."""
         if engine.renderer is None:
             raise InvalidRequestError(
                 f"messages: the model {self._limits.model} has no chat template; send the whole text as a prompt to "
                 "/v1/completions, or add a chat_template.jinja to the model directory",
                 param="messages",
             )
-        turns = []
-        for message in chat.messages:
-            turn = {"role": message.role, "content": message.content}
-            if message.name:
-                turn["name"] = message.name
-            turns.append(turn)
-        self._limits.check_text("".join(text for turn in turns for text in turn.values()), "messages")
+        self._limits.check_text(text_of(chat), "messages")
         # Who asks to go on with a message does not ask for a new turn as well.
         is_opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
-        return engine.renderer.render(turns, add_generation_prompt=is_opened, continue_final_message=chat.continue_final_message)
+        text = engine.renderer.render(
+            turns_of(chat),
+            add_generation_prompt=is_opened,
+            continue_final_message=chat.continue_final_message,
+            tools=tools_of(chat),
+            kwargs=template_kwargs_of(chat),
+        )
+        formats = OutputFormats()
+        formats.CopyFrom(self._formats)
+        formats.starts_in_reasoning = starts_in_reasoning(
+            formats.reasoning_format,
+            text,
+            continued=chat.messages[-1].content if chat.continue_final_message else None,
+            is_turn_opened=is_opened,
+        )
+        return text, formats
 
     def _detokenize(self, engine: _Engine, body: Detokenize, frame: memoryview | None) -> _Result:
         begun_ns = time.monotonic_ns()
@@ -403,6 +439,8 @@ class TokenizerService:
         reply.grammar = job.grammar
         reply.eos_token_ids.extend(self._eos_token_ids)
         reply.sampling_defaults.CopyFrom(self._sampling_defaults)
+        if result.formats is not None:
+            reply.formats.CopyFrom(result.formats)
         job.peer.send("tokenize_reply", reply, [int32_frame(result.tokens)])
 
     def _send_text(self, job: _Job, result: _Result | HeadraceError) -> None:

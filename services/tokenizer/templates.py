@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
@@ -20,9 +21,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.errors import InvalidRequestError, ModelError, RequestFailedError
+from services.tokenizer.conversations import with_argument_texts, written_out
+from services.tokenizer.output_formats import takes_tools
 
-Message = Mapping[str, str]
-"""One turn: `role`, `content`, and `name` where the speaker has one."""
+Message = Mapping[str, Any]
+"""One turn as conversations.py makes it: `role`, `content`, and what else it has."""
 
 _CONTINUE_MARK: Final = "\ue000the final message goes on here"
 
@@ -48,6 +51,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._model = model
         self._output_max = output_max
+        self._takes_tools = takes_tools(source)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=strftime, dict=_make_dict, namespace=_Namespace)
@@ -56,13 +60,23 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelError(f"model {model}: its chat template cannot be compiled: {error}; pull the model again") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, continue_final_message: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """Render a conversation.
 
         Args:
             messages: The turns, oldest first.
             add_generation_prompt: Open the assistant's turn at the end.
             continue_final_message: Leave the last assistant turn open.
+            tools: Tools the model may call. A template that knows none gets them in words.
+            kwargs: Further variables of the template.
 
         Raises:
             InvalidRequestError: The conversation is empty, cannot be continued, is refused by the template, or becomes too long.
@@ -71,29 +85,32 @@ class ChatTemplate:
         turns = [dict(message) for message in messages]
         if not turns:
             raise InvalidRequestError("messages: there are 0, at least 1 is needed", param="messages")
+        if not self._takes_tools:
+            turns, tools = written_out(turns, [dict(tool) for tool in tools]), ()
+        variables: dict[str, Any] = {**kwargs, **self._special_tokens, "tools": list(tools) or None, "documents": None}
         if not continue_final_message:
-            return self._run(turns, add_generation_prompt=add_generation_prompt)
+            return self._run(turns, variables, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt are both true; a turn is either continued or opened: set one",
                 param="continue_final_message",
             )
-        return self._run_open(turns)
+        return self._run_open(turns, variables)
 
-    def _run_open(self, turns: list[dict[str, str]]) -> str:
+    def _run_open(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         """Mark the end of the final message, render, and cut at the mark."""
-        role, content = turns[-1].get("role"), turns[-1].get("content", "")
+        role, content = turns[-1].get("role"), turns[-1].get("content") or ""
         if role != "assistant":
             raise InvalidRequestError(
                 f"continue_final_message is true, but the last message is of role {role!r}; it must be 'assistant'",
                 param="continue_final_message",
             )
         mark = _CONTINUE_MARK
-        while any(mark in turn.get("content", "") for turn in turns):
+        while any(mark in (turn.get("content") or "") for turn in turns):
             mark += "\ue000"
         # The space after the mark shows whether the template trims messages.
         turns[-1]["content"] = f"{content}{mark} "
-        rendered = self._run(turns, add_generation_prompt=False)
+        rendered = self._run(turns, variables, add_generation_prompt=False)
         end = rendered.rfind(mark)
         if end < 0 or content.strip() not in rendered:
             raise InvalidRequestError(
@@ -104,16 +121,19 @@ class ChatTemplate:
         is_trimmed = rendered[end + len(mark) : end + len(mark) + 1] != " "
         return rendered[:end].rstrip() if is_trimmed else rendered[:end]
 
-    def _run(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _run(self, turns: list[dict[str, Any]], variables: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
+        shown = {**variables, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._generate({**shown, "messages": turns})
+        except RequestFailedError:
+            if not any(turn.get("tool_calls") for turn in turns):
+                raise
+            # Some templates join a call's arguments with text; they want them as text.
+            return self._generate({**shown, "messages": with_argument_texts(turns)})
+
+    def _generate(self, variables: Mapping[str, Any]) -> str:
         parts: list[str] = []
         num_chars = 0
-        variables: dict[str, Any] = {
-            **self._special_tokens,
-            "messages": turns,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
         try:
             for part in self._template.generate(variables):
                 num_chars += len(part)

@@ -144,6 +144,23 @@ async def test_each_kind_of_prompt_becomes_tokens(make: Make, tiny_tokenizer_jso
     assert tokens == [5, 0, 259]
 
 
+async def test_a_reply_to_a_conversation_says_how_the_output_is_to_be_read(make: Make, model_directory: Path) -> None:
+    config = {
+        "chat_template": "{{ tools }}<tool_call>{{ messages[0].content }}{% if thinks %}<think>{% endif %}",
+        "bos_token": "<s>",
+    }
+    (model_directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    world = await make()
+    chat = ChatPrompt(messages=[ChatMessage(role="user", content="hi")])
+    reply, _ = await world.ask(Tokenize(work=_work(), model="tiny", chat=chat))
+    assert (reply.formats.tool_format, reply.formats.reasoning_format) == ("hermes", "qwen3")
+    assert not reply.formats.starts_in_reasoning
+    assert len(reply.formats.reasoning_end_token_ids) == len("\n</think>\n\n")
+    chat.template_kwargs = '{"thinks": true}'
+    reply, _ = await world.ask(Tokenize(work=_work(), model="tiny", chat=chat))
+    assert reply.formats.starts_in_reasoning
+
+
 async def test_tokens_become_text(make: Make) -> None:
     world = await make()
     _, tokens = await world.ask(Tokenize(work=_work(), model="tiny", text="größe"))

@@ -1,0 +1,85 @@
+"""How a model writes tool calls and reasoning, told from its chat template: by the marks that it teaches the model. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from headrace.output_formats import REASONING_FORMATS
+
+AUTO: Final = "auto"
+NONE: Final = "none"
+
+# The first format of which all marks stand in the template; a mark of many formats comes after those that have more.
+_TOOL_MARKS: Final = (
+    ("gpt_oss", ("<|channel|>", "<|start|>")),
+    ("kimi_k2", ("<|tool_calls_section_begin|>",)),
+    ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
+    ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
+    ("minimax", ("<minimax:tool_call>",)),
+    ("qwen3_coder", ("<function=",)),
+    ("glm", ("<arg_key>",)),
+    ("hermes", ("<tool_call>",)),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("pythonic", ("<|python_start|>",)),
+    ("pythonic", ("[func_name1(",)),
+    ("llama3_json", ("<|python_tag|>",)),
+    ("llama3_json", ('"parameters":', "tools")),
+)
+_REASONING_MARKS: Final = (
+    ("gpt_oss", ("<|channel|>", "<|start|>")),
+    ("kimi", ("◁think▷",)),
+    ("deepseek_r1", ("<｜Assistant｜>", "</think>")),
+    ("minimax", ("<minimax:tool_call>", "<think>")),
+    ("minimax", ("]~b]", "<think>")),
+    ("glm", ("[gMASK]", "<think>")),
+    ("nemotron_nano_v3", ("</think>", "truncate_history_thinking")),
+    ("qwen3", ("<think>",)),
+    ("qwen3", ("</think>",)),
+)
+GENERIC_TOOL_FORMAT: Final = "hermes"
+"""What a model whose template knows no tools is told to write (generic_tools.py)."""
+
+
+def takes_tools(template: str) -> bool:
+    """Whether a template shows tools to the model."""
+    return "tools" in template
+
+
+def tool_format_of(template: str | None, setting: str) -> str:
+    """The format of tool calls; the setting leads, unless it leaves the choice to the template."""
+    if setting != AUTO:
+        return "" if setting == NONE else setting
+    if template is None:
+        return ""
+    return _first(template, _TOOL_MARKS) if takes_tools(template) else GENERIC_TOOL_FORMAT
+
+
+def reasoning_format_of(template: str | None, setting: str) -> str:
+    """The format of reasoning; empty for a model that does not reason."""
+    if setting != AUTO:
+        return "" if setting == NONE else setting
+    return "" if template is None else _first(template, _REASONING_MARKS)
+
+
+def starts_in_reasoning(reasoning_format: str, prompt: str, *, continued: str | None, is_turn_opened: bool) -> bool:
+    """Whether an output begins inside a block of reasoning.
+
+    Args:
+        reasoning_format: One of the known, or empty.
+        prompt: What the template made.
+        continued: The assistant's text that the model goes on with; None where it begins a turn.
+        is_turn_opened: The prompt ends with the opening of the assistant's turn.
+    """
+    form = REASONING_FORMATS.get(reasoning_format)
+    if form is None:
+        return False
+    if continued is not None:
+        return continued.rfind(form.opening) > continued.rfind(form.closing)
+    if not is_turn_opened:
+        return False
+    tail = prompt.rstrip()
+    return tail.endswith(form.opening) or (form.is_always_open and not tail.endswith(form.closing))
+
+
+def _first(template: str, table: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    return next((name for name, marks in table if all(mark in template for mark in marks)), "")

@@ -1,0 +1,85 @@
+"""Formats told from chat templates, and prompts that end inside a reasoning block."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from headrace.output_formats import REASONING_FORMATS, TOOL_FORMATS
+from services.tokenizer.config import Settings
+from services.tokenizer.output_formats import AUTO, reasoning_format_of, starts_in_reasoning, tool_format_of
+
+TEMPLATES = {
+    "gpt-oss": ("{{ tools }}<|start|>assistant<|channel|>analysis<|message|>", "gpt_oss", "gpt_oss"),
+    "kimi k2": ("{{ tools }}<|tool_calls_section_begin|>", "kimi_k2", ""),
+    "deepseek v3": ("{{ tools }}<｜Assistant｜><｜tool▁calls▁begin｜>function\n```json", "deepseek_v3", ""),
+    "deepseek r1": (
+        "{{ tools }}<｜Assistant｜>{{ c.split('</think>') }}<｜tool▁calls▁begin｜>```json",
+        "deepseek_v3",
+        "deepseek_r1",
+    ),
+    "deepseek v3.1": ("{{ tools }}<｜Assistant｜></think><｜tool▁calls▁begin｜>", "deepseek_v31", "deepseek_r1"),
+    "minimax": ("{{ tools }}<minimax:tool_call><think>", "minimax", "minimax"),
+    "qwen3-coder": ("{{ tools }}<tool_call><function=", "qwen3_coder", ""),
+    "nemotron": (
+        "{{ tools }}<tool_call><function=<think></think>{{ truncate_history_thinking }}",
+        "qwen3_coder",
+        "nemotron_nano_v3",
+    ),
+    "glm": ("[gMASK]{{ tools }}<tool_call><arg_key><think></think>", "glm", "glm"),
+    "qwen2.5": ("{{ tools }}<tool_call>", "hermes", ""),
+    "qwen3": ("{{ tools }}<tool_call><think></think>", "hermes", "qwen3"),
+    "mistral": ("{{ tools }}[TOOL_CALLS]", "mistral", ""),
+    "llama 4": ("{{ tools }}[func_name1(params)]", "pythonic", ""),
+    "llama 3": ('{{ tools }}{"name": n, "parameters": p}', "llama3_json", ""),
+    "no tools": ("{{ messages }}", "hermes", ""),
+    "tools of unknown form": ("{{ tools }}", "", ""),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_formats_are_told_from_the_template(name: str) -> None:
+    template, tool_format, reasoning_format = TEMPLATES[name]
+    assert tool_format_of(template, AUTO) == tool_format
+    assert reasoning_format_of(template, AUTO) == reasoning_format
+    assert {tool_format, reasoning_format} <= {"", *TOOL_FORMATS, *REASONING_FORMATS}
+
+
+def test_the_setting_leads() -> None:
+    assert tool_format_of("{{ tools }}<tool_call>", "mistral") == "mistral"
+    assert tool_format_of("{{ tools }}<tool_call>", "none") == ""
+    assert reasoning_format_of("", "qwen3") == "qwen3"
+    assert reasoning_format_of("<think>", "none") == ""
+    assert (tool_format_of(None, AUTO), reasoning_format_of(None, AUTO)) == ("", "")
+
+
+def test_unknown_formats_are_refused_at_the_start() -> None:
+    assert Settings(tool_parser="hermes", reasoning_parser="none").tool_parser == "hermes"
+    with pytest.raises(ValidationError, match="must be one of auto, none, deepseek_v3"):
+        Settings(tool_parser="hermez")
+    with pytest.raises(ValidationError, match="must be one of auto, none, deepseek_r1"):
+        Settings(reasoning_parser="qwen")
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt", "starts"),
+    [
+        ("qwen3", "<|im_start|>assistant\n", False),
+        ("qwen3", "<|im_start|>assistant\n<think>\n", True),
+        ("qwen3", "say <think> here<|im_start|>assistant\n", False),
+        ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
+        ("deepseek_r1", "<｜Assistant｜>", True),
+        ("deepseek_r1", "<｜Assistant｜></think>", False),
+        ("gpt_oss", "<|start|>assistant", False),
+        ("", "<think>", False),
+    ],
+)
+def test_a_prompt_may_end_inside_reasoning(form: str, prompt: str, starts: bool) -> None:
+    assert starts_in_reasoning(form, prompt, continued=None, is_turn_opened=True) is starts
+    assert not starts_in_reasoning(form, prompt, continued=None, is_turn_opened=False)
+
+
+def test_a_continued_turn_is_inside_reasoning_until_it_ends() -> None:
+    assert starts_in_reasoning("qwen3", "", continued="<think>hm", is_turn_opened=False)
+    assert not starts_in_reasoning("qwen3", "", continued="<think>hm</think>so", is_turn_opened=False)
+    assert not starts_in_reasoning("qwen3", "", continued="so", is_turn_opened=False)
