@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from prometheus_client import CollectorRegistry
 from headrace.config.load import FILE_ENV, Settings, load_settings
 from headrace.errors import ConfigError, HeadraceError, ModelError
 from headrace.lifecycle import State
+from headrace.startup import StartPhases, spawned_ns
 from headrace.supervision.child import Notifier, attach
 from headrace.telemetry import logs, traces
 from headrace.telemetry.exposition import Exposition
@@ -90,6 +92,12 @@ class ServiceContext:
     fail: Callable[[BaseException], None] = field(default=lambda error: None)
     """Ends the process, with status 1, because of an error it cannot go on after."""
     notifier: Notifier | None = None
+    phases: StartPhases = field(default_factory=lambda: StartPhases(time.monotonic_ns()))
+    """What the start spends its time on; logged when the service is ready first."""
+
+    def end_phase(self, name: str) -> None:
+        """End a phase of the start now; see `StartPhases.end`."""
+        self.phases.end(name, time.monotonic_ns())
 
     @property
     def model_directory(self) -> Path:
@@ -163,6 +171,7 @@ def run_service(name: str, *, prepare: Callable[[Settings], None] | None = None)
         The exit status.
     """
     attachment = attach()
+    phases = StartPhases(_spawned_ns())
     try:
         settings = settings_from_process()
         instance = settings.instance or f"{name}-{socket.gethostname()}"
@@ -170,8 +179,11 @@ def run_service(name: str, *, prepare: Callable[[Settings], None] | None = None)
         if attachment.standby_fd is not None and prepare is not None:
             prepare(settings)
             log.info("service.standing_by", process_pid=os.getpid())
-        attachment.wait_turn()
-        uvloop.run(_live(name, instance, settings, attachment.notifier))
+        if attachment.standby_fd is not None:
+            attachment.wait_turn()
+            # Its life begins with its turn.
+            phases = StartPhases(time.monotonic_ns())
+        uvloop.run(_live(name, instance, settings, attachment.notifier, phases))
     except (ConfigError, ModelError) as error:
         attachment.notifier.state(State.FAILED, error.message)
         print(f"headrace {name}: {error.message}", file=sys.stderr)
@@ -183,15 +195,20 @@ def run_service(name: str, *, prepare: Callable[[Settings], None] | None = None)
     return 0
 
 
-async def _live(name: str, instance: str, settings: Settings, notifier: Notifier) -> None:
+def _spawned_ns() -> int:
+    boot_now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    return spawned_ns(time.monotonic_ns(), boot_now_ns=boot_now_ns, ticks_per_s=os.sysconf("SC_CLK_TCK"))
+
+
+async def _live(name: str, instance: str, settings: Settings, notifier: Notifier, phases: StartPhases) -> None:
     """Make everything inside the loop it runs on: a gRPC server, for one, belongs to the loop of its making."""
-    await _Runner(name, instance, settings, notifier).run()
+    await _Runner(name, instance, settings, notifier, phases).run()
 
 
 class _Runner:
     """One life of one service."""
 
-    def __init__(self, name: str, instance: str, settings: Settings, notifier: Notifier) -> None:
+    def __init__(self, name: str, instance: str, settings: Settings, notifier: Notifier, phases: StartPhases) -> None:
         self._name = name
         self._settings = settings
         self._notifier = notifier
@@ -229,9 +246,12 @@ class _Runner:
             run_directory=run_directory,
             fail=self._fail,
             notifier=notifier,
+            phases=phases,
         )
+        self._is_start_told = False
         module = importlib.import_module(f"services.{name}.service")
         self._service: Service = getattr(module, f"{name.capitalize()}Service")(self._context, settings.sections[name])
+        self._context.end_phase("imports")
         self._exposition = Exposition(registry, health=self._health, not_ready_reason=self._service.not_ready_reason)
 
     async def run(self) -> None:
@@ -246,6 +266,7 @@ class _Runner:
             if port is not None:
                 await self._exposition.start(self._settings.telemetry.metrics_host, port)
             await self._service.start()
+            self._context.end_phase("start")
             self._context.wire.before_beat(self._tell_load)
             self._set_state(State.STARTED)
             await self._watch()
@@ -311,6 +332,10 @@ class _Runner:
         self._state = state
         self._notifier.state(state, detail)
         log.info(f"service.{state}", **({"detail": detail} if detail else {}))
+        if state is State.READY and not self._is_start_told:
+            self._is_start_told = True
+            self._context.end_phase("peers")
+            log.info("start.measured", **{f"{name}_s": seconds for name, seconds in self._context.phases.seconds().items()})
 
     def _fail(self, error: BaseException) -> None:
         if self._error is None:

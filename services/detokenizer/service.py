@@ -99,6 +99,7 @@ class DetokenizerService:
         directory = self._context.model_directory
         name = self._context.settings.model.name_for_clients
         table = await asyncio.to_thread(_load_table, directory, name)
+        self._context.end_phase("tokenizer")
         settings = self._settings
         limits = StreamLimits(
             streams_max=settings.streams_max,

@@ -136,6 +136,7 @@ class TokenizerService:
         loop = asyncio.get_running_loop()
         directory = self._context.model_directory
         await loop.run_in_executor(self._executor, self._load, directory)
+        self._context.end_phase("tokenizer")
         self._routers = self._context.wire.dial(
             ROUTER_BACKPLANE,
             self._context.dial_targets(ROUTER_BACKPLANE),

@@ -9,6 +9,7 @@ A result that cannot be sent says nothing of why: it waits until the queue has r
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import queue
 import threading
@@ -94,7 +95,9 @@ class ComputeThread:
         # Bounded by the link: the scheduler has at most a few plans under way.
         self._jobs: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
         # A daemon, so that a step that hangs cannot hold up the end of the process.
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        # In this context, so that its log lines say whose they are.
+        in_context = contextvars.copy_context().run
+        self._thread = threading.Thread(target=in_context, args=(self._run,), name="compute", daemon=True)
 
     async def start(self) -> Runner:
         """Load the runner; raises what loading raises."""
@@ -109,8 +112,7 @@ class ComputeThread:
 
     def warm_up(self) -> None:
         """Have the runner try its kernels, before all later plans. It takes no longer than joining a scheduler."""
-        assert self.runner is not None
-        self._jobs.put(self.runner.warm_up)
+        self._jobs.put(self._warm_up)
 
     def reset(self) -> None:
         """Forget every sequence, after all plans before."""
@@ -146,6 +148,12 @@ class ComputeThread:
                     job()
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends the process
             self._call(self._on_error, error)
+
+    def _warm_up(self) -> None:
+        assert self.runner is not None
+        begun_ns = time.monotonic_ns()
+        self.runner.warm_up()
+        log.info("model.warmed_up", warm_up_s=round((time.monotonic_ns() - begun_ns) / 1e9, 3))
 
     def _call(self, callback: Callable[..., Any], *arguments: Any) -> None:
         if not self._loop.is_closed():
@@ -424,9 +432,10 @@ class WorkerService:
         begun_ns = time.monotonic_ns()
         # torch takes a second to import and is not wanted by the mock.
         torch = import_torch()
-        imported_ns = time.monotonic_ns()
         from services.worker.loading import LoadOptions, load_runner
 
+        imported_ns = time.monotonic_ns()
+        self._context.end_phase("torch")
         settings = self._settings
         num_threads = num_compute_threads(settings)
         options = LoadOptions(
@@ -466,6 +475,8 @@ class WorkerService:
             now_ns=time.monotonic_ns,
         )
         loaded_ns = time.monotonic_ns()
+        # Packing is part of it: each run of rows is packed when it is read.
+        self._context.end_phase("load")
         if report.unknown_fields:
             log.warning("model.fields_ignored", directory=str(options.directory), fields=list(report.unknown_fields))
         if report.unpacked_names:

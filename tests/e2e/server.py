@@ -137,9 +137,13 @@ class Server:
         wait_until(self._has_standby, 60, "a worker that stands by")
 
     def _has_standby(self) -> bool:
-        lines = self.stderr_file.read_text(errors="replace").splitlines()
-        events = [json.loads(line) for line in lines if '"service.standing_by"' in line]
+        events = self.log_lines("service.standing_by")
         return bool({event["process_pid"] for event in events} & (self.tree().keys() - {self.pid_of("services.worker.rank")}))
+
+    def log_lines(self, event: str) -> list[dict[str, Any]]:
+        """All lines of an event that were logged so far."""
+        lines = self.stderr_file.read_text(errors="replace").splitlines()
+        return [json.loads(line) for line in lines if f'"event": "{event}"' in line]
 
     def stderr_tail(self, num_bytes: int = 4000) -> str:
         """The end of what the tree wrote to stderr."""

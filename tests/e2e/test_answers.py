@@ -35,6 +35,19 @@ def test_five_services_run_as_processes_of_their_own(server: Server) -> None:
         assert f"services.{service}" in commands
 
 
+def test_each_service_says_what_its_start_took(server: Server) -> None:
+    lines = {line["service"]: line for line in server.log_lines("start.measured")}
+    assert {f"headrace.{service}" for service in lines} == SERVICES
+    for service, line in lines.items():
+        seconds = {key: value for key, value in line.items() if key.endswith("_s")}
+        assert seconds.keys() >= {"imports_s", "start_s", "peers_s"}
+        assert ("tokenizer_s" in seconds) == (service in ("tokenizer", "detokenizer"))
+        assert seconds.keys() >= ({"torch_s", "load_s"} if service == "worker" else set())
+        total = seconds.pop("total_s")
+        assert 0 < total == pytest.approx(sum(seconds.values()), abs=0.01)
+    assert server.log_lines("model.warmed_up")[0]["service"] == "worker"
+
+
 def test_openai_client_gets_a_sensible_streamed_answer(server: Server) -> None:
     stream = client(server).chat.completions.create(
         model=MODEL,
