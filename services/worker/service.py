@@ -48,8 +48,11 @@ from services.worker.sequence_spans import SequenceSpans
 from services.worker.torch_import import import_torch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from headrace.wire.fake import FakeBack
     from headrace.wire.link import Back
+    from services.worker.loading import LoadReport
 
 log = logs.get_logger()
 
@@ -477,10 +480,7 @@ class WorkerService:
         loaded_ns = time.monotonic_ns()
         # Packing is part of it: each run of rows is packed when it is read.
         self._context.end_phase("load")
-        if report.unknown_fields:
-            log.warning("model.fields_ignored", directory=str(options.directory), fields=list(report.unknown_fields))
-        if report.unpacked_names:
-            log.warning("weights.unpacked", num_matrices=len(report.unpacked_names), first=report.unpacked_names[0])
+        _warn_of(report, options.directory)
         log.info(
             "model.loaded",
             directory=str(options.directory),
@@ -499,6 +499,13 @@ class WorkerService:
             load_s=round((loaded_ns - imported_ns) / 1e9, 3),
         )
         return runner
+
+
+def _warn_of(report: LoadReport, directory: Path) -> None:
+    if report.unknown_fields:
+        log.warning("model.fields_ignored", directory=str(directory), fields=list(report.unknown_fields))
+    if report.unpacked_names:
+        log.warning("weights.unpacked", num_matrices=len(report.unpacked_names), first=report.unpacked_names[0])
 
 
 def _count_drafts(metrics: WorkerMetrics, result: StepResult) -> None:
