@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import grpc
@@ -30,11 +31,13 @@ from services.router.generation import (
     Speculative,
     Stopping,
     TextPrompt,
+    TokenLogprob,
     TokenPrompt,
 )
 from services.router.limits import (
     MAX_MESSAGES,
     check_cache_salt,
+    check_logprobs,
     check_num_choices,
     check_priority,
     check_sampling,
@@ -141,6 +144,19 @@ def finish_reason_of(name: str | None) -> common.FinishReason:
     return _FINISH_REASONS[name] if name is not None else common.FINISH_REASON_UNSPECIFIED
 
 
+def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[inference.TokenLogprob]:
+    """Logprobs as their messages."""
+    return [
+        inference.TokenLogprob(
+            token_id=token.token_id,
+            text=token.text,
+            logprob=token.logprob,
+            top=[inference.LikelyToken(token_id=token_id, text=text, logprob=logprob) for token_id, text, logprob in token.top],
+        )
+        for token in tokens
+    ]
+
+
 def usage_of(stream: OutputStream) -> inference.Usage:
     """Token counts of a stream."""
     return inference.Usage(
@@ -162,6 +178,10 @@ def _generation(
         top_k=_optional(asked, "top_k", None),
         min_p=_optional(asked, "min_p", None),
         seed=_optional(asked, "seed", None),
+        frequency_penalty=_optional(asked, "frequency_penalty", None),
+        presence_penalty=_optional(asked, "presence_penalty", None),
+        repetition_penalty=_optional(asked, "repetition_penalty", None),
+        logit_bias=tuple((entry.token_id, entry.bias) for entry in asked.logit_bias),
     )
     stopping = Stopping(
         max_tokens=_optional(stops, "max_tokens", None),
@@ -177,6 +197,9 @@ def _generation(
     salt = check_cache_salt(_optional(message, "cache_salt", None))
     num_choices = _optional(message, "num_choices", 1)
     check_num_choices("num_choices", num_choices)
+    logprobs, prompt_logprobs = _optional(message, "logprobs", None), _optional(message, "prompt_logprobs", None)
+    check_logprobs("logprobs", logprobs)
+    check_logprobs("prompt_logprobs", prompt_logprobs)
     return GenerationRequest(
         message.model,
         prompt,
@@ -187,6 +210,8 @@ def _generation(
         salt,
         num_choices=num_choices,
         speculative=_speculative(message.speculative),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

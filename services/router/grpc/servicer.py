@@ -46,6 +46,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     finish_reason=conversions.finish_reason_of(piece.finish_reason),
                     usage=usage,
                     choice=piece.choice,
+                    logprobs=conversions.token_logprobs(piece.logprobs),
+                    prompt_logprobs=conversions.token_logprobs(piece.prompt_logprobs),
                 )
 
     async def Chat(self, request: inference.ChatRequest, context: Context) -> AsyncIterator[inference.ChatResponse]:
@@ -59,6 +61,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     finish_reason=conversions.finish_reason_of(piece.finish_reason),
                     usage=usage,
                     choice=piece.choice,
+                    logprobs=conversions.token_logprobs(piece.logprobs),
+                    prompt_logprobs=conversions.token_logprobs(piece.prompt_logprobs),
                 )
 
     async def Tokenize(self, request: inference.TokenizeRequest, context: Context) -> inference.TokenizeResponse:

@@ -23,7 +23,8 @@ from headrace.errors import (
 )
 from headrace.telemetry import logs
 from services.router.generation import Engine, OutputStream
-from services.router.http import anthropic_answers, native, openai, openai_answers, serving, sse
+from services.router.http import anthropic_answers, native, openai, openai_answers, prompt_batch, serving, sse
+from services.router.http.completion_streams import collect
 from services.router.http.exchange import (
     Exchange,
     HttpLimits,
@@ -109,22 +110,30 @@ class HttpApp:
 
     async def _chat(self, exchange: Exchange) -> None:
         parsed = openai.parse_chat(await exchange.read_body())
-        await self._generate(exchange, parsed, ChatAnswer)
+        stream = serving.open_stream(exchange, self._engine, parsed.generation, user=parsed.user, is_streaming=parsed.is_streaming)
+        await self._send(exchange, stream, parsed, ChatAnswer)
 
     async def _complete(self, exchange: Exchange) -> None:
         parsed = openai.parse_completion(await exchange.read_body())
-        await self._generate(exchange, parsed, CompletionAnswer)
+        stream = await prompt_batch.open_prompts(exchange, self._engine, parsed)
+        await self._send(exchange, stream, parsed, CompletionAnswer)
 
-    async def _generate(self, exchange: Exchange, parsed: openai.ParsedRequest, answer_class: type[ChatAnswer]) -> None:
-        call = exchange.open_call
-        stream = serving.open_stream(exchange, self._engine, parsed.generation, user=parsed.user, is_streaming=parsed.is_streaming)
+    async def _send(
+        self, exchange: Exchange, stream: OutputStream, parsed: openai.ParsedRequest, answer_class: type[ChatAnswer]
+    ) -> None:
         answer = answer_class(
-            call.request_id, model=stream.model, created_unix_s=int(time.time()), include_usage=parsed.include_usage
+            exchange.open_call.request_id,
+            model=stream.model,
+            created_unix_s=int(time.time()),
+            include_usage=parsed.include_usage,
+            has_running_usage=parsed.has_running_usage,
+            keeps_logprobs=parsed.keeps_logprobs,
+            tells_prompt=parsed.tells_prompt,
         )
         watcher = asyncio.create_task(close_on_disconnect(exchange.receive, stream))
         try:
             send = _send_stream if parsed.is_streaming else _send_whole
-            await send(exchange, stream, answer, parsed.generation.num_choices)
+            await send(exchange, stream, answer, parsed.num_choices)
         finally:
             watcher.cancel()
             stream.close()
@@ -199,10 +208,10 @@ async def _send_stream(exchange: Exchange, stream: OutputStream, answer: ChatAns
     num_unfinished = num_choices
     try:
         while True:
-            if piece.text:
-                chunk += answer.text_chunk(piece.text, piece.choice)
+            usage_so_far = _usage(stream) if answer.has_running_usage else None
+            chunk += answer.output_chunk(piece, usage_so_far)
             if piece.finish_reason is not None:
-                chunk += answer.last_chunk(piece.finish_reason, piece.choice)
+                chunk += answer.last_chunk(piece.finish_reason, piece.choice, usage_so_far)
                 num_unfinished -= 1
                 if not num_unfinished:
                     break
@@ -218,14 +227,7 @@ async def _send_stream(exchange: Exchange, stream: OutputStream, answer: ChatAns
 
 
 async def _send_whole(exchange: Exchange, stream: OutputStream, answer: ChatAnswer, num_choices: int) -> None:
-    texts: list[list[str]] = [[] for _ in range(num_choices)]
-    finish_reasons: dict[int, str] = {}
-    while len(finish_reasons) < num_choices:
-        piece = await stream.next()
-        texts[piece.choice].append(piece.text)
-        if piece.finish_reason is not None:
-            finish_reasons[piece.choice] = piece.finish_reason
-    choices = [("".join(text), finish_reasons[choice]) for choice, text in enumerate(texts)]
+    choices = await collect(stream, num_choices)
     await exchange.respond(200, answer.whole(choices, _usage(stream)))
 
 

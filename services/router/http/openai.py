@@ -8,7 +8,7 @@ own books (`IGNORED_FIELDS`) are accepted and ignored. Answers are rendered in `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
@@ -25,11 +25,14 @@ from services.router.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from services.router.http.validation import Body, drop_unused, load_object, require_unused, validate
+from services.router.http.validation import Body, drop_unused, load_object, validate
 from services.router.limits import (
     MAX_MESSAGES,
+    check_best_of,
     check_cache_salt,
+    check_logprobs,
     check_num_choices,
+    check_num_sequences,
     check_priority,
     check_sampling,
     check_speculative,
@@ -44,16 +47,7 @@ IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key",
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
 
 _NOT_YET: dict[str, tuple[object, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
     "suffix": (None, ""),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "prompt_logprobs": (None,),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -91,7 +85,8 @@ _MESSAGE_NOT_YET: dict[str, tuple[object, ...]] = {
 }
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _ROLES_NOT_YET = frozenset({"tool", "function"})
-_UNIONS = {"stop": "a string or an array of strings", "prompt": "a string or an array of token ids"}
+_UNIONS = {"stop": "a string or an array of strings", "prompt": "a string, an array of token ids, or an array of either"}
+_ID_DIGITS = 10
 _PARTS_NOT_YET = frozenset({"image_url", "input_audio", "file", "video_url", "refusal"})
 
 
@@ -123,6 +118,11 @@ class _Shared(Body):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
     user: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
@@ -132,6 +132,8 @@ class _Shared(Body):
 class _Chat(_Shared):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -139,6 +141,9 @@ class _Chat(_Shared):
 class _Completion(_Shared):
     prompt: str | list[Any]
     add_special_tokens: bool | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
 
 
 class _Tokenize(Body):
@@ -158,12 +163,39 @@ class _Detokenize(Body):
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request and how its answer is to be sent."""
+    """A request and how its answer is to be sent.
+
+    Attributes:
+        generation: What is to be done, for the first prompt.
+        user: Who asks, as the body says.
+        is_streaming: In chunks, instead of one piece.
+        include_usage: With a last chunk that has the usage.
+        has_running_usage: With the usage so far in every chunk.
+        other_prompts: Those after the first; each has as many choices.
+        num_best: Choices to give of each prompt's: those that are likeliest a token. None for all.
+        keeps_logprobs: Logprobs of the output are told, and not only looked at.
+        tells_prompt: Logprobs of the prompt are told beside the output.
+        echo: Give the prompt before the output.
+        drop_output: Give the prompt alone.
+    """
 
     generation: GenerationRequest
     user: str | None
     is_streaming: bool
     include_usage: bool
+    has_running_usage: bool = False
+    other_prompts: tuple[Prompt, ...] = ()
+    num_best: int | None = None
+    keeps_logprobs: bool = False
+    tells_prompt: bool = False
+    echo: bool = False
+    drop_output: bool = False
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of the answer, over all prompts."""
+        num_best = self.generation.num_choices if self.num_best is None else self.num_best
+        return num_best * (1 + len(self.other_prompts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +228,11 @@ def parse_chat(body: bytes) -> ParsedRequest:
         if max_tokens is not None and max_tokens != chat.max_completion_tokens:
             refuse("max_tokens", f"left out, or equal to max_completion_tokens, {chat.max_completion_tokens}", max_tokens)
         max_tokens, param = chat.max_completion_tokens, "max_completion_tokens"
-    return _finish(chat, prompt, max_tokens=max_tokens, max_tokens_param=param)
+    if chat.top_logprobs and chat.logprobs is not True:
+        refuse("top_logprobs", "left out unless logprobs is true", chat.top_logprobs)
+    check_logprobs("top_logprobs", chat.top_logprobs)
+    logprobs = (chat.top_logprobs or 0) if chat.logprobs is True else None
+    return _finish(chat, prompt, max_tokens=max_tokens, max_tokens_param=param, logprobs=logprobs)
 
 
 def parse_completion(body: bytes) -> ParsedRequest:
@@ -206,9 +242,30 @@ def parse_completion(body: bytes) -> ParsedRequest:
         InvalidRequestError: It names the first thing that is wrong.
     """
     completion = _validate(_Completion, _drop_unused(load_object(body)))
-    prompt = _completion_prompt(completion.prompt, completion.add_special_tokens is not False)
+    prompt, *others = _completion_prompts(completion.prompt, completion.add_special_tokens is not False)
     max_tokens = 16 if completion.max_tokens is None else completion.max_tokens
-    return _finish(completion, prompt, max_tokens=max_tokens, max_tokens_param="max_tokens")
+    check_logprobs("logprobs", completion.logprobs)
+    echo = completion.echo is True
+    # Nobody can be asked for no token: one is made and left out.
+    drop_output = echo and max_tokens == 0
+    parsed = _finish(
+        completion, prompt, max_tokens=max_tokens or int(drop_output), max_tokens_param="max_tokens", logprobs=completion.logprobs
+    )
+    generation, num_best = parsed.generation, None
+    if completion.best_of is not None and completion.best_of != generation.num_choices:
+        num_best = generation.num_choices
+        check_best_of(completion.best_of, num_best, is_streaming=parsed.is_streaming)
+        generation = replace(
+            generation, num_choices=completion.best_of, logprobs=0 if generation.logprobs is None else generation.logprobs
+        )
+    if echo and completion.logprobs is not None:
+        if completion.prompt_logprobs not in (None, completion.logprobs):
+            refuse("prompt_logprobs", f"left out, or logprobs, {completion.logprobs}, with echo", completion.prompt_logprobs)
+        generation = replace(generation, prompt_logprobs=completion.logprobs)
+    check_num_sequences(1 + len(others), generation.num_choices)
+    return replace(
+        parsed, generation=generation, other_prompts=tuple(others), num_best=num_best, echo=echo, drop_output=drop_output
+    )
 
 
 def parse_tokenize(body: bytes) -> TokenizeCall:
@@ -289,24 +346,54 @@ def _content(path: str, content: object) -> str:
     return "".join(texts)
 
 
+def _completion_prompts(prompt: str | list[Any], add_special_tokens: bool) -> list[Prompt]:
+    """One prompt, as text or as tokens, or an array of prompts of one kind."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        kind = type(prompt[0])
+        if any(type(item) is not kind for item in prompt):
+            refuse("prompt", "an array of strings or of arrays of token ids, not of both", prompt)
+        return [_completion_prompt(item, add_special_tokens) for item in prompt]
+    return [_completion_prompt(prompt, add_special_tokens)]
+
+
 def _completion_prompt(prompt: str | list[Any], add_special_tokens: bool) -> Prompt:
     if isinstance(prompt, str):
         if not prompt:
             refuse("prompt", "a non-empty string", prompt)
         return TextPrompt(prompt, add_special_tokens)
-    if prompt and isinstance(prompt[0], (str, list)):
-        if len(prompt) > 1:
-            message = f"several prompts in one request are not supported yet: the limit is 1; got {len(prompt)}"
-            raise InvalidRequestError(message, param="prompt")
-        if isinstance(prompt[0], str):
-            return _completion_prompt(prompt[0], add_special_tokens)
-        prompt = prompt[0]
     return TokenPrompt(check_token_ids("prompt", prompt))
 
 
-def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens_param: str) -> ParsedRequest:
+def _logit_bias(biases: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+    """Biases by token id; JSON's keys are strings."""
+    found = []
+    for key, bias in (biases or {}).items():
+        if not (key.isascii() and key.isdigit() and len(key) <= _ID_DIGITS):
+            refuse("logit_bias", "an object whose keys are token ids", key)
+        found.append((int(key), bias))
+    return tuple(found)
+
+
+def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens_param: str, logprobs: int | None) -> ParsedRequest:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    sampling = Sampling(body.temperature, body.top_p, body.top_k, body.min_p, body.seed)
+    sampling = Sampling(
+        body.temperature,
+        body.top_p,
+        body.top_k,
+        body.min_p,
+        body.seed,
+        body.frequency_penalty,
+        body.presence_penalty,
+        body.repetition_penalty,
+        _logit_bias(body.logit_bias),
+    )
+    check_logprobs("prompt_logprobs", body.prompt_logprobs)
+    if body.prompt_logprobs is not None and body.stream is True:
+        refuse(
+            "prompt_logprobs",
+            "left out when stream is true (a completion's echo with logprobs can be streamed)",
+            body.prompt_logprobs,
+        )
     stopping = Stopping(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
@@ -324,11 +411,8 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
     speculative = Speculative(asked.method, asked.num_speculative_tokens)
     check_speculative(speculative)
     options = body.stream_options
-    if options is not None:
-        if body.stream is not True:
-            refuse("stream_options", "left out unless stream is true", options.model_dump())
-        if options.continuous_usage_stats:
-            require_unused("stream_options.continuous_usage_stats", True, (False,))
+    if options is not None and body.stream is not True:
+        refuse("stream_options", "left out unless stream is true", options.model_dump())
     generation = GenerationRequest(
         body.model or "",
         prompt,
@@ -339,5 +423,15 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
         check_cache_salt(body.cache_salt),
         num_choices=num_choices,
         speculative=speculative,
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )
-    return ParsedRequest(generation, body.user, body.stream is True, options is not None and options.include_usage)
+    return ParsedRequest(
+        generation,
+        body.user,
+        is_streaming=body.stream is True,
+        include_usage=options is not None and options.include_usage,
+        has_running_usage=options is not None and options.continuous_usage_stats,
+        keeps_logprobs=logprobs is not None,
+        tells_prompt=body.prompt_logprobs is not None,
+    )

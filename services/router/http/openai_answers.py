@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 import orjson
 
 from headrace.errors import HeadraceError, InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
-from services.router.generation import ModelOffer
+from services.router.generation import ModelOffer, OutputPiece, TokenLogprob
+from services.router.http.logprob_shapes import CompletionLogprobs, chat_logprobs, prompt_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -70,17 +71,40 @@ def model_object(offer: ModelOffer) -> dict[str, object]:
 
 
 class ChatAnswer:
-    """Renders the answer of one chat request."""
+    """Renders the answer of one chat request.
+
+    Args:
+        request_id: The call's.
+        model: Which answers.
+        created_unix_s: When it was asked.
+        include_usage: Send a last chunk with the usage.
+        has_running_usage: Send the usage so far in every chunk.
+        keeps_logprobs: Logprobs of the output were asked for.
+        tells_prompt: Those of the prompt, too.
+    """
 
     id_prefix = "chatcmpl-"
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, request_id: str, *, model: str, created_unix_s: int, include_usage: bool) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        model: str,
+        created_unix_s: int,
+        include_usage: bool,
+        has_running_usage: bool = False,
+        keeps_logprobs: bool = False,
+        tells_prompt: bool = False,
+    ) -> None:
         self.id = self.id_prefix + request_id
+        self.has_running_usage = has_running_usage
         self._model = model
         self._created_unix_s = created_unix_s
         self._include_usage = include_usage
+        self._keeps_logprobs = keeps_logprobs
+        self._tells_prompt = tells_prompt
         # With include_usage OpenAI sends `"usage": null` in every chunk but the last.
         self._usage_null = b',"usage":null' if include_usage else b""
         self._chunk_head = b"data: " + orjson.dumps(self._head(self.chunk_object_name))[:-1] + b',"choices":[{"index":'
@@ -106,9 +130,21 @@ class ChatAnswer:
             prefix = self._prefixes[choice] = self._chunk_head + b"%d," % choice + self._delta_open
         return prefix + orjson.dumps(text) + self._suffix
 
-    def last_chunk(self, finish_reason: str, choice: int = 0) -> bytes:
+    def output_chunk(self, piece: OutputPiece, usage_object: dict[str, object] | None = None) -> bytes:
+        """A chunk of output with its logprobs, or the usage so far; empty where there is nothing to tell."""
+        tells = self._keeps_logprobs and bool(piece.logprobs)
+        if not piece.text and not tells:
+            return b""
+        if usage_object is None and not tells:
+            return self.text_chunk(piece.text, piece.choice)
+        told = orjson.dumps(self._logprobs(piece.choice, piece.logprobs))
+        rest = self._delta_open + orjson.dumps(piece.text) + self._delta_close + b',"logprobs":' + told + b',"finish_reason":null'
+        return self._chunk(piece.choice, rest, usage_object)
+
+    def last_chunk(self, finish_reason: str, choice: int = 0, usage_object: dict[str, object] | None = None) -> bytes:
         """The chunk that tells why a choice ended."""
-        return self._chunk(choice, self._delta_last + b',"logprobs":null,"finish_reason":' + orjson.dumps(finish_reason))
+        rest = self._delta_last + b',"logprobs":null,"finish_reason":' + orjson.dumps(finish_reason)
+        return self._chunk(choice, rest, usage_object)
 
     def usage_chunk(self, usage_object: dict[str, object]) -> bytes:
         """The chunk with no choices that carries the usage; empty unless it was asked for."""
@@ -116,19 +152,31 @@ class ChatAnswer:
             return b""
         return b"data: " + orjson.dumps({**self._head(self.chunk_object_name), "choices": [], "usage": usage_object}) + b"\n\n"
 
-    def whole(self, choices: Sequence[tuple[str, str]], usage_object: dict[str, object]) -> bytes:
-        """The answer in one piece; `choices` are texts with their finish reasons, in order."""
-        objects = [
-            {"index": index, **self._whole_text(text), "logprobs": None, "finish_reason": finish_reason}
-            for index, (text, finish_reason) in enumerate(choices)
-        ]
-        return orjson.dumps({**self._head(self.object_name), "choices": objects, "usage": usage_object})
+    def whole(self, choices: Sequence[OutputPiece], usage_object: dict[str, object]) -> bytes:
+        """The answer in one piece; `choices` are whole, in order."""
+        objects = [self._choice(index, piece) for index, piece in enumerate(choices)]
+        body = {**self._head(self.object_name), "choices": objects, "usage": usage_object}
+        if self._tells_prompt:
+            self._tell_prompt(body, objects, choices)
+        return orjson.dumps(body)
+
+    def _choice(self, index: int, piece: OutputPiece) -> dict[str, object]:
+        told = self._logprobs(index, piece.logprobs)
+        return {"index": index, **self._whole_text(piece.text), "logprobs": told, "finish_reason": piece.finish_reason}
 
     def _whole_text(self, text: str) -> dict[str, object]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _chunk(self, choice: int, rest: bytes) -> bytes:
-        return self._chunk_head + b"%d," % choice + rest + b"}]" + self._usage_null + b"}\n\n"
+    def _logprobs(self, choice: int, tokens: Sequence[TokenLogprob]) -> dict[str, object] | None:
+        return chat_logprobs(tokens) if self._keeps_logprobs else None
+
+    def _tell_prompt(self, body: dict[str, object], objects: Sequence[dict[str, object]], choices: Sequence[OutputPiece]) -> None:
+        """Add the prompt's logprobs where vLLM has them: a conversation has one prompt."""
+        body["prompt_logprobs"] = prompt_logprobs(choices[0].prompt_logprobs)
+
+    def _chunk(self, choice: int, rest: bytes, usage_object: dict[str, object] | None = None) -> bytes:
+        usage_part = self._usage_null if usage_object is None else b',"usage":' + orjson.dumps(usage_object)
+        return self._chunk_head + b"%d," % choice + rest + b"}]" + usage_part + b"}\n\n"
 
 
 class CompletionAnswer(ChatAnswer):
@@ -141,6 +189,7 @@ class CompletionAnswer(ChatAnswer):
     _delta_open = b'"text":'
     _delta_close = b""
     _delta_last = b'"text":""'
+    _told: CompletionLogprobs | None = None
 
     def first_chunk(self, choice: int = 0) -> bytes:
         """A completion opens with its first text."""
@@ -148,3 +197,14 @@ class CompletionAnswer(ChatAnswer):
 
     def _whole_text(self, text: str) -> dict[str, object]:
         return {"text": text}
+
+    def _logprobs(self, choice: int, tokens: Sequence[TokenLogprob]) -> dict[str, object] | None:
+        if not self._keeps_logprobs:
+            return None
+        if self._told is None:
+            self._told = CompletionLogprobs()
+        return self._told.add(choice, tokens)
+
+    def _tell_prompt(self, body: dict[str, object], objects: Sequence[dict[str, object]], choices: Sequence[OutputPiece]) -> None:
+        for choice, piece in zip(objects, choices, strict=True):
+            choice["prompt_logprobs"] = prompt_logprobs(piece.prompt_logprobs)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import InvalidRequestError, NotFoundError, OverloadedError
-from services.router.generation import ChatTurn, ConversationPrompt, TextPrompt, TokenPrompt
+from services.router.generation import ChatTurn, ConversationPrompt, OutputPiece, TextPrompt, TokenPrompt
 from services.router.http.openai import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from services.router.http.openai_answers import ChatAnswer, CompletionAnswer, error_object, error_status, usage
 
@@ -91,15 +91,11 @@ def test_fields_of_later_versions_are_taken_at_their_defaults(field: str, value:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 2),
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("frequency_penalty", 0.1),
+        ("suffix", "end"),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("audio", {}),
-        ("logit_bias", {"1": 2}),
         ("store", True),
     ],
 )
@@ -125,6 +121,25 @@ def test_fields_we_cannot_honour_are_refused_by_name(field: str, value: object) 
         ({"n": 129}, "n", "[1, 128]; got 129"),
         ({"n": True}, "n", "integer"),
         ({"n": "2"}, "n", "integer"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "[-2, 2]; got 2.5"),
+        ({"presence_penalty": -2.1}, "presence_penalty", "[-2, 2]; got -2.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "(0, 2]; got 0"),
+        ({"repetition_penalty": "x"}, "repetition_penalty", "number"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "keys are token ids; got 'a'"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "got '-1'"),
+        ({"logit_bias": {"3000000000": 1}}, "logit_bias", "[0, 2147483647]"),
+        ({"logit_bias": {"7": 101}}, "logit_bias.7", "[-100, 100]; got 101"),
+        ({"logit_bias": {"7": "x"}}, "logit_bias.7", "number"),
+        ({"logit_bias": {"7": 1, "07": 2}}, "logit_bias", "named once each; got '7 twice'"),
+        ({"logit_bias": {str(key): 1 for key in range(1025)}}, "logit_bias", "at most 1024 tokens; got '1025 of them'"),
+        ({"logprobs": 3}, "logprobs", "boolean"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]; got 21"),
+        ({"top_logprobs": 2}, "top_logprobs", "unless logprobs is true; got 2"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "[0, 20]; got 21"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "[0, 20]; got -1"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "left out when stream is true"),
+        ({"best_of": 2}, "best_of", "unknown field"),
+        ({"echo": True}, "echo", "unknown field"),
         ({"max_tokens": 0}, "max_tokens", "[1, 2147483647]; got 0"),
         ({"max_tokens": -5}, "max_tokens", "got -5"),
         ({"max_tokens": 10**12}, "max_tokens", "got 1000000000000"),
@@ -253,7 +268,21 @@ def test_completions_take_text_or_one_list_of_tokens() -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ['""', "[]", '["a", "b"]', "[[1], [2]]", "[1, true]", "[-1]", "[1.5]", "[4294967296]", "5", "null", '[{"a": 1}]', "[[[1]]]"],
+    [
+        '""',
+        "[]",
+        '["a", [1]]',
+        '["a", ""]',
+        "[[1], []]",
+        "[1, true]",
+        "[-1]",
+        "[1.5]",
+        "[4294967296]",
+        "5",
+        "null",
+        '[{"a": 1}]',
+        "[[[1]]]",
+    ],
 )
 def test_bad_prompts_are_refused(prompt: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
@@ -290,7 +319,8 @@ def test_completions_have_their_own_shape() -> None:
     assert answer.usage_chunk({}) == b""
     event = json.loads(answer.text_chunk("x")[6:])
     assert event["choices"] == [{"index": 0, "text": "x", "logprobs": None, "finish_reason": None}]
-    whole = json.loads(answer.whole([("xy", "length")], usage(num_prompt_tokens=1, num_output_tokens=2, num_cached_tokens=1)))
+    choice = OutputPiece("xy", (1, 2), "length")
+    whole = json.loads(answer.whole([choice], usage(num_prompt_tokens=1, num_output_tokens=2, num_cached_tokens=1)))
     assert whole["choices"] == [{"index": 0, "text": "xy", "logprobs": None, "finish_reason": "length"}]
     assert whole["usage"]["total_tokens"] == 3
     assert whole["id"] == "cmpl-id"
