@@ -15,6 +15,7 @@ import transformers
 from headrace.models.model_config import load_model_config
 from headrace.models.weights import open_weights
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
+from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
 from kernels.cpu.library import LIBRARY_FILE
 from services.worker.layers.ops import Best, Network, StepTensors
@@ -57,16 +58,28 @@ class Driver:
         self.runner = runner
         self.network = RecordingNetwork(runner._network)
         runner._network = self.network
+        self.result = StepResult()
         self._free_pages = np.random.default_rng(seed).permutation(runner.limits.num_pages).tolist()
         self._plan = StepPlan()
         self._entering: list[int] = []
         self._num_computed: dict[int, int] = {}
         self._num_pages: dict[int, int] = {}
 
-    def enter(self, slot: int, token_ids: list[int], **sampling: Any) -> None:
+    def enter(
+        self, slot: int, token_ids: list[int], *, logprobs: int | None = None, prompt_logprobs: int | None = None, **sampling: Any
+    ) -> None:
         params = SamplingParams(**({"temperature": 0.0, "seed": 1} | sampling))
         work = WorkHeader(request_id=f"r{slot}")
-        self._plan.new_sequences.append(NewSequence(slot=slot, work=work, num_tokens=len(token_ids), sampling=params))
+        self._plan.new_sequences.append(
+            NewSequence(
+                slot=slot,
+                work=work,
+                num_tokens=len(token_ids),
+                sampling=params,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )
+        )
         self._entering += token_ids
         self._num_computed[slot] = self._num_pages[slot] = 0
 
@@ -91,7 +104,7 @@ class Driver:
     def force(self, slot: int, token_id: int) -> None:
         """Put another token in the place of the one sampled last."""
         inputs = self.runner._inputs
-        inputs._tokens[slot, inputs._num_tokens[slot] - 1] = token_id
+        inputs.tokens[slot, inputs._num_tokens[slot] - 1] = token_id
 
     def step(self, rows: dict[int, int]) -> tuple[dict[int, int], dict[int, torch.Tensor]]:
         """Compute rows `{slot: num_new_tokens}`; gives the sampled tokens and their logits, by slot."""
@@ -109,9 +122,10 @@ class Driver:
         plan.row_num_new_tokens.extend(rows.values())
         token_ids = np.array(self._entering, dtype=np.int32)
         self._entering = []
-        result = self.runner.step(plan, token_ids)
+        self.result = result = self.runner.step(plan, token_ids)
         assert not result.failed_slots
-        logits = dict(zip(result.slots, self.network.logits, strict=True))
+        # Those of prompts come behind.
+        logits = dict(zip(result.slots, self.network.logits[: len(result.slots)], strict=True))
         return dict(zip(result.slots, result.token_ids, strict=True)), logits
 
     def generate(self, prompts: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
