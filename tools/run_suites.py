@@ -28,6 +28,7 @@ LIMITS_S = {
     "parity": 300,
     "kernels": 300,
     "e2e": 600,
+    "gateway": 300,
     "chaos": 600,
 }
 """Suite folder -> seconds until it is stopped. In the order in which they run: what fails fastest comes first."""

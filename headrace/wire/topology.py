@@ -73,8 +73,8 @@ ROUTER_TOKENIZER = Edge(
     name="router-tokenizer",
     front="router",
     back="tokenizer",
-    to_front=frozenset({"tokenize_reply", "detokenize_reply"}),
-    to_back=frozenset({"tokenize", "detokenize"}),
+    to_front=frozenset({"tokenize_reply", "detokenize_reply", "describe_reply"}),
+    to_back=frozenset({"tokenize", "detokenize", "describe"}),
     queue_messages=1024,
 )
 ROUTER_SCHEDULER = Edge(

@@ -12,7 +12,6 @@ from headrace.errors import HeadraceError, ProtocolError
 from headrace.telemetry import logs
 from headrace.telemetry.metrics import RouterMetrics
 from headrace.v1 import router_pb2 as router
-from headrace.wire.envelope import int32_array
 from headrace.wire.session import Peer
 from headrace.wire.topology import ROLES
 from services.router import messages
@@ -38,8 +37,9 @@ class Backplane:
         self._courier = Courier(self.streams, directory, clock)
         self.caches = CacheCalls(directory, self._courier.peers)
         self._arms: Mapping[str, Any] = {
-            "tokenize_reply": self._on_tokenize_reply,
-            "detokenize_reply": self._on_detokenize_reply,
+            "tokenize_reply": self._on_tokenizer_reply,
+            "detokenize_reply": self._on_tokenizer_reply,
+            "describe_reply": self._on_tokenizer_reply,
             "accepted": self._on_accepted,
             "rejected": self._on_rejected,
             "output_deltas": self._on_output_deltas,
@@ -101,6 +101,10 @@ class Backplane:
             oldest_waiting_age_ns=progress.oldest_waiting_age_ns,
             is_draining=peer.is_draining,
             models=messages.offers(peer.models),
+            num_waiting_tokens=load.num_waiting_tokens,
+            max_num_seqs=load.max_num_seqs,
+            num_kv_tokens=load.num_kv_tokens,
+            kv_usage=1 - load.num_free_pages / load.num_total_pages if load.num_total_pages else 0.0,
         )
         if self.directory.report(peer.incarnation, report, now_ns):
             self._courier.perform(self.streams.on_capacity(now_ns))
@@ -113,8 +117,9 @@ class Backplane:
             raise ProtocolError(f"a router does not take {arm}")
         handler(peer, message, frames)
 
-    def _on_tokenize_reply(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
-        reply = message.tokenize_reply
+    def _on_tokenizer_reply(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
+        """Tokens, text, or what the model is; or an error."""
+        reply = getattr(message, str(message.WhichOneof("body")))
         now_ns = self._note_arrival(reply.request_id, peer, message)
         if reply.HasField("error"):
             error = messages.error_of(reply.error)
@@ -122,20 +127,8 @@ class Backplane:
                 self.streams.on_refused(reply.request_id, TOKENIZER, peer.incarnation, error=error, now_ns=now_ns)
             )
             return
-        tokens = int32_array(frames[0] if frames else None, count=reply.num_tokens)
-        encoded = messages.encoded_prompt(reply, tokens)
-        self._courier.perform(self.streams.on_tokenized(reply.request_id, peer.incarnation, encoded, now_ns))
-
-    def _on_detokenize_reply(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
-        reply = message.detokenize_reply
-        now_ns = self._note_arrival(reply.request_id, peer, message)
-        if reply.HasField("error"):
-            error = messages.error_of(reply.error)
-            self._courier.perform(
-                self.streams.on_refused(reply.request_id, TOKENIZER, peer.incarnation, error=error, now_ns=now_ns)
-            )
-            return
-        self._courier.perform(self.streams.on_tokenized(reply.request_id, peer.incarnation, reply.text, now_ns))
+        answer = messages.tokenizer_answer(reply, frames)
+        self._courier.perform(self.streams.on_tokenized(reply.request_id, peer.incarnation, answer, now_ns))
 
     def _on_accepted(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
         """Nothing changes: silence, not the missing word, is what a request is asked after."""

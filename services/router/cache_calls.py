@@ -12,6 +12,7 @@ from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.wire.session import Peer
 from services.router import messages
 from services.router.directory import Directory
+from services.router.kv_mirror import KvMirror, KvReader
 from services.router.places import SCHEDULER
 
 log = logs.get_logger()
@@ -37,28 +38,43 @@ class CacheCalls:
     def __init__(self, directory: Directory, peers: Mapping[int, Peer]) -> None:
         self._directory = directory
         self._peers = peers
-        self._watched: set[int] = set()
+        self.mirror = KvMirror()
+        self._watched: dict[int, bool] = {}
         self._flushes: dict[str, _Flush] = {}
 
     def watch(self) -> None:
-        """Follow all schedulers where there are several. A full queue is tried again at the next tick."""
+        """Follow all schedulers where there are several, or a gateway reads along. A full queue is tried again at the next tick."""
         schedulers = self._directory.incarnations(SCHEDULER)
-        if not self._directory.is_cache_aware or len(schedulers) < 2:
+        with_tokens = self.mirror.has_readers
+        if not with_tokens and (not self._directory.is_cache_aware or len(schedulers) < 2):
             return
         for incarnation in schedulers:
-            if incarnation in self._watched:
+            told = self._watched.get(incarnation)
+            if told or told is with_tokens:
                 continue
             try:
-                self._peers[incarnation].send("subscribe_cache", scheduler.SubscribeCache())
+                self._peers[incarnation].send("subscribe_cache", scheduler.SubscribeCache(with_tokens=with_tokens))
             except (OverloadedError, ReplicaDeadError):
                 continue
-            self._watched.add(incarnation)
+            self._watched[incarnation] = with_tokens
+
+    def read(self, wake: Callable[[], object]) -> KvReader:
+        """Read along what all lanes have cached, for a gateway; to be closed at the mirror."""
+        if not self.mirror.has_readers:
+            # What is there already has to be told again, with tokens.
+            self._watched.clear()
+        reader = self.mirror.open(wake)
+        self.watch()
+        return reader
 
     def on_events(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
         """A scheduler tells of its cache; where something was missed, it is asked for everything again."""
-        if not self._directory.prefixes.update(peer.incarnation, messages.lane_news(message.cache_events)):
+        news = messages.lane_news(message.cache_events, frames)
+        if self._directory.prefixes.update(peer.incarnation, news):
+            self.mirror.update(peer.incarnation, news)
+        else:
             log.info("cache_events.missed", peer=peer.instance)
-            self._watched.discard(peer.incarnation)
+            self._watched.pop(peer.incarnation, None)
 
     def flush(self, call_id: str, on_done: Callable[[int], None]) -> None:
         """Have every scheduler drop its cached prefixes; `on_done` hears the pages dropped when all have answered or gone.
@@ -85,7 +101,8 @@ class CacheCalls:
 
     def on_peer_lost(self, incarnation: int) -> None:
         """An instance is gone, and its cache with it."""
-        self._watched.discard(incarnation)
+        self._watched.pop(incarnation, None)
+        self.mirror.forget(incarnation)
         for call_id in list(self._flushes):
             self._note_flushed(call_id, incarnation, 0)
 

@@ -16,6 +16,12 @@ class Settings(BaseModel):
     http_port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
     grpc_host: str = Field("127.0.0.1", description="Address the gRPC port listens on.")
     grpc_port: int | None = Field(9000, ge=0, le=65535, description="gRPC port; 0 takes a free one, null serves no gRPC.")
+    sglang_grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="Port on which gateways drive this system as an SGLang engine; null serves none."
+    )
+    vllm_grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="Port on which gateways drive this system as a vLLM engine; null serves none."
+    )
     policy: str = Field("least_loaded", pattern="^(least_loaded|round_robin)$", description="How an instance of a stage is chosen.")
     isolate_tenants: bool = Field(
         False, description="Share cached prefixes only inside a tenant: a request's `user`, else its API key."

@@ -9,11 +9,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from headrace.errors import InvalidRequestError, NotFoundError, UnavailableError
-from services.router.generation import ModelOffer
+from services.router.generation import EngineLoad, ModelOffer
 from services.router.limits import shown
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, LookUp
 from services.router.policies.choice import Candidate, Policy
 from services.router.prefix_directory import PrefixDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a heartbeat says."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    last_step_unix_ns: int
+    oldest_waiting_age_ns: int
+    is_draining: bool
+    models: tuple[ModelOffer, ...]
+    num_waiting_tokens: int = 0
+    max_num_seqs: int = 0
+    num_kv_tokens: int = 0
+    kv_usage: float = 0.0
+
+
+NOTHING_REPORTED = Report(0, 0, 0, 0, 0, is_draining=False, models=())
 
 
 @dataclass(slots=True)
@@ -35,24 +55,12 @@ class Instance:
     moved_ns: int = 0
     last_step_unix_ns: int = 0
     oldest_waiting_age_ns: int = 0
+    report: Report = NOTHING_REPORTED
 
     @property
     def load(self) -> int:
         """What it reported last, corrected by what we gave it and got back since."""
         return max(0, self.num_reported + self.num_open - self.num_open_at_report)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a heartbeat says."""
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    last_step_unix_ns: int
-    oldest_waiting_age_ns: int
-    is_draining: bool
-    models: tuple[ModelOffer, ...]
 
 
 class Directory:
@@ -88,7 +96,7 @@ class Directory:
         num_work = report.num_running + report.num_waiting
         if report.num_steps != instance.num_steps or num_work == 0:
             instance.moved_ns = now_ns
-        instance.heard_ns, instance.num_steps = now_ns, report.num_steps
+        instance.heard_ns, instance.num_steps, instance.report = now_ns, report.num_steps, report
         instance.last_step_unix_ns, instance.oldest_waiting_age_ns = report.last_step_unix_ns, report.oldest_waiting_age_ns
         instance.num_reported, instance.num_open_at_report = num_work, instance.num_open
         models = {offer.name: offer for offer in report.models}
@@ -219,3 +227,17 @@ class Directory:
 
 def _age_s(then_unix_ns: int, now_unix_ns: int) -> float | None:
     return round(max(0, now_unix_ns - then_unix_ns) / 1e9, 3) if then_unix_ns else None
+
+
+def engine_load(directory: Directory) -> EngineLoad:
+    """How busy all schedulers together are."""
+    instances = [directory.get(incarnation) for incarnation in directory.incarnations(SCHEDULER)]
+    reports = [instance.report for instance in instances if instance is not None]
+    return EngineLoad(
+        num_running=sum(report.num_running for report in reports),
+        num_waiting=sum(report.num_waiting for report in reports),
+        num_waiting_tokens=sum(report.num_waiting_tokens for report in reports),
+        max_num_seqs=sum(report.max_num_seqs for report in reports),
+        num_kv_tokens=sum(report.num_kv_tokens for report in reports),
+        num_used_tokens=round(sum(report.num_kv_tokens * report.kv_usage for report in reports)),
+    )

@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +29,20 @@ from services.router import messages
 from services.router.admission import Admission
 from services.router.backplane import Backplane
 from services.router.config import Settings
-from services.router.generation import Call, EncodedPrompt, GenerationRequest, ModelOffer, OutputPiece, Prompt, TokenPrompt
+from services.router.directory import engine_load
+from services.router.generation import (
+    Call,
+    EncodedPrompt,
+    EngineLoad,
+    GenerationRequest,
+    ModelDescription,
+    ModelOffer,
+    OutputPiece,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
+from services.router.kv_mirror import KvReader
 from services.router.observation import Observation
 from services.router.open_request import Kind, OpenRequest, Patience, begin_beside
 from services.router.output_buffer import OutputBuffer
@@ -330,6 +343,15 @@ class Gateway:
         )
         return (await self._ask_tokenizer(Kind.DETOKENIZE, generation, call))[1]
 
+    async def describe(self, model: str, call: Call, *, with_files: bool = False) -> ModelDescription:
+        """What a model is."""
+        generation = GenerationRequest(self.backplane.directory.resolve_model(model), TextPrompt(""))
+        kind = Kind.DESCRIBE_WITH_FILES if with_files else Kind.DESCRIBE
+        request, _ = await self._ask_tokenizer(kind, generation, call)
+        if request.description is None:
+            raise RequestFailedError("the tokenizer answered without a description")
+        return request.description
+
     async def flush_cache(self, call: Call) -> int:
         """Have all schedulers drop their prefix caches; gives the pages dropped.
 
@@ -403,6 +425,18 @@ class Gateway:
     def list_models(self) -> list[ModelOffer]:
         """Models that can be served now."""
         return self.backplane.directory.offers()
+
+    def load(self) -> EngineLoad:
+        """How busy the schedulers are."""
+        return engine_load(self.backplane.directory)
+
+    def read_kv(self, wake: Callable[[], object]) -> KvReader:
+        """Read along what the lanes have cached."""
+        return self.backplane.caches.read(wake)
+
+    def close_kv(self, reader: KvReader) -> None:
+        """A reader of `read_kv` leaves."""
+        self.backplane.caches.mirror.close(reader)
 
     def not_ready_reason(self) -> str | None:
         """Why a request could not be served now."""

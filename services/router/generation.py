@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.telemetry.traces import NO_CONTEXT, Context, Span
+
+if TYPE_CHECKING:
+    from services.router.kv_mirror import KvReader
 
 TokenArray = npt.NDArray[np.int32]
 
@@ -247,6 +250,28 @@ class TokenLogprob(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a tokenizer tells of its model.
+
+    Attributes:
+        path: Model directory on the machine where it is served.
+        architectures: Names of its classes, as config.json has them.
+        tokenizer_zip: An archive of the tokenizer's files; empty unless asked for.
+    """
+
+    path: str
+    architectures: tuple[str, ...]
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    defaults: Sampling
+    tokenizer_zip: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class OutputPiece:
     """New output of one choice: reasoning, then text, then tool calls. Its last piece has a finish reason: "stop", "length", or
     "tool_calls" when it stopped and made some.
@@ -271,6 +296,25 @@ class ModelOffer:
     name: str
     max_model_len: int
     loaded_unix_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy all schedulers together are, as they last said.
+
+    Attributes:
+        num_waiting_tokens: Prompt tokens of the sequences that wait.
+        max_num_seqs: Most sequences that can run at once.
+        num_kv_tokens: Tokens that all KV pages hold.
+        num_used_tokens: Those of pages that running sequences hold.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    max_num_seqs: int
+    num_kv_tokens: int
+    num_used_tokens: int
 
 
 @dataclass(slots=True)
@@ -364,12 +408,28 @@ class Engine(Protocol):
         """Text of tokens."""
         ...
 
+    async def describe(self, model: str, call: Call, *, with_files: bool = False) -> ModelDescription:
+        """What a model is, with the files of its tokenizer where they are asked for."""
+        ...
+
     async def flush_cache(self, call: Call) -> int:
         """Have all schedulers drop their prefix caches; gives the pages dropped."""
         ...
 
     def list_models(self) -> list[ModelOffer]:
         """Models that can be served now."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """How busy the schedulers are."""
+        ...
+
+    def read_kv(self, wake: Callable[[], object]) -> KvReader:
+        """Read along what the lanes have cached; `wake` is called when something has changed."""
+        ...
+
+    def close_kv(self, reader: KvReader) -> None:
+        """A reader of `read_kv` leaves."""
         ...
 
     def not_ready_reason(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from headrace.v1 import detokenizer_pb2 as detokenizer
 from headrace.v1 import router_pb2 as router
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import tokenizer_pb2 as tokenizer
+from headrace.wire.envelope import int32_array
 from services.router import logprobs
 from services.router.generation import (
     ChatTurn,
@@ -23,6 +24,7 @@ from services.router.generation import (
     ConversationPrompt,
     EncodedPrompt,
     GenerationRequest,
+    ModelDescription,
     ModelOffer,
     OutputFormats,
     Prompt,
@@ -35,7 +37,7 @@ from services.router.generation import (
 )
 from services.router.limits import seed_bits
 from services.router.open_request import Kind, OpenRequest, Output
-from services.router.prefix_directory import LaneNews
+from services.router.prefix_directory import STORED, LaneNews
 
 PROMPT_TAIL_TOKENS = 32
 """Prompt tokens a detokenizer gets as context, so that the first output token is decoded as it would be in the middle of a text."""
@@ -77,6 +79,9 @@ def tokenize(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
         assert isinstance(generation.prompt, TokenPrompt)
         whole = tokenizer.Detokenize(work=work, model=generation.model, skip_special_tokens=generation.skip_special_tokens)
         return "detokenize", whole, [generation.prompt.token_ids]
+    if request.kind in {Kind.DESCRIBE, Kind.DESCRIBE_WITH_FILES}:
+        with_files = request.kind is Kind.DESCRIBE_WITH_FILES
+        return "describe", tokenizer.Describe(work=work, model=generation.model, with_files=with_files), []
     body = tokenizer.Tokenize(work=work, model=generation.model, skip_length_check=request.kind is Kind.TOKENIZE)
     if generation.stopping.max_tokens is not None:
         body.max_tokens = generation.stopping.max_tokens
@@ -237,7 +242,7 @@ def _constraint(constraint: Constraint) -> common.Constraint:
     return common.Constraint(kind=_CONSTRAINT_KINDS[constraint.kind], source=constraint.source)
 
 
-def lane_news(body: router.CacheEvents) -> LaneNews:
+def lane_news(body: router.CacheEvents, frames: Sequence[memoryview] = ()) -> LaneNews:
     """What a scheduler tells of a lane's cache.
 
     Raises:
@@ -251,7 +256,17 @@ def lane_news(body: router.CacheEvents) -> LaneNews:
     for kind, count in zip(body.kinds, body.num_hashes, strict=True):
         events.append((int(kind), tuple(body.hashes[start : start + count])))
         start += count
-    return LaneNews(body.lane, body.page_size, body.first_number, tuple(events), body.is_snapshot)
+    news = LaneNews(body.lane, body.page_size, body.first_number, tuple(events), body.is_snapshot)
+    if not frames:
+        return news
+    tokens = int32_array(frames[0], count=body.num_tokens).tobytes()
+    num_stored = sum(len(hashes) for kind, hashes in events if kind == STORED)
+    if len(body.parents) != len(events) or body.num_tokens != num_stored * body.page_size:
+        raise ProtocolError(
+            f"cache events: {body.num_tokens} tokens and {len(body.parents)} hashes before events do not match "
+            f"{num_stored} stored blocks of {body.page_size} tokens in {len(events)} events"
+        )
+    return replace(news, has_tokens=True, parents=tuple(body.parents), tokens=tokens)
 
 
 def merged_sampling(asked: Sampling, defaults: Sampling) -> Sampling:
@@ -285,27 +300,58 @@ def _stopping(request: OpenRequest, *, with_stop_strings: bool) -> common.Stoppi
     return body
 
 
+def tokenizer_answer(
+    reply: tokenizer.TokenizeReply | tokenizer.DetokenizeReply | tokenizer.DescribeReply, frames: Sequence[memoryview]
+) -> EncodedPrompt | ModelDescription | str:
+    """What a tokenizer answered: a prompt's tokens, the text of tokens, or what the model is."""
+    if isinstance(reply, tokenizer.DetokenizeReply):
+        return reply.text
+    if isinstance(reply, tokenizer.DescribeReply):
+        return model_description(reply)
+    return encoded_prompt(reply, int32_array(frames[0] if frames else None, count=reply.num_tokens))
+
+
 def encoded_prompt(reply: tokenizer.TokenizeReply, tokens: TokenArray) -> EncodedPrompt:
     """What a tokenizer answered."""
-    defaults = reply.sampling_defaults
     return EncodedPrompt(
         token_ids=tokens,
         max_model_len=reply.max_model_len,
         eos_token_ids=tuple(reply.eos_token_ids),
         grammar=reply.grammar,
-        defaults=Sampling(
-            temperature=defaults.temperature if defaults.HasField("temperature") else None,
-            top_p=defaults.top_p if defaults.HasField("top_p") else None,
-            top_k=defaults.top_k if defaults.HasField("top_k") else None,
-            min_p=defaults.min_p if defaults.HasField("min_p") else None,
-            repetition_penalty=defaults.repetition_penalty if defaults.HasField("repetition_penalty") else None,
-        ),
+        defaults=_defaults(reply.sampling_defaults),
         formats=OutputFormats(
             reply.formats.tool_format,
             reply.formats.reasoning_format,
             reply.formats.starts_in_reasoning,
             tuple(reply.formats.reasoning_end_token_ids),
         ),
+    )
+
+
+def _defaults(defaults: common.SamplingParams) -> Sampling:
+    return Sampling(
+        temperature=defaults.temperature if defaults.HasField("temperature") else None,
+        top_p=defaults.top_p if defaults.HasField("top_p") else None,
+        top_k=defaults.top_k if defaults.HasField("top_k") else None,
+        min_p=defaults.min_p if defaults.HasField("min_p") else None,
+        repetition_penalty=defaults.repetition_penalty if defaults.HasField("repetition_penalty") else None,
+    )
+
+
+def model_description(reply: tokenizer.DescribeReply) -> ModelDescription:
+    """What a tokenizer tells of its model."""
+    body = reply.description
+    return ModelDescription(
+        path=body.path,
+        architectures=tuple(body.architectures),
+        model_type=body.model_type,
+        vocab_size=body.vocab_size,
+        max_model_len=body.max_model_len,
+        eos_token_ids=tuple(body.eos_token_ids),
+        bos_token_id=body.bos_token_id if body.HasField("bos_token_id") else None,
+        pad_token_id=body.pad_token_id if body.HasField("pad_token_id") else None,
+        defaults=_defaults(body.sampling_defaults),
+        tokenizer_zip=reply.tokenizer_zip,
     )
 
 

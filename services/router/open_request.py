@@ -45,7 +45,14 @@ from services.router.actions import (
     SendWork,
     ShareTokens,
 )
-from services.router.generation import EncodedPrompt, GenerationRequest, OutputPiece, TokenLogprob, ToolCallDelta
+from services.router.generation import (
+    EncodedPrompt,
+    GenerationRequest,
+    ModelDescription,
+    OutputPiece,
+    TokenLogprob,
+    ToolCallDelta,
+)
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, Placement, Places
 from services.router.prefix_directory import CachePrompt
 
@@ -65,6 +72,8 @@ class Kind(Enum):
     GENERATE = "generate"
     TOKENIZE = "tokenize"
     DETOKENIZE = "detokenize"
+    DESCRIBE = "describe"
+    DESCRIBE_WITH_FILES = "describe_with_files"
 
 
 class Stage(Enum):
@@ -153,6 +162,7 @@ class OpenRequest:
         self.stage = Stage.TOKENIZING
         self.places = Places(placement, generation.model, move_delay_ns=patience.move_delay_ns)
         self.encoded: EncodedPrompt | None = None
+        self.description: ModelDescription | None = None
         self.output_tokens = array("i")
         self.read = ReadOutput()
         self.num_cached_tokens = 0
@@ -222,14 +232,17 @@ class OpenRequest:
 
     # Events.
 
-    def on_tokenized(self, peer: int, answer: EncodedPrompt | str, now_ns: int) -> list[Action]:
-        """The tokenizer answered: the prompt's tokens, or the text of a detokenize call."""
+    def on_tokenized(self, peer: int, answer: EncodedPrompt | ModelDescription | str, now_ns: int) -> list[Action]:
+        """The tokenizer answered: the prompt's tokens, the text of a detokenize call, or what the model is."""
         if self.stage is not Stage.TOKENIZING or self._held.get(TOKENIZER) != peer:
             return []
         self.places.drop(TOKENIZER)
         self._heard_ns = now_ns
         if isinstance(answer, str):
             return [Deliver(self, OutputPiece(answer, (), "stop")), *self.end(None)]
+        if isinstance(answer, ModelDescription):
+            self.description = answer
+            return self.end(None)
         self.encoded = answer
         if self.kind is not Kind.GENERATE:
             return self.end(None)

@@ -45,6 +45,9 @@ class LaneNews:
         first_number: Number of the first event; of a snapshot, that of the first event after it.
         events: Kind and block hashes, in order; a snapshot without any is of a lane that is gone.
         is_snapshot: What was known before is to be forgotten.
+        has_tokens: Whether the tokens of stored blocks came with them.
+        parents: With tokens, the hash that the first block of each event is chained to.
+        tokens: Those of all stored blocks, one after another, int32, little-endian.
     """
 
     lane_id: int
@@ -52,6 +55,9 @@ class LaneNews:
     first_number: int
     events: tuple[tuple[int, tuple[int, ...]], ...]
     is_snapshot: bool
+    has_tokens: bool = False
+    parents: tuple[int, ...] = ()
+    tokens: bytes = b""
 
 
 @dataclass(slots=True)
@@ -117,9 +123,14 @@ class PrefixDirectory:
         return found
 
 
+def namespace_hash(namespace: str) -> int:
+    """What the first block of a namespace is chained to."""
+    return int.from_bytes(blake2b(namespace.encode(), digest_size=_HASH_BYTES).digest(), "big")
+
+
 def _hashes(prompt: CachePrompt, page_size: int) -> Iterable[int]:
     """Chained hashes of the prompt's full blocks."""
-    chained = blake2b(prompt.namespace.encode(), digest_size=_HASH_BYTES).digest()
+    chained = namespace_hash(prompt.namespace).to_bytes(_HASH_BYTES, "big")
     page_bytes = page_size * _TOKEN_BYTES
     for start in range(0, len(prompt.tokens) - page_bytes + 1, page_bytes):
         chained = blake2b(chained + prompt.tokens[start : start + page_bytes], digest_size=_HASH_BYTES).digest()

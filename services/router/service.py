@@ -23,7 +23,7 @@ from services.router.config import Settings
 from services.router.courier import Clock
 from services.router.directory import Directory
 from services.router.gateway import Gateway
-from services.router.grpc.server import GrpcServer
+from services.router.grpc.server import GrpcServer, Register, register_inference, register_sglang, register_vllm
 from services.router.http.app import HttpApp
 from services.router.http.exchange import HttpLimits
 from services.router.http.protocols import HISTORY_FILE, Protocols, StorageSettings
@@ -61,17 +61,24 @@ class RouterService:
         self._protocols = Protocols(self.gateway, _storage(settings))
         app = HttpApp(self.gateway, limits, self._protocols.routes())
         self.http = HttpServer(app, host=settings.http_host, port=settings.http_port, keep_alive_s=settings.keep_alive_s)
-        self.grpc = self._make_grpc()
+        self.grpc = self._make_grpc(register_inference, settings.grpc_port, "router.grpc_port")
+        gateway_ports = (
+            self._make_grpc(register_sglang, settings.sglang_grpc_port, "router.sglang_grpc_port"),
+            self._make_grpc(register_vllm, settings.vllm_grpc_port, "router.vllm_grpc_port"),
+        )
+        self._grpc_servers = [server for server in (self.grpc, *gateway_ports) if server is not None]
         self._timers: asyncio.Task[None] | None = None
         self._num_ticks = 0
 
-    def _make_grpc(self) -> GrpcServer | None:
-        if self._settings.grpc_port is None:
+    def _make_grpc(self, register: Register, port: int | None, setting: str) -> GrpcServer | None:
+        if port is None:
             return None
         return GrpcServer(
             self.gateway,
+            register,
             host=self._settings.grpc_host,
-            port=self._settings.grpc_port,
+            port=port,
+            setting=setting,
             max_message_bytes=self._settings.max_body_bytes,
         )
 
@@ -81,8 +88,8 @@ class RouterService:
         await self._protocols.start()
         # The public ports first: a second router started by mistake fails here, before it takes the first one's ipc socket.
         await self.http.start()
-        if self.grpc is not None:
-            await self.grpc.start()
+        for server in self._grpc_servers:
+            await server.start()
         address = self._context.bind_address(topology.ROUTER_BACKPLANE)
         front = self._context.wire.bind(topology.ROUTER_BACKPLANE, address, self._backplane)
         self._timers = asyncio.create_task(self._run_timers(), name="router-timers")
@@ -90,7 +97,7 @@ class RouterService:
             "router.listening",
             backplane=front.address,
             http_port=self.http.port,
-            grpc_port=None if self.grpc is None else self.grpc.port,
+            grpc_ports=[server.port for server in self._grpc_servers],
         )
 
     def _check_settings(self) -> None:
@@ -108,8 +115,9 @@ class RouterService:
                 self._backplane.tick()
                 self._metrics.open_requests.set(self.gateway.turnstile.num_open)
                 self.gateway.cut_off_slow_clients()
-                if self.grpc is not None:
-                    await self.grpc.set_serving(self.gateway.not_ready_reason() is None)
+                is_ready = self.gateway.not_ready_reason() is None
+                for server in self._grpc_servers:
+                    await server.set_serving(is_ready)
         except Exception as error:
             # Without timers no deadline would be kept: better to be restarted.
             log.exception("timers.failed")
@@ -141,8 +149,8 @@ class RouterService:
     async def drain(self) -> None:
         """Refuse new requests, finish open ones; the runner bounds the time."""
         self.gateway.is_draining = True
-        if self.grpc is not None:
-            await self.grpc.set_serving(False)
+        for server in self._grpc_servers:
+            await server.set_serving(False)
         await self.gateway.turnstile.wait_idle()
 
     async def stop(self) -> None:
@@ -151,8 +159,8 @@ class RouterService:
         self._backplane.end_all(
             UnavailableError("router: it is stopping; send the request again, to another router", retry_after_s=5.0)
         )
-        if self.grpc is not None:
-            await self.grpc.stop()
+        for server in self._grpc_servers:
+            await server.stop()
         await self.http.stop()
         await self._protocols.stop()
         if self._timers is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from headrace.errors import HeadraceError
 from services.router.actions import Action, SendWork
-from services.router.generation import EncodedPrompt
+from services.router.generation import EncodedPrompt, ModelDescription
 from services.router.open_request import OpenRequest, Output
 
 
@@ -41,8 +41,8 @@ class Streams:
         self._by_stream[request.stream_id] = request
         return self._after(request, request.advance(now_ns))
 
-    def on_tokenized(self, request_id: str, peer: int, answer: EncodedPrompt | str, now_ns: int) -> list[Action]:
-        """A tokenizer sent a prompt's tokens, or the text of tokens."""
+    def on_tokenized(self, request_id: str, peer: int, answer: EncodedPrompt | ModelDescription | str, now_ns: int) -> list[Action]:
+        """A tokenizer sent a prompt's tokens, the text of tokens, or what its model is."""
         request = self._by_id.get(request_id)
         return [] if request is None else self._after(request, request.on_tokenized(peer, answer, now_ns))
 

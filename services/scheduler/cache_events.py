@@ -37,10 +37,14 @@ class CacheEvent:
     Attributes:
         kind: What happened.
         hashes: Of the blocks, in order.
+        before: What the first of the stored blocks is chained to.
+        tokens: Those of the stored blocks, int32, little-endian.
     """
 
     kind: EventKind
     hashes: tuple[int, ...] = ()
+    before: int = 0
+    tokens: bytes = b""
 
 
 def namespace_hash(namespace: str) -> int:
@@ -70,9 +74,9 @@ class CacheLog:
         self._events: list[CacheEvent] = []
         self._has_overflown = False
 
-    def stored(self, hashes: Iterable[int]) -> None:
+    def stored(self, event: CacheEvent) -> None:
         """Blocks were added."""
-        self._add(CacheEvent(EventKind.STORED, tuple(hashes)))
+        self._add(event)
 
     def removed(self, hashes: Iterable[int]) -> None:
         """Blocks were given up."""

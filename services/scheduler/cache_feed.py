@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.scheduler.cache_events import CacheEvent, CacheLog, EventKind
 from services.scheduler.lane import Lane
@@ -18,8 +18,9 @@ class CacheNews:
         lane_id: Which.
         page_size: Tokens a block; 0 of a lane that is gone.
         first_number: Number of the first event; of a snapshot, that of the first event after it.
-        events: In order; a snapshot is one that stores everything, and that of a lane that is gone has none.
+        events: In order; those of a snapshot store everything, and that of a lane that is gone has none.
         is_snapshot: What was known of the lane before is to be forgotten.
+        with_tokens: Whether the receiver wants the blocks' tokens.
     """
 
     lane_id: int
@@ -27,6 +28,7 @@ class CacheNews:
     first_number: int
     events: tuple[CacheEvent, ...]
     is_snapshot: bool = False
+    with_tokens: bool = False
 
 
 class CacheFeed:
@@ -35,16 +37,22 @@ class CacheFeed:
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._subscribers: dict[int, set[int]] = {}
+        self._token_readers: set[int] = set()
         self._watched: dict[int, Lane] = {}
 
-    def subscribe(self, owner: int) -> None:
-        """Somebody wants to know from now on, beginning with snapshots; again, when something was missed."""
+    def subscribe(self, owner: int, *, with_tokens: bool = False) -> None:
+        """Somebody wants to know from now on, beginning with snapshots; again, when something was missed or more is wanted."""
+        if with_tokens:
+            self._token_readers.add(owner)
+        else:
+            self._token_readers.discard(owner)
         # Lanes that are gone and of which it could not yet be told stay due.
         self._subscribers.setdefault(owner, set()).update(lane.lane_id for lane in self._lanes)
 
     def unsubscribe(self, owner: int) -> None:
         """Somebody is gone. With the last one nothing is recorded any more."""
         self._subscribers.pop(owner, None)
+        self._token_readers.discard(owner)
         if not self._subscribers:
             for lane in self._watched.values():
                 lane.kv.tree.log = None
@@ -86,8 +94,10 @@ class CacheFeed:
             if taken is None or lane_id in wanted:
                 wanted.discard(lane_id)
                 if snapshot is None:
-                    stored = CacheEvent(EventKind.STORED, tuple(tree.snapshot()))
-                    snapshot = CacheNews(lane_id, page_size, log.next_number, (stored,), is_snapshot=True)
-                yield owner, snapshot
+                    # One without hashes is of a cache that is empty.
+                    stored = tuple(tree.snapshot()) or (CacheEvent(EventKind.STORED),)
+                    snapshot = CacheNews(lane_id, page_size, log.next_number, stored, is_snapshot=True)
+                yield owner, replace(snapshot, with_tokens=owner in self._token_readers)
             elif taken[1]:
-                yield owner, CacheNews(lane_id, page_size, taken[0], tuple(taken[1]))
+                news = CacheNews(lane_id, page_size, taken[0], tuple(taken[1]), with_tokens=owner in self._token_readers)
+                yield owner, news

@@ -28,6 +28,8 @@ class Gauges:
             num_free_pages=sum(lane.kv.num_usable for lane in core.lanes),
             num_total_pages=sum(lane.kv.pool.num_pages for lane in core.lanes),
             num_lanes=len(core.lanes),
+            max_num_seqs=sum(lane.capacity.max_num_seqs for lane in core.lanes),
+            num_kv_tokens=sum(lane.kv.pool.num_pages * lane.capacity.page_size for lane in core.lanes),
         )
         num_running_pages = load.num_total_pages - load.num_free_pages
         num_cached_pages = sum(lane.kv.tree.num_evictable for lane in core.lanes)

@@ -28,6 +28,7 @@ from services.scheduler.token_fanout import StreamBatch
 POOL_NAME = "full"
 """The page pool that is planned for; a model with several kinds of attention has more."""
 
+_TOKEN_BYTES = 4
 _ROW_ERRORS = {
     scheduler.ROW_ERROR_NON_FINITE_LOGITS: "its logits held NaN or infinity",
 }
@@ -230,8 +231,8 @@ def step_result(body: scheduler.StepResult) -> StepResult:
     return result
 
 
-def cache_events(news: CacheNews) -> router.CacheEvents:
-    """The message of a lane's cache events."""
+def cache_events(news: CacheNews) -> tuple[router.CacheEvents, list[bytes]]:
+    """The message of a lane's cache events, with a frame of tokens for those who want them."""
     body = router.CacheEvents(
         lane=news.lane_id, page_size=news.page_size, first_number=news.first_number, is_snapshot=news.is_snapshot
     )
@@ -240,7 +241,12 @@ def cache_events(news: CacheNews) -> router.CacheEvents:
         body.kinds.append(int(event.kind))  # type: ignore[arg-type]
         body.num_hashes.append(len(event.hashes))
         body.hashes.extend(event.hashes)
-    return body
+    if not news.with_tokens:
+        return body, []
+    body.parents.extend(event.before for event in news.events)
+    tokens = b"".join(event.tokens for event in news.events)
+    body.num_tokens = len(tokens) // _TOKEN_BYTES
+    return body, [tokens]
 
 
 def token_batch(batch: StreamBatch, *, enqueued_unix_ns: int) -> detokenizer.TokenBatch:

@@ -17,7 +17,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import Final, Literal, NamedTuple
 
-from services.scheduler.cache_events import CacheLog, block_hashes, namespace_hash
+from services.scheduler.cache_events import CacheEvent, CacheLog, EventKind, block_hashes, namespace_hash
 
 Eviction = Literal["lru", "lfu", "fifo", "priority"]
 
@@ -264,7 +264,7 @@ class RadixTree:
             self.num_evictable += len(leaf.pages)
             self._offer(leaf)
             if self.log is not None:
-                self.log.stored(_hashes(leaf, self._page_bytes))
+                self.log.stored(_stored(leaf, self._page_bytes))
             node = leaf
         return node, num_present
 
@@ -309,9 +309,9 @@ class RadixTree:
             self.log.cleared()
         return evicted
 
-    def snapshot(self) -> list[int]:
-        """Hashes of all blocks that can be found, those of a prefix in order."""
-        return [block for root in self._roots.values() for node in _below(root) for block in _hashes(node, self._page_bytes)]
+    def snapshot(self) -> list[CacheEvent]:
+        """All blocks that can be found, as if they were stored now: those of a prefix before what comes after it."""
+        return [_stored(node, self._page_bytes) for root in self._roots.values() for node in _below(root)]
 
     def nodes(self) -> Iterator[Node]:
         """All nodes but the roots, parents first."""
@@ -393,6 +393,15 @@ def _below(root: _Root) -> Iterator[Node]:
         if node.parent is not None:
             yield node
         stack.extend(node.children.values())
+
+
+def _stored(node: Node, page_bytes: int) -> CacheEvent:
+    """The event of a node that was added."""
+    hashes = _hashes(node, page_bytes)
+    above = node.parent
+    assert above is not None
+    before = namespace_hash(above.namespace) if isinstance(above, _Root) else _hashes(above, page_bytes)[-1]
+    return CacheEvent(EventKind.STORED, tuple(hashes), before, node.tokens)
 
 
 def _hashes(node: Node, page_bytes: int) -> list[int]:

@@ -109,14 +109,14 @@ class RouterLink:
         elif arm == "flush_cache":
             self._on_flush(peer, message.flush_cache)
         elif arm == "subscribe_cache":
-            self._caches.subscribe(peer.incarnation)
+            self._caches.subscribe(peer.incarnation, with_tokens=message.subscribe_cache.with_tokens)
         self._hub.wake()
 
     def tell_caches(self) -> None:
         """Send what has happened in the lanes' caches to those who want to know."""
         for owner, news in self._caches.collect():
             try:
-                self._peers[owner].send("cache_events", messages.cache_events(news))
+                self._peers[owner].send("cache_events", *messages.cache_events(news))
             except OverloadedError:
                 self._caches.missed(owner, news.lane_id)
             except (KeyError, ReplicaDeadError):

@@ -37,15 +37,33 @@ from headrace.service import ServiceContext
 from headrace.telemetry import logs, names
 from headrace.telemetry.metrics import TokenizerMetrics
 from headrace.telemetry.traces import Context, Span
+<<<<<<< HEAD
 from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, OutputFormats, SamplingParams, WorkHeader
+=======
+from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, WorkHeader
+>>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
 from headrace.v1.control_pb2 import Load, Progress, Register, Role
-from headrace.v1.tokenizer_pb2 import ChatPrompt, Detokenize, DetokenizeReply, Tokenize, TokenizeReply, TokenizerInbox
+from headrace.v1.tokenizer_pb2 import (
+    ChatPrompt,
+    Describe,
+    DescribeReply,
+    Detokenize,
+    DetokenizeReply,
+    ModelDescription,
+    Tokenize,
+    TokenizeReply,
+    TokenizerInbox,
+)
 from headrace.wire.envelope import int32_array, int32_frame
 from headrace.wire.session import Peer
 from headrace.wire.topology import ROUTER_BACKPLANE, ROUTER_TOKENIZER
 from services.tokenizer.config import Settings
 from services.tokenizer.constraint_desk import ConstraintDesk, make_desk
+<<<<<<< HEAD
 from services.tokenizer.conversations import template_kwargs_of, text_of, tools_of, turns_of
+=======
+from services.tokenizer.description import describe, tokenizer_zip
+>>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
 from services.tokenizer.encoding import Encoder, Field, PromptLimits, TokenIds
 from services.tokenizer.output_formats import reasoning_format_of, starts_in_reasoning, tool_format_of
 from services.tokenizer.renderer import Renderer, RenderLimits
@@ -74,6 +92,7 @@ class _Result:
 
     tokens: TokenIds | None = None
     text: str = ""
+    archive: bytes = b""
     num_tokens: int = 0
     formats: OutputFormats | None = None
     render_ns: int = 0
@@ -86,7 +105,7 @@ class _Job:
 
     peer: Peer
     arm: str
-    body: Tokenize | Detokenize
+    body: Tokenize | Detokenize | Describe
     frame: memoryview | None
     span: Span
     begun_ns: int
@@ -99,7 +118,7 @@ class _Job:
 
 
 class TokenizerService:
-    """Answers Tokenize and Detokenize of every router."""
+    """Answers Tokenize, Detokenize and Describe of every router."""
 
     def __init__(self, context: ServiceContext, settings: Settings) -> None:
         self._context = context
@@ -120,9 +139,13 @@ class TokenizerService:
         self._renderers: list[Renderer] = []
         self._constraints: ConstraintDesk | None = None
         self._model = ModelInfo()
+<<<<<<< HEAD
         self._eos_token_ids: tuple[int, ...] = ()
         self._formats = OutputFormats()
         self._sampling_defaults = SamplingParams()
+=======
+        self._description = ModelDescription()
+>>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
         self._limits = PromptLimits(model="", vocab_size=0, max_model_len=0, prompt_bytes_max=0)
 
     async def start(self) -> None:
@@ -156,7 +179,7 @@ class TokenizerService:
     def on_message(self, peer: Peer, message: TokenizerInbox, frames: list[memoryview]) -> None:
         """Queue a request for a thread, or answer at once why not."""
         arm = str(message.WhichOneof("body"))
-        body: Tokenize | Detokenize = getattr(message, arm)
+        body: Tokenize | Detokenize | Describe = getattr(message, arm)
         work = body.work
         taken_unix_ns = time.time_ns()
         parent = Context(work.traceparent, work.tracestate)
@@ -252,8 +275,6 @@ class TokenizerService:
         model_settings = self._context.settings.model
         name = model_settings.name_for_clients
         max_model_len = min(model_settings.max_model_len or config.max_position_embeddings, config.max_model_len)
-        self._eos_token_ids = config.eos_token_ids
-        self._sampling_defaults = sampling_defaults(load_generation_defaults(directory))
         self._limits = PromptLimits(name, config.vocab_size, max_model_len, self._settings.prompt_bytes_limit(max_model_len))
         try:
             tokenizer_json = (directory / TOKENIZER_FILE).read_text(encoding="utf-8")
@@ -282,7 +303,12 @@ class TokenizerService:
                 renderer.start()
             self._engines.put(_Engine(encoder, renderer))
         self._constraints = make_desk(self._settings, directory, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+<<<<<<< HEAD
         self._formats = self._output_formats(tokenizer_config.chat_template, encoder)
+=======
+        defaults = sampling_defaults(load_generation_defaults(directory))
+        self._description = describe(directory, config, max_model_len=max_model_len, defaults=defaults)
+>>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
         self._model = ModelInfo(name=name, max_model_len=max_model_len, loaded_unix_s=int(time.time()))
 
     def _output_formats(self, template: str | None, encoder: Encoder) -> OutputFormats:
@@ -320,6 +346,8 @@ class TokenizerService:
             _check_deadline(job)
             if isinstance(job.body, Tokenize):
                 return self._tokenize(engine, job.body, job.frame)
+            if isinstance(job.body, Describe):
+                return _Result(archive=tokenizer_zip(self._context.model_directory) if job.body.with_files else b"")
             return self._detokenize(engine, job.body, job.frame)
         except HeadraceError as error:
             return error
@@ -407,7 +435,7 @@ class TokenizerService:
     def _answer(self, job: _Job, result: _Result | HeadraceError) -> None:
         elapsed_s = (time.monotonic_ns() - job.begun_ns) / 1e9
         self._metrics.duration.observe(elapsed_s)
-        kind = job.arm if isinstance(job.body, Detokenize) else job.body.WhichOneof("prompt") or "none"
+        kind = job.body.WhichOneof("prompt") or "none" if isinstance(job.body, Tokenize) else job.arm
         if isinstance(result, HeadraceError):
             self._metrics.requests.labels(kind, result.code).inc()
             job.span.error(result.code)
@@ -423,7 +451,7 @@ class TokenizerService:
             if isinstance(job.body, Tokenize):
                 self._send_tokens(job, result)
             else:
-                self._send_text(job, result)
+                self._send_other(job, result)
         except (OverloadedError, ReplicaDeadError) as error:
             # The router is gone or does not read; it retries elsewhere or its client's deadline ends the request.
             self._metrics.requests.labels(kind, "unanswered").inc()
@@ -438,19 +466,30 @@ class TokenizerService:
         assert result.tokens is not None
         reply.num_tokens = result.num_tokens
         reply.grammar = job.grammar
+<<<<<<< HEAD
         reply.eos_token_ids.extend(self._eos_token_ids)
         reply.sampling_defaults.CopyFrom(self._sampling_defaults)
         if result.formats is not None:
             reply.formats.CopyFrom(result.formats)
+=======
+        reply.eos_token_ids.extend(self._description.eos_token_ids)
+        reply.sampling_defaults.CopyFrom(self._description.sampling_defaults)
+>>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
         job.peer.send("tokenize_reply", reply, [int32_frame(result.tokens)])
 
-    def _send_text(self, job: _Job, result: _Result | HeadraceError) -> None:
-        reply = DetokenizeReply(request_id=job.work.request_id)
+    def _send_other(self, job: _Job, result: _Result | HeadraceError) -> None:
+        """A text, or what the model is."""
+        is_text = isinstance(job.body, Detokenize)
+        reply = DetokenizeReply() if is_text else DescribeReply()
+        reply.request_id = job.work.request_id
         if isinstance(result, HeadraceError):
             reply.error.CopyFrom(_error_detail(result))
-        else:
+        elif isinstance(reply, DetokenizeReply):
             reply.text = result.text
-        job.peer.send("detokenize_reply", reply)
+        else:
+            reply.description.CopyFrom(self._description)
+            reply.tokenizer_zip = result.archive
+        job.peer.send("detokenize_reply" if is_text else "describe_reply", reply)
 
 
 def _check_deadline(job: _Job) -> None:

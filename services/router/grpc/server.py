@@ -1,8 +1,9 @@
-"""The gRPC port: inference, health, reflection. Part of the shell."""
+"""A gRPC port: services over the engine, health, reflection. Part of the shell."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,13 +17,50 @@ from services.router.http.server import listen
 
 GRACE_S = 2.0
 
+Register = Callable[[Engine, grpc.aio.Server], str]
+"""Adds a service to a server; gives its full name."""
+
+
+def register_inference(engine: Engine, server: grpc.aio.Server) -> str:
+    """Our own service."""
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), server)  # type: ignore[no-untyped-call]
+    assert inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name == SERVICE_NAME
+    return SERVICE_NAME
+
+
+def register_sglang(engine: Engine, server: grpc.aio.Server) -> str:
+    """The service by which gateways drive an SGLang engine."""
+    from smg_grpc_proto.generated import sglang_scheduler_pb2_grpc
+
+    from services.router.grpc.engines import sglang
+
+    sglang_scheduler_pb2_grpc.add_SglangSchedulerServicer_to_server(sglang.SglangServicer(engine), server)
+    return sglang.SERVICE_NAME
+
+
+def register_vllm(engine: Engine, server: grpc.aio.Server) -> str:
+    """The service by which gateways drive a vLLM engine."""
+    from smg_grpc_proto.generated import vllm_engine_pb2_grpc
+
+    from services.router.grpc.engines import vllm
+
+    vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(vllm.VllmServicer(engine), server)
+    return vllm.SERVICE_NAME
+
 
 class GrpcServer:
-    """A grpc.aio server on one port."""
+    """A grpc.aio server on one port.
 
-    def __init__(self, engine: Engine, *, host: str, port: int, max_message_bytes: int) -> None:
+    Args:
+        engine: Does the work.
+        register: The service on it. Gateways tell engines apart by which service answers, so there is one a port.
+        setting: The setting that names the port, for errors.
+    """
+
+    def __init__(self, engine: Engine, register: Register, *, host: str, port: int, setting: str, max_message_bytes: int) -> None:
         self.port = port
         self._host = host
+        self._setting = setting
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._is_serving: bool | None = None
         self._server = grpc.aio.server(
@@ -37,10 +75,9 @@ class GrpcServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ]
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), self._server)  # type: ignore[no-untyped-call]
+        self._service = register(engine, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        assert inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name == SERVICE_NAME
+        reflection.enable_server_reflection((self._service, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
         """Bind and serve.
@@ -50,11 +87,11 @@ class GrpcServer:
         """
         host = f"[{self._host}]" if ":" in self._host else self._host
         # gRPC's own refusal is a page of its log; a plain socket says the same in a word.
-        listen(self._host, self.port, setting="router.grpc_port").close()
+        listen(self._host, self.port, setting=self._setting).close()
         try:
             self.port = self._server.add_insecure_port(f"{host}:{self.port}")
         except RuntimeError as error:
-            raise ConfigError(f"port {self.port} on {self._host} cannot be bound ({error}): see router.grpc_port") from error
+            raise ConfigError(f"port {self.port} on {self._host} cannot be bound ({error}): see {self._setting}") from error
         await self.set_serving(False)
         await self._server.start()
 
@@ -64,7 +101,7 @@ class GrpcServer:
             return
         self._is_serving = is_serving
         status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
+        for name in ("", self._service):
             await self._health.set(name, status)
 
     async def stop(self) -> None:

@@ -1,32 +1,22 @@
 """headrace.v1.Inference over the engine. Part of the shell; conversions.py has the shapes.
 
-grpc.aio cancels the handler's task when the client cancels or its deadline passes; closing the stream on the way out aborts the
-request at once.
+Closing the stream on the way out aborts the request at once.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 
-import grpc
-
-from headrace.errors import HeadraceError, RequestFailedError
-from headrace.telemetry import logs
 from headrace.v1 import inference_pb2 as inference
 from headrace.v1 import inference_pb2_grpc
 from services.router.generation import Call, Engine, GenerationRequest, OutputPiece
 from services.router.grpc import conversions
+from services.router.grpc.calls import Context, client_call
 from services.router.limits import check_token_ids
 from services.router.messages import model_info
-from services.router.tenants import tenant_of
-
-log = logs.get_logger()
 
 SERVICE_NAME = "headrace.v1.Inference"
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -99,45 +89,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         finally:
             stream.close()
 
-    @asynccontextmanager
-    async def _call(self, method: str, context: Context) -> AsyncIterator[Call]:
-        """One client call: its deadline and trace from the metadata, its errors to statuses, its end counted once."""
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        call = self._engine.begin_call(
-            protocol="grpc",
-            endpoint=f"{SERVICE_NAME}/{method}",
-            traceparent=metadata.get("traceparent", ""),
-            tracestate=metadata.get("tracestate", ""),
-        )
-        call.is_streaming = method in {"Generate", "Chat"}
-        call.timeout_s = _timeout_s(context)
-        call.cut = _canceller()
-        call.tenant = tenant_of(None, metadata.get("authorization", ""))
-        status, failure = "OK", None
-        try:
-            await context.send_initial_metadata(((conversions.REQUEST_ID_KEY, call.request_id),))
-            yield call
-        except HeadraceError as error:
-            failure = error
-        except (asyncio.CancelledError, GeneratorExit):
-            status = grpc.StatusCode.CANCELLED.name
-            raise
-        except Exception:
-            log.exception("rpc.failed", method=method)
-            failure = RequestFailedError("internal error; the router's log has the details")
-        finally:
-            if failure is not None:
-                status = conversions.status_of(failure).name
-            self._engine.end_call(call, status=status, error_code=None if failure is None else failure.code)
-        if failure is not None:
-            await context.abort(conversions.status_of(failure), failure.message, conversions.metadata_of(failure))
-
-
-def _timeout_s(context: Context) -> float | None:
-    remaining_s: float | None = context.time_remaining()
-    return None if remaining_s is None else max(remaining_s, 0.001)
-
-
-def _canceller() -> Callable[[], object] | None:
-    task = asyncio.current_task()
-    return None if task is None else task.cancel
+    def _call(self, method: str, context: Context) -> AbstractAsyncContextManager[Call]:
+        is_streaming = method in {"Generate", "Chat"}
+        return client_call(self._engine, f"{SERVICE_NAME}/{method}", context, is_streaming=is_streaming)

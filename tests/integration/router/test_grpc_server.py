@@ -17,7 +17,7 @@ from headrace.errors import ConfigError, OverloadedError
 from headrace.v1 import inference_pb2, inference_pb2_grpc
 from headrace.v1.common_pb2 import FINISH_REASON_STOP
 from services.router.generation import OutputPiece
-from services.router.grpc.server import GrpcServer
+from services.router.grpc.server import GrpcServer, register_inference
 from tests.unit.router.fake_engine import FakeEngine
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -25,7 +25,9 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 @asynccontextmanager
 async def serving(engine: FakeEngine) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel]]:
-    server = GrpcServer(engine, host="127.0.0.1", port=0, max_message_bytes=1024 * 1024)
+    server = GrpcServer(
+        engine, register_inference, host="127.0.0.1", port=0, setting="router.grpc_port", max_message_bytes=1024 * 1024
+    )
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -169,6 +171,8 @@ def _reflect(port: int) -> tuple[object, type, list[str]]:
 
 async def test_a_busy_port_stops_the_start_and_names_the_setting() -> None:
     async with serving(FakeEngine()) as (server, _):
-        second = GrpcServer(FakeEngine(), host="127.0.0.1", port=server.port, max_message_bytes=1024)
+        second = GrpcServer(
+            FakeEngine(), register_inference, host="127.0.0.1", port=server.port, setting="router.grpc_port", max_message_bytes=1024
+        )
         with pytest.raises(ConfigError, match=rf"port {server.port} .* router.grpc_port"):
             await second.start()

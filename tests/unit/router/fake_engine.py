@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from headrace.errors import HeadraceError, NotFoundError, RequestAbortedError
-from services.router.generation import Call, EncodedPrompt, GenerationRequest, ModelOffer, OutputPiece, Prompt
+from services.router.generation import (
+    Call,
+    EncodedPrompt,
+    EngineLoad,
+    GenerationRequest,
+    ModelDescription,
+    ModelOffer,
+    OutputPiece,
+    Prompt,
+    Sampling,
+)
+from services.router.kv_mirror import KvMirror, KvReader
 
 Step = OutputPiece | HeadraceError | float
 
@@ -60,6 +71,7 @@ class FakeEngine:
         self.reason: str | None = None
         self.refusal: HeadraceError | None = None
         self.tokenize_delay_s = 0.0
+        self.mirror = KvMirror()
 
     def begin_call(self, *, protocol: str, endpoint: str, traceparent: str = "", tracestate: str = "") -> Call:
         call = Call(f"id{len(self.calls)}", endpoint, 0, 0)
@@ -90,6 +102,20 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
         return 12
+
+    async def describe(self, model: str, call: Call, *, with_files: bool = False) -> ModelDescription:
+        files = b"zip" * 200_000 if with_files else b""
+        defaults = Sampling(temperature=0.6)
+        return ModelDescription("/models/m", ("LlamaForCausalLM",), "llama", 100, 128, (99,), 1, None, defaults, files)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(2, 3, 40, max_num_seqs=8, num_kv_tokens=1000, num_used_tokens=250)
+
+    def read_kv(self, wake: Callable[[], object]) -> KvReader:
+        return self.mirror.open(wake)
+
+    def close_kv(self, reader: KvReader) -> None:
+        self.mirror.close(reader)
 
     def list_models(self) -> list[ModelOffer]:
         return [ModelOffer("m", 128, 7)]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.cache_events import EVENTS_MAX, CacheEvent, CacheLog, EventKind, block_hashes, namespace_hash
-from services.scheduler.radix_tree import Node, RadixTree
+from services.scheduler.radix_tree import TOKEN_BYTES, Node, RadixTree
 from services.scheduler.sequence import Sequence
 from tests.unit.scheduler import builders
 from tests.unit.scheduler.system import Site, System
@@ -38,12 +38,13 @@ def test_hashes_are_chained_as_written_down() -> None:
 
 def test_numbers_have_no_gap_and_too_many_events_ask_for_a_snapshot() -> None:
     log = CacheLog()
-    log.stored([1, 2])
+    stored = CacheEvent(EventKind.STORED, (1, 2), 7, b"abcd")
+    log.stored(stored)
     log.removed([2])
-    assert log.take() == (0, [CacheEvent(EventKind.STORED, (1, 2)), CacheEvent(EventKind.REMOVED, (2,))])
+    assert log.take() == (0, [stored, CacheEvent(EventKind.REMOVED, (2,))])
     assert log.take() == (2, [])
     for number in range(EVENTS_MAX + 5):
-        log.stored([number])
+        log.stored(CacheEvent(EventKind.STORED, (number,)))
     assert log.take() is None
     log.cleared()
     assert log.take() == (EVENTS_MAX + 7, [CacheEvent(EventKind.CLEARED)])
@@ -55,7 +56,10 @@ class Mirror:
     def __init__(self, tree: RadixTree) -> None:
         self._log = tree.log = CacheLog()
         self.number = self._log.next_number
-        self.blocks = set(tree.snapshot())
+        self.page_bytes = tree.page_size * TOKEN_BYTES
+        self.blocks: set[int] = set()
+        for event in tree.snapshot():
+            self.store(event)
 
     def follow(self) -> set[int]:
         taken = self._log.take()
@@ -66,14 +70,23 @@ class Mirror:
         for event in events:
             hashes = set(event.hashes)
             if event.kind is EventKind.STORED:
-                assert not hashes & self.blocks, "stored twice"
-                self.blocks |= hashes
+                self.store(event)
             elif event.kind is EventKind.REMOVED:
                 assert hashes <= self.blocks, "removed and not stored"
                 self.blocks -= hashes
             else:
                 self.blocks = set()
         return self.blocks
+
+    def store(self, event: CacheEvent) -> None:
+        assert not set(event.hashes) & self.blocks, "stored twice"
+        assert event.before in self.blocks or event.before in {namespace_hash(""), namespace_hash("a")}
+        assert list(event.hashes) == block_hashes(event.before, event.tokens, self.page_bytes)
+        self.blocks |= set(event.hashes)
+
+
+def blocks_of(tree: RadixTree) -> set[int]:
+    return {block for event in tree.snapshot() for block in event.hashes}
 
 
 OPERATIONS = st.lists(
@@ -115,7 +128,7 @@ def test_snapshot_and_events_tell_what_is_there(operations, before, eviction) ->
             tree.flush()
             assert tree.match(as_bytes([0, 0]), 1).node is None
         if mirror is not None:
-            assert mirror.follow() == set(tree.snapshot())
+            assert mirror.follow() == blocks_of(tree)
     for node in locked:
         tree.unlock(node)
     assert len(tree.evict(10**6)) >= 0

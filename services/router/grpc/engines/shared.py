@@ -1,0 +1,185 @@
+"""What both gateway protocols share: the model, its tokenizer in chunks, and the changes of the caches in batches.
+
+Part of the shell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import version
+from typing import Any, Final, NoReturn
+
+import grpc
+import numpy as np
+import orjson
+from smg_grpc_proto.generated import common_pb2 as public
+
+from headrace.errors import InvalidRequestError
+from services.router.generation import Call, Engine, ModelDescription, Sampling
+from services.router.grpc.calls import Context
+from services.router.kv_mirror import AllCleared, BlockRemoved, BlockStored, Change
+from services.router.limits import refuse
+
+VERSION: Final = version("headrace")
+_CHUNK_BYTES: Final = 256 * 1024
+_FRESH_S: Final = 10.0
+_INT64_SIGN: Final = 1 << 63
+
+
+class Descriptions:
+    """The served model's description, asked for again when it is old: after a restart it may be another model."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._known: ModelDescription | None = None
+        self._asked_s = 0.0
+
+    async def get(self, call: Call) -> ModelDescription:
+        """What the model is; raises as `Engine.describe`."""
+        now_s = time.monotonic()
+        if self._known is None or now_s - self._asked_s > _FRESH_S:
+            # Without a name it is the one that is served.
+            self._known = replace(await self._engine.describe("", call), tokenizer_zip=b"")
+            self._asked_s = now_s
+        return self._known
+
+
+def model_name(engine: Engine) -> str:
+    """The name clients know the model by; empty while none is served."""
+    offers = engine.list_models()
+    return offers[0].name if offers else ""
+
+
+def logit_bias(asked: Mapping[Any, float]) -> tuple[tuple[int, float], ...]:
+    """A bias by token id; one of the protocols has the ids as text.
+
+    Raises:
+        InvalidRequestError: An id is none.
+    """
+    found = []
+    for token_id, bias in asked.items():
+        text = str(token_id)
+        if not text.isascii() or not text.isdigit() or len(text) > 10:
+            refuse("logit_bias", "by token id", token_id)
+        found.append((int(text), bias))
+    return tuple(sorted(found))
+
+
+def default_sampling_json(defaults: Sampling) -> str:
+    """The model's own sampling defaults, for gateways that fill fields in for clients who left them out."""
+    named = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    return orjson.dumps({name: value for name, value in named.items() if value is not None}).decode()
+
+
+def now_text() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat()
+
+
+def not_here(message: str) -> Callable[[object, object, Context], Awaitable[NoReturn]]:
+    """A method that this engine has no part of."""
+
+    async def answer(servicer: object, request: object, context: Context) -> NoReturn:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, message)
+        raise AssertionError("abort raises")
+
+    return answer
+
+
+def refuse_set(message: Any, fields: Iterable[str], why: str) -> None:
+    """Refuse a message that sets what cannot be honoured here.
+
+    Raises:
+        InvalidRequestError: It names the first such field.
+    """
+    present = {descriptor.name for descriptor, _ in message.ListFields()}
+    for name in fields:
+        if name in present:
+            raise InvalidRequestError(f"{name} is not supported: {why}", param=name)
+
+
+async def tokenizer_chunks(engine: Engine, call: Call) -> AsyncIterator[public.GetTokenizerChunk]:
+    """The tokenizer's files as one zip archive in pieces; the checksum of all comes with the last."""
+    archive = (await engine.describe("", call, with_files=True)).tokenizer_zip
+    for start in range(0, len(archive), _CHUNK_BYTES):
+        chunk = public.GetTokenizerChunk(data=archive[start : start + _CHUNK_BYTES])
+        if start + _CHUNK_BYTES >= len(archive):
+            chunk.sha256 = sha256(archive).hexdigest()
+        yield chunk
+
+
+async def kv_batches(engine: Engine, request: public.SubscribeKvEventsRequest) -> AsyncIterator[public.KvEventBatch]:
+    """What the caches hold, then every change, until the caller stops."""
+    changed = asyncio.Event()
+    reader = engine.read_kv(changed.set)
+    number = request.start_sequence_number
+    event_ids = _numbers()
+    # Who begins in the middle of a series has heard of another state before.
+    changes: list[Change] = [AllCleared()] if number else []
+    try:
+        while True:
+            changes += reader.take()
+            if changes:
+                batch = public.KvEventBatch(sequence_number=number, timestamp=time.time(), dp_rank=0)
+                batch.events.extend(_events(changes, event_ids))
+                yield batch
+                number += 1
+                changes = []
+            else:
+                changed.clear()
+                await changed.wait()
+    finally:
+        engine.close_kv(reader)
+
+
+def _events(changes: list[Change], event_ids: Iterator[int]) -> Iterator[public.KvCacheEvent]:
+    """Changes as the protocol has them: stored blocks that follow one another, and removed ones, are told together."""
+    event: public.KvCacheEvent | None = None
+    last: int | None = None
+    for change in changes:
+        match change:
+            case BlockStored():
+                block = public.KvBlock(
+                    block_hash=_signed(change.block),
+                    token_ids=np.frombuffer(change.tokens, dtype="<i4").tolist(),
+                    block_size=len(change.tokens) // 4,
+                )
+                if event is None or event.WhichOneof("data") != "stored" or change.before is None or change.before != last:
+                    if event is not None:
+                        yield event
+                    event = public.KvCacheEvent(event_id=next(event_ids))
+                    event.stored.SetInParent()
+                    if change.before is not None:
+                        event.stored.parent_block_hash = _signed(change.before)
+                event.stored.blocks.append(block)
+                last = change.block
+            case BlockRemoved():
+                if event is None or event.WhichOneof("data") != "removed":
+                    if event is not None:
+                        yield event
+                    event = public.KvCacheEvent(event_id=next(event_ids))
+                event.removed.block_hashes.append(_signed(change.block))
+            case AllCleared():
+                if event is not None:
+                    yield event
+                event = public.KvCacheEvent(event_id=next(event_ids))
+                event.cleared.SetInParent()
+    if event is not None:
+        yield event
+
+
+def _numbers() -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+def _signed(block: int) -> int:
+    """A 64-bit hash as the protocol's signed number."""
+    return block - (1 << 64) if block >= _INT64_SIGN else block
