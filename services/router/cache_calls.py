@@ -67,6 +67,10 @@ class CacheCalls:
         self.watch()
         return reader
 
+    def close(self, reader: KvReader) -> None:
+        """A gateway leaves."""
+        self.mirror.close(reader)
+
     def on_events(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
         """A scheduler tells of its cache; where something was missed, it is asked for everything again."""
         news = messages.lane_news(message.cache_events, frames)

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
@@ -35,6 +36,7 @@ from services.router.generation import (
     EncodedPrompt,
     EngineLoad,
     GenerationRequest,
+    KvSource,
     ModelDescription,
     ModelOffer,
     OutputPiece,
@@ -42,7 +44,6 @@ from services.router.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from services.router.kv_mirror import KvReader
 from services.router.observation import Observation
 from services.router.open_request import Kind, OpenRequest, Patience, begin_beside
 from services.router.output_buffer import OutputBuffer
@@ -270,9 +271,11 @@ class Gateway:
         self.turnstile = Turnstile(Admission(settings.max_open_requests))
         self.is_draining = False
         self.backplane = backplane
+        self.kv: KvSource = backplane.caches
+        self.load: Callable[[], EngineLoad] = partial(engine_load, backplane.directory)
+        self.metrics: Callable[[], bytes] = partial(generate_latest, registry)
         self._settings = settings
         self._metrics = metrics
-        self._registry = registry
         self._streams: set[ClientStream] = set()
         self._patience = Patience(
             unavailable_wait_ns=_ns(settings.unavailable_wait_s),
@@ -426,18 +429,6 @@ class Gateway:
         """Models that can be served now."""
         return self.backplane.directory.offers()
 
-    def load(self) -> EngineLoad:
-        """How busy the schedulers are."""
-        return engine_load(self.backplane.directory)
-
-    def read_kv(self, wake: Callable[[], object]) -> KvReader:
-        """Read along what the lanes have cached."""
-        return self.backplane.caches.read(wake)
-
-    def close_kv(self, reader: KvReader) -> None:
-        """A reader of `read_kv` leaves."""
-        self.backplane.caches.mirror.close(reader)
-
     def not_ready_reason(self) -> str | None:
         """Why a request could not be served now."""
         if self.is_draining:
@@ -448,10 +439,6 @@ class Gateway:
         """What the router knows of every stage."""
         stages = self.backplane.directory.stages(time.monotonic_ns(), time.time_ns())
         return {"draining": self.is_draining, "open_requests": self.turnstile.num_open, "stages": stages}
-
-    def metrics(self) -> bytes:
-        """The process's metrics."""
-        return generate_latest(self._registry)
 
 
 def _ns(seconds: float) -> int:

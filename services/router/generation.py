@@ -379,6 +379,18 @@ class OutputStream(Protocol):
         ...
 
 
+class KvSource(Protocol):
+    """Where gateways read along what the lanes have cached."""
+
+    def read(self, wake: Callable[[], object]) -> KvReader:
+        """Read from now on; `wake` is called when something has changed."""
+        ...
+
+    def close(self, reader: KvReader) -> None:
+        """A reader leaves."""
+        ...
+
+
 class Engine(Protocol):
     """What the protocol layers need from the rest of the router."""
 
@@ -424,12 +436,9 @@ class Engine(Protocol):
         """How busy the schedulers are."""
         ...
 
-    def read_kv(self, wake: Callable[[], object]) -> KvReader:
-        """Read along what the lanes have cached; `wake` is called when something has changed."""
-        ...
-
-    def close_kv(self, reader: KvReader) -> None:
-        """A reader of `read_kv` leaves."""
+    @property
+    def kv(self) -> KvSource:
+        """What the lanes have cached."""
         ...
 
     def not_ready_reason(self) -> str | None:

@@ -37,11 +37,7 @@ from headrace.service import ServiceContext
 from headrace.telemetry import logs, names
 from headrace.telemetry.metrics import TokenizerMetrics
 from headrace.telemetry.traces import Context, Span
-<<<<<<< HEAD
-from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, OutputFormats, SamplingParams, WorkHeader
-=======
-from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, WorkHeader
->>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
+from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, OutputFormats, WorkHeader
 from headrace.v1.control_pb2 import Load, Progress, Register, Role
 from headrace.v1.tokenizer_pb2 import (
     ChatPrompt,
@@ -59,11 +55,8 @@ from headrace.wire.session import Peer
 from headrace.wire.topology import ROUTER_BACKPLANE, ROUTER_TOKENIZER
 from services.tokenizer.config import Settings
 from services.tokenizer.constraint_desk import ConstraintDesk, make_desk
-<<<<<<< HEAD
 from services.tokenizer.conversations import template_kwargs_of, text_of, tools_of, turns_of
-=======
 from services.tokenizer.description import describe, tokenizer_zip
->>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
 from services.tokenizer.encoding import Encoder, Field, PromptLimits, TokenIds
 from services.tokenizer.output_formats import reasoning_format_of, starts_in_reasoning, tool_format_of
 from services.tokenizer.renderer import Renderer, RenderLimits
@@ -139,13 +132,8 @@ class TokenizerService:
         self._renderers: list[Renderer] = []
         self._constraints: ConstraintDesk | None = None
         self._model = ModelInfo()
-<<<<<<< HEAD
-        self._eos_token_ids: tuple[int, ...] = ()
         self._formats = OutputFormats()
-        self._sampling_defaults = SamplingParams()
-=======
         self._description = ModelDescription()
->>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
         self._limits = PromptLimits(model="", vocab_size=0, max_model_len=0, prompt_bytes_max=0)
 
     async def start(self) -> None:
@@ -303,12 +291,9 @@ class TokenizerService:
                 renderer.start()
             self._engines.put(_Engine(encoder, renderer))
         self._constraints = make_desk(self._settings, directory, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
-<<<<<<< HEAD
         self._formats = self._output_formats(tokenizer_config.chat_template, encoder)
-=======
         defaults = sampling_defaults(load_generation_defaults(directory))
         self._description = describe(directory, config, max_model_len=max_model_len, defaults=defaults)
->>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
         self._model = ModelInfo(name=name, max_model_len=max_model_len, loaded_unix_s=int(time.time()))
 
     def _output_formats(self, template: str | None, encoder: Encoder) -> OutputFormats:
@@ -451,7 +436,7 @@ class TokenizerService:
             if isinstance(job.body, Tokenize):
                 self._send_tokens(job, result)
             else:
-                self._send_other(job, result)
+                job.peer.send(*_other_reply(job, result, self._description))
         except (OverloadedError, ReplicaDeadError) as error:
             # The router is gone or does not read; it retries elsewhere or its client's deadline ends the request.
             self._metrics.requests.labels(kind, "unanswered").inc()
@@ -466,30 +451,11 @@ class TokenizerService:
         assert result.tokens is not None
         reply.num_tokens = result.num_tokens
         reply.grammar = job.grammar
-<<<<<<< HEAD
-        reply.eos_token_ids.extend(self._eos_token_ids)
-        reply.sampling_defaults.CopyFrom(self._sampling_defaults)
-        if result.formats is not None:
-            reply.formats.CopyFrom(result.formats)
-=======
         reply.eos_token_ids.extend(self._description.eos_token_ids)
         reply.sampling_defaults.CopyFrom(self._description.sampling_defaults)
->>>>>>> d7ef6b3 (router: public gateways drive the system as an SGLang or vLLM engine)
+        if result.formats is not None:
+            reply.formats.CopyFrom(result.formats)
         job.peer.send("tokenize_reply", reply, [int32_frame(result.tokens)])
-
-    def _send_other(self, job: _Job, result: _Result | HeadraceError) -> None:
-        """A text, or what the model is."""
-        is_text = isinstance(job.body, Detokenize)
-        reply = DetokenizeReply() if is_text else DescribeReply()
-        reply.request_id = job.work.request_id
-        if isinstance(result, HeadraceError):
-            reply.error.CopyFrom(_error_detail(result))
-        elif isinstance(reply, DetokenizeReply):
-            reply.text = result.text
-        else:
-            reply.description.CopyFrom(self._description)
-            reply.tokenizer_zip = result.archive
-        job.peer.send("detokenize_reply" if is_text else "describe_reply", reply)
 
 
 def _check_deadline(job: _Job) -> None:
@@ -506,3 +472,19 @@ def _error_detail(error: HeadraceError) -> ErrorDetail:
     if isinstance(error, OverloadedError | UnavailableError):
         detail.retry_after_s = error.retry_after_s
     return detail
+
+
+def _other_reply(
+    job: _Job, result: _Result | HeadraceError, description: ModelDescription
+) -> tuple[str, DetokenizeReply | DescribeReply]:
+    """A text, or what the model is, with its arm."""
+    reply = DetokenizeReply() if isinstance(job.body, Detokenize) else DescribeReply()
+    reply.request_id = job.work.request_id
+    if isinstance(result, HeadraceError):
+        reply.error.CopyFrom(_error_detail(result))
+    elif isinstance(reply, DetokenizeReply):
+        reply.text = result.text
+    else:
+        reply.description.CopyFrom(description)
+        reply.tokenizer_zip = result.archive
+    return ("detokenize_reply" if isinstance(reply, DetokenizeReply) else "describe_reply"), reply

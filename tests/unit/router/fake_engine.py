@@ -58,6 +58,19 @@ class FakeStream:
         self.closed.set()
 
 
+class FakeKv:
+    """Implements `KvSource`."""
+
+    def __init__(self, mirror: KvMirror) -> None:
+        self.mirror = mirror
+
+    def read(self, wake: Callable[[], object]) -> KvReader:
+        return self.mirror.open(wake)
+
+    def close(self, reader: KvReader) -> None:
+        self.mirror.close(reader)
+
+
 class FakeEngine:
     """Implements `Engine`."""
 
@@ -111,11 +124,9 @@ class FakeEngine:
     def load(self) -> EngineLoad:
         return EngineLoad(2, 3, 40, max_num_seqs=8, num_kv_tokens=1000, num_used_tokens=250)
 
-    def read_kv(self, wake: Callable[[], object]) -> KvReader:
-        return self.mirror.open(wake)
-
-    def close_kv(self, reader: KvReader) -> None:
-        self.mirror.close(reader)
+    @property
+    def kv(self) -> FakeKv:
+        return FakeKv(self.mirror)
 
     def list_models(self) -> list[ModelOffer]:
         return [ModelOffer("m", 128, 7)]

@@ -116,7 +116,7 @@ async def tokenizer_chunks(engine: Engine, call: Call) -> AsyncIterator[public.G
 async def kv_batches(engine: Engine, request: public.SubscribeKvEventsRequest) -> AsyncIterator[public.KvEventBatch]:
     """What the caches hold, then every change, until the caller stops."""
     changed = asyncio.Event()
-    reader = engine.read_kv(changed.set)
+    reader = engine.kv.read(changed.set)
     number = request.start_sequence_number
     event_ids = _numbers()
     # Who begins in the middle of a series has heard of another state before.
@@ -134,7 +134,7 @@ async def kv_batches(engine: Engine, request: public.SubscribeKvEventsRequest) -
                 changed.clear()
                 await changed.wait()
     finally:
-        engine.close_kv(reader)
+        engine.kv.close(reader)
 
 
 def _events(changes: list[Change], event_ids: Iterator[int]) -> Iterator[public.KvCacheEvent]:
