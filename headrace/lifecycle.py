@@ -25,6 +25,9 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+LOADING = "loading the model: "
+"""How the detail of `starting` begins while weights are read; a percentage follows."""
+
 _ENDS = frozenset({State.DRAINING, State.STOPPED, State.FAILED})
 
 TRANSITIONS: dict[State, frozenset[State]] = {

@@ -6,16 +6,19 @@ import asyncio
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final, TextIO
 
 import uvloop
 
 from headrace.config.load import Settings, env_name
 from headrace.config.settings import SupervisionSettings
-from headrace.lifecycle import State
+from headrace.lifecycle import LOADING, State
 from headrace.service import default_run_directory
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
 from headrace.supervision.supervisor import StateCallback, Supervisor
 from headrace.telemetry import logs
+
+_BAR_WIDTH: Final = 30
 
 
 def serve_all(settings: Settings, environment: Mapping[str, str]) -> int:
@@ -28,13 +31,13 @@ def serve_all(settings: Settings, environment: Mapping[str, str]) -> int:
 
     resolve(settings.model.name, Path(settings.model.store).expanduser())
     specs = local_specs(settings, environment)
-    return _supervise("serve", settings, specs, on_state=_ready_line, run_directory=default_run_directory(settings))
+    return _supervise("serve", settings, specs, on_state=StateLines(), run_directory=default_run_directory(settings))
 
 
 def serve_one(service: str, settings: Settings, environment: Mapping[str, str]) -> int:
     """Run one service; returns the exit status. Its supervisor leaves the run directory alone: others may use it."""
     spec = _spec(service, settings.instance, settings, environment)
-    return _supervise(service, settings, [spec], on_state=_ready_line, run_directory=None)
+    return _supervise(service, settings, [spec], on_state=StateLines(), run_directory=None)
 
 
 def local_specs(settings: Settings, environment: Mapping[str, str]) -> list[ProcessSpec]:
@@ -106,16 +109,30 @@ def supervision_limits(settings: SupervisionSettings) -> SupervisionLimits:
     return SupervisionLimits(**settings.model_dump())
 
 
-class _ReadyLine:
-    """Prints the one line that says where to ask, the first time the router is ready."""
+class StateLines:
+    """What a person sees of the states: how far loading is, on a terminal, and once, where to ask.
 
-    def __init__(self) -> None:
-        self._is_printed = False
+    Args:
+        terminal: Where progress goes; None for standard error, and nowhere where that is no terminal (the log tells it then).
+    """
+
+    def __init__(self, terminal: TextIO | None = None) -> None:
+        self._terminal = terminal
+        self._is_ready_printed = False
 
     def __call__(self, name: str, state: State, detail: str) -> None:
-        if state is State.READY and detail and not self._is_printed:
-            self._is_printed = True
+        """Told each state of each process; see `StateCallback`."""
+        if state is State.STARTING and detail.startswith(LOADING):
+            self._draw(name, detail)
+        if state is State.READY and detail and not self._is_ready_printed:
+            self._is_ready_printed = True
             print(f"headrace ready: {detail}", flush=True)
 
-
-_ready_line = _ReadyLine()
+    def _draw(self, name: str, detail: str) -> None:
+        terminal = self._terminal or sys.stderr
+        share = detail.removeprefix(LOADING).removesuffix(" %")
+        if not terminal.isatty() or not share.isdigit():
+            return
+        # Whole lines: other processes' lines come between them.
+        filled = min(int(share), 100) * _BAR_WIDTH // 100
+        print(f"{name} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {detail}", file=terminal, flush=True)

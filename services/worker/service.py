@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from headrace.errors import OverloadedError, ProtocolError, ReplicaDeadError
+from headrace.lifecycle import LOADING, State
 from headrace.models.model_config import load_model_config
 from headrace.service import ServiceContext
 from headrace.telemetry import logs
@@ -50,6 +52,7 @@ from services.worker.torch_import import import_torch
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from headrace.supervision.child import Notifier
     from headrace.wire.fake import FakeBack
     from headrace.wire.link import Back
     from services.worker.loading import LoadReport
@@ -163,15 +166,19 @@ class ComputeThread:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
 
-def progress_log() -> Callable[[int, int], None]:
-    """Give what logs how far loading is, whichever thread calls it."""
+def progress_log(notifier: Notifier | None = None) -> Callable[[int, int], None]:
+    """Give what tells how far loading is, to the log and to the supervisor; whichever thread calls it."""
     progress, lock = LoadProgress(time.monotonic()), threading.Lock()
+    # Other threads know nothing of this one's context.
+    bound = log.bind(**structlog.contextvars.get_contextvars())
 
     def tell(num_values: int, num_in_all: int) -> None:
         with lock:
             percent = progress.add(num_values, num_in_all, time.monotonic())
         if percent is not None:
-            log.info("weights.read", percent=percent)
+            bound.info("weights.read", percent=percent)
+            if notifier is not None:
+                notifier.state(State.STARTING, f"{LOADING}{percent} %")
 
     return tell
 
@@ -465,7 +472,7 @@ class WorkerService:
                     cpu_flags=machine.cpu_flags(),
                     available_bytes=machine.available_memory_bytes,
                     map_parts=pool.map,
-                    on_progress=progress_log(),
+                    on_progress=progress_log(self._context.notifier),
                 )
         finally:
             pool.shutdown(cancel_futures=True)

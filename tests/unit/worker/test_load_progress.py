@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
+from headrace.lifecycle import State
+from headrace.supervision.child import Notifier
 from services.worker import machine, service
 from services.worker.load_progress import LoadProgress
 
@@ -37,3 +42,13 @@ def test_blocks_are_short_lived_only_for_a_while() -> None:
         raise ValueError("inside")
     with machine.short_lived_blocks():
         assert machine.available_memory_bytes() > 0
+
+
+def test_the_supervisor_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.worker.load_progress.INTERVAL_S", 0.0)
+    told: list[tuple[State, str]] = []
+    notifier = cast(Notifier, SimpleNamespace(state=lambda state, detail: told.append((state, detail))))
+    with capture_logs() as lines, structlog.contextvars.bound_contextvars(service="worker"):
+        service.progress_log(notifier)(1, 4)
+    assert told == [(State.STARTING, "loading the model: 25 %")]
+    assert [(line["service"], line["percent"]) for line in lines] == [("worker", 25)]
