@@ -52,3 +52,11 @@ class Settings(BaseModel):
     history_max_entries: int = Field(10_000, ge=1, description="Most responses and conversations kept; the oldest go first.")
     history_max_bytes: int = Field(128 * 1024 * 1024, ge=4096, description="Most bytes of responses and conversations kept.")
     history_ttl_s: float = Field(30 * 86400.0, gt=0, description="Time for which a response or a conversation is kept.")
+    max_file_bytes: int = Field(200 * 1024 * 1024, ge=1024, description="Largest uploaded file; larger: 413.")
+    max_files: int = Field(10_000, ge=1, description="Most files kept; more are answered 429.")
+    files_max_bytes: int = Field(10 * 1024**3, ge=1024, description="Most bytes of all files; more are answered 429.")
+    max_batches: int = Field(256, ge=1, description="Most batches that are not finished; more are answered 429.")
+    batch_max_requests: int = Field(50_000, ge=1, description="Most requests in a batch; one with more fails.")
+    batch_concurrency: int = Field(
+        8, ge=1, le=1024, description="Most requests of batches open at once; one fewer for each other open request, down to one."
+    )

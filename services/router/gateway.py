@@ -183,6 +183,7 @@ class ClientStream:
             self._is_over = True
             now_ns = time.monotonic_ns()
             self._gateway.turnstile.leave(now_ns, len(self._choices))
+            self._gateway.num_online_requests -= len(self._choices) if self.call.is_online else 0
             requests = [choice.request for choice in self._choices]
             reasons = [choice.finish_reason for choice in self._choices]
             self.observation.end(requests, self._error, finish_reasons=reasons, now_ns=now_ns)
@@ -270,6 +271,8 @@ class Gateway:
         self.tracer = tracer
         self.turnstile = Turnstile(Admission(settings.max_open_requests))
         self.is_draining = False
+        self.num_online_requests = 0
+        """Open generations that somebody waits for, each choice as one."""
         self.backplane = backplane
         self.kv: KvSource = backplane.caches
         self.load: Callable[[], EngineLoad] = partial(engine_load, backplane.directory)
@@ -327,6 +330,7 @@ class Gateway:
         observation = Observation(call, request, tracer=self.tracer, metrics=self._metrics)
         stream = ClientStream(self, opened, call, observation, OutputBuffer(self._settings.client_buffer_bytes))
         self._streams.add(stream)
+        self.num_online_requests += len(opened) if call.is_online else 0
         stream.open_first()
         return stream
 

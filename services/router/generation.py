@@ -329,6 +329,8 @@ class Call:
     timeout_s: float | None = None
     is_streaming: bool = False
     tenant: str = ""
+    is_online: bool = True
+    """Whether somebody waits for it; false for a request of a batch."""
     cut: Callable[[], object] | None = None
     """Breaks the client's connection; set by a layer whose sends may block for ever."""
 
@@ -393,6 +395,11 @@ class KvSource(Protocol):
 
 class Engine(Protocol):
     """What the protocol layers need from the rest of the router."""
+
+    @property
+    def num_online_requests(self) -> int:
+        """Open generations that somebody waits for, each choice as one."""
+        ...
 
     def begin_call(self, *, protocol: str, endpoint: str, traceparent: str = "", tracestate: str = "") -> Call:
         """Open a client call ("http" or "grpc"): mint its id, start its span, note its time."""

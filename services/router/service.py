@@ -25,6 +25,8 @@ from services.router.directory import Directory
 from services.router.gateway import Gateway
 from services.router.grpc.server import GrpcServer, Register, register_inference, register_sglang, register_vllm
 from services.router.http.app import HttpApp
+from services.router.http.batches.runner import BatchSettings
+from services.router.http.batches.storage import FileLimits
 from services.router.http.exchange import HttpLimits
 from services.router.http.protocols import HISTORY_FILE, Protocols, StorageSettings
 from services.router.http.responses.entries import HistoryLimits
@@ -60,6 +62,7 @@ class RouterService:
         )
         self._protocols = Protocols(self.gateway, _storage(settings))
         app = HttpApp(self.gateway, limits, self._protocols.routes())
+        self._app = app
         self.http = HttpServer(app, host=settings.http_host, port=settings.http_port, keep_alive_s=settings.keep_alive_s)
         self.grpc = self._make_grpc(register_inference, settings.grpc_port, "router.grpc_port")
         gateway_ports = (
@@ -85,7 +88,7 @@ class RouterService:
     async def start(self) -> None:
         """Bind both public ports and the back-plane."""
         self._check_settings()
-        await self._protocols.start()
+        await self._protocols.start(self._app)
         # The public ports first: a second router started by mistake fails here, before it takes the first one's ipc socket.
         await self.http.start()
         for server in self._grpc_servers:
@@ -174,4 +177,8 @@ def _storage(settings: Settings) -> StorageSettings:
         history=HistoryLimits(
             max_entries=settings.history_max_entries, max_bytes=settings.history_max_bytes, ttl_s=settings.history_ttl_s
         ),
+        directory=directory,
+        files=FileLimits(max_files=settings.max_files, max_total_bytes=settings.files_max_bytes, max_batches=settings.max_batches),
+        max_file_bytes=settings.max_file_bytes,
+        batches=BatchSettings(concurrency=settings.batch_concurrency, max_requests=settings.batch_max_requests),
     )

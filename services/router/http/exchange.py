@@ -17,10 +17,13 @@ from services.router.generation import Call, OutputStream
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
 _Answer = TypeVar("_Answer")
 
 CUT_EXTENSION = "headrace.cut"
 """Key under `scope["extensions"]` of a function that breaks the connection; our server puts it there."""
+TENANT_EXTENSION = "headrace.tenant"
+"""Key of the tenant that a request of our own is counted to; a client's has none."""
 TIMEOUT_HEADER = "headrace-timeout-ms"
 JSON = b"application/json"
 
@@ -44,7 +47,9 @@ class Exchange:
         """As the client wrote it: a slash in a name is still `%2F`."""
         self.method: str = scope["method"]
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        self.cut: Callable[[], object] | None = scope.get("extensions", {}).get(CUT_EXTENSION)
+        extensions = scope.get("extensions") or {}
+        self.cut: Callable[[], object] | None = extensions.get(CUT_EXTENSION)
+        self.tenant: str | None = extensions.get(TENANT_EXTENSION)
         self.query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         self.path_values: dict[str, str] = {}
         """What stands in the path where its route has a name in braces."""

@@ -8,6 +8,11 @@ from pathlib import Path
 from headrace.errors import ConfigError
 from services.router.generation import Engine
 from services.router.http.anthropic_routes import AnthropicRoutes
+from services.router.http.batches.opening import OpeningStorage
+from services.router.http.batches.routes import BatchesRoutes, FilesRoutes
+from services.router.http.batches.runner import BatchRunner, BatchSettings
+from services.router.http.batches.storage import FileLimits
+from services.router.http.exchange import Application
 from services.router.http.generate_routes import GenerateRoutes
 from services.router.http.ollama_routes import OllamaRoutes
 from services.router.http.responses.entries import HistoryLimits
@@ -25,6 +30,10 @@ class StorageSettings:
 
     history_path: str
     history: HistoryLimits
+    directory: Path
+    files: FileLimits
+    max_file_bytes: int
+    batches: BatchSettings
 
 
 class Protocols:
@@ -36,18 +45,31 @@ class Protocols:
         self._stateless = [*GenerateRoutes(engine).routes(), *AnthropicRoutes(engine).routes(), *OllamaRoutes(engine).routes()]
         self._responses = ResponsesRoutes(engine, self._history, self._history_thread)
         self._conversations = ConversationsRoutes(self._history, self._history_thread)
+        self._storage = OpeningStorage(storage.directory, storage.files)
+        self._runner = BatchRunner(self._storage, storage.batches, lambda: engine.num_online_requests)
+        self._files = FilesRoutes(self._storage, max_file_bytes=storage.max_file_bytes)
+        self._batches = BatchesRoutes(self._storage, self._runner)
 
     def routes(self) -> list[Route]:
         """All paths."""
-        return [*self._stateless, *self._responses.routes(), *self._conversations.routes()]
+        return [
+            *self._stateless,
+            *self._responses.routes(),
+            *self._conversations.routes(),
+            *self._files.routes(),
+            *self._batches.routes(),
+        ]
 
-    async def start(self) -> None:
-        """Take up what a former life left."""
+    async def start(self, app: Application) -> None:
+        """Take up what a former life left; `app` is who is asked the requests of batches."""
         await self._responses.start()
+        self._runner.start(app)
 
     async def stop(self) -> None:
         """Keep what must be kept, and close the files."""
+        await self._runner.stop()
         await self._responses.stop()
+        self._storage.close()
         self._history_thread.close()
         self._history.close()
 

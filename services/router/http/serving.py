@@ -36,7 +36,8 @@ def open_stream_for(
     call: Call, exchange: Exchange, engine: Engine, generation: GenerationRequest, *, user: str | None
 ) -> OutputStream:
     """The same for a call of its own, that is on the exchange's client's behalf."""
-    call.tenant = tenant_of(user, authorization(exchange))
+    call.is_online = exchange.tenant is None
+    call.tenant = tenant_of(user, authorization(exchange)) if exchange.tenant is None else exchange.tenant
     return engine.open_stream(generation, call)
 
 

@@ -74,6 +74,8 @@ class FakeKv:
 class FakeEngine:
     """Implements `Engine`."""
 
+    num_online_requests = 0
+
     def __init__(self, *script: Step) -> None:
         self.script: Sequence[Step] = script or [OutputPiece("Hel", (1,)), OutputPiece("lo", (2,)), OutputPiece("!", (3,), "stop")]
         self.requests: list[GenerationRequest] = []

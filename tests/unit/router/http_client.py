@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 from services.router.http.app import HttpApp
+from services.router.http.batches.runner import BatchSettings
+from services.router.http.batches.storage import FileLimits
 from services.router.http.exchange import HttpLimits
+from services.router.http.protocols import StorageSettings
+from services.router.http.responses.entries import HistoryLimits
 
 LIMITS = HttpLimits(max_body_bytes=100_000, body_timeout_s=5, max_timeout_s=100, send_timeout_s=5)
+
+
+def storage_settings(**changes: Any) -> StorageSettings:
+    """Everything in memory, and small; nothing on a disk unless a test says where."""
+    given: dict[str, Any] = {
+        "history_path": ":memory:",
+        "history": HistoryLimits(max_entries=100, max_bytes=1_000_000, ttl_s=1000),
+        "directory": Path("/nonexistent"),
+        "files": FileLimits(max_files=5, max_total_bytes=100_000, max_batches=3),
+        "max_file_bytes": 50_000,
+        "batches": BatchSettings(concurrency=4, max_requests=20),
+        **changes,
+    }
+    return StorageSettings(**given)
 
 
 class Answer:

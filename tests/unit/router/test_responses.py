@@ -23,12 +23,12 @@ from services.router.generation import (
     ToolChoice,
 )
 from services.router.http.app import HttpApp
-from services.router.http.protocols import Protocols, StorageSettings
+from services.router.http.protocols import Protocols
 from services.router.http.responses import shapes
 from services.router.http.responses.entries import HistoryLimits
 from services.router.http.responses.history import History
 from tests.unit.router.fake_engine import FakeEngine
-from tests.unit.router.http_client import LIMITS, Answer, ask
+from tests.unit.router.http_client import LIMITS, Answer, ask, storage_settings
 
 BOUNDS = HistoryLimits(max_entries=100, max_bytes=1_000_000, ttl_s=1000)
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
@@ -39,7 +39,7 @@ class Service:
 
     def __init__(self, *script: Any, path: str = ":memory:") -> None:
         self.engine = FakeEngine(*script)
-        self.protocols = Protocols(self.engine, StorageSettings(history_path=path, history=BOUNDS))
+        self.protocols = Protocols(self.engine, storage_settings(history_path=path, history=BOUNDS))
         self.app = HttpApp(self.engine, LIMITS, self.protocols.routes())
 
     async def create(self, **fields: Any) -> Answer:
@@ -294,7 +294,7 @@ async def test_responses_survive_a_restart_and_unfinished_ones_have_failed(servi
     before.engine.script = [OutputPiece("done", (1,), "stop")]
     finished = (await before.create()).json
     after = service(path=path)
-    await after.protocols.start()
+    await after.protocols.start(after.app)
     assert (await after.get(f"/v1/responses/{finished['id']}")).json == finished
     failed = (await after.get(f"/v1/responses/{unfinished}")).json
     assert failed["status"] == "failed"

@@ -1,0 +1,264 @@
+"""Files and batches: rows in SQLite, contents in files beside it. Told the time; all calls block, and come from one thread.
+
+A file's content is there before its row, and its row goes before its content, so a row never names what is not there. What no row
+names for a day is swept away.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from headrace.errors import InvalidRequestError, NotFoundError, OverloadedError, RequestFailedError
+
+DATABASE = "batches.sqlite"
+_ABANDONED_S = 86400
+UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, purpose TEXT NOT NULL, num_bytes INTEGER NOT NULL,
+    expires_s REAL, body BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS batches (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL, input_file_id TEXT NOT NULL,
+    tenant TEXT NOT NULL, body BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS batches_by_status ON batches (status);
+"""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FileLimits:
+    """Bounds of what is kept."""
+
+    max_files: int
+    max_total_bytes: int
+    max_batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a list, and whether more follows."""
+
+    rows: list[Row]
+    has_more: bool
+
+
+class Database:
+    """The two tables, and the directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open, and make what is missing.
+
+        Raises:
+            RequestFailedError: The directory cannot be used; it names the setting.
+        """
+        self.directory = directory
+        self.contents = directory / "files"
+        try:
+            self.contents.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.connection = sqlite3.connect(directory / DATABASE, isolation_level=None, check_same_thread=False, timeout=10)
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise RequestFailedError(f"router.data_directory {directory} cannot be used ({error})") from error
+
+    def page(self, table: str, where: str, values: Sequence[object], *, after: str | None, limit: int, is_ascending: bool) -> Page:
+        """Rows of a table in the order in which they came, or against it."""
+        condition, arguments = f"({where})", list(values)
+        if after is not None:
+            row = self.connection.execute(f"SELECT seq FROM {table} WHERE id = ?", (after,)).fetchone()
+            if row is None:
+                raise InvalidRequestError(f"after must be the id of an entry of the list; got {after[:100]!r}", param="after")
+            condition += f" AND seq {'>' if is_ascending else '<'} ?"
+            arguments.append(row[0])
+        order = "ASC" if is_ascending else "DESC"
+        query = f"SELECT body FROM {table} WHERE {condition} ORDER BY seq {order} LIMIT ?"
+        found = [orjson.loads(body) for (body,) in self.connection.execute(query, (*arguments, limit + 1))]
+        return Page(found[:limit], len(found) > limit)
+
+
+class Files:
+    """Uploaded files, and those that batches made."""
+
+    def __init__(self, database: Database, limits: FileLimits) -> None:
+        self._database = database
+        self._db = database.connection
+        self._limits = limits
+
+    def path(self, file_id: str) -> Path:
+        """Where a file's content is."""
+        return self._database.contents / file_id
+
+    def begin(self, file_id: str) -> BinaryIO:
+        """A file to write a new content into; `add` makes it known, `discard` drops it."""
+        return self.path(file_id).open("xb")
+
+    def discard(self, file_id: str) -> None:
+        """Drop a content that no row names."""
+        self.path(file_id).unlink(missing_ok=True)
+
+    def check_room(self, now_s: float, num_bytes: int = 0) -> None:
+        """Refuse a file that does not fit; what has expired goes first.
+
+        Raises:
+            OverloadedError: There are too many, or they are too large together.
+        """
+        self.sweep(now_s)
+        self.sweep_contents(now_s)
+        count, held = self._db.execute("SELECT count(*), coalesce(sum(num_bytes), 0) FROM files").fetchone()
+        if count >= self._limits.max_files:
+            raise OverloadedError(f"{count} files are kept, the limit router.max_files; delete some", retry_after_s=60)
+        if held + num_bytes > self._limits.max_total_bytes:
+            limit = self._limits.max_total_bytes
+            raise OverloadedError(
+                f"files of {held} bytes are kept, {num_bytes} more are over the limit router.files_max_bytes, {limit}; delete some",
+                retry_after_s=60,
+            )
+
+    def add(self, body: Row) -> None:
+        """Make a content that is there known."""
+        with self.path(body["id"]).open("rb") as content:
+            os.fsync(content.fileno())
+        row = (body["id"], body["purpose"], body["bytes"], body["expires_at"], orjson.dumps(body))
+        self._db.execute("INSERT INTO files (id, purpose, num_bytes, expires_s, body) VALUES (?, ?, ?, ?, ?)", row)
+
+    def replace(self, body: Row) -> None:
+        """The same for a content that may be known already."""
+        self._db.execute("DELETE FROM files WHERE id = ?", (body["id"],))
+        self.add(body)
+
+    def get(self, file_id: str, now_s: float) -> Row:
+        """A file's object.
+
+        Raises:
+            NotFoundError: There is none of that id, or it has expired.
+        """
+        query = "SELECT body FROM files WHERE id = ? AND (expires_s IS NULL OR expires_s > ?)"
+        row = self._db.execute(query, (file_id, now_s)).fetchone()
+        if row is None:
+            raise NotFoundError(f"there is no file {file_id[:100]!r}; it may have expired", param="file_id")
+        found: Row = orjson.loads(row[0])
+        return found
+
+    def read(self, file_id: str, offset: int, num_bytes: int) -> bytes:
+        """A part of a file's content."""
+        try:
+            with self.path(file_id).open("rb") as content:
+                content.seek(offset)
+                return content.read(num_bytes)
+        except FileNotFoundError:
+            raise NotFoundError(f"the file {file_id[:100]!r} was deleted", param="file_id") from None
+
+    def page(self, now_s: float, *, purpose: str | None, after: str | None, limit: int, is_ascending: bool) -> Page:
+        """A part of the list of files."""
+        where = "(expires_s IS NULL OR expires_s > ?)"
+        arguments: list[object] = [now_s]
+        if purpose is not None:
+            where += " AND purpose = ?"
+            arguments.append(purpose)
+        return self._database.page("files", where, arguments, after=after, limit=limit, is_ascending=is_ascending)
+
+    def delete(self, file_id: str, now_s: float) -> None:
+        """Forget a file.
+
+        Raises:
+            InvalidRequestError: A batch that is not finished needs it.
+        """
+        self.get(file_id, now_s)
+        marks = ", ".join("?" * len(UNFINISHED))
+        query = f"SELECT id FROM batches WHERE input_file_id = ? AND status IN ({marks})"
+        row = self._db.execute(query, (file_id, *UNFINISHED)).fetchone()
+        if row is not None:
+            raise InvalidRequestError(
+                f"the file {file_id} is the input of {row[0]}, which is not finished: cancel that first", param="file_id"
+            )
+        self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        self.discard(file_id)
+
+    def sweep(self, now_s: float) -> None:
+        """Forget what has expired."""
+        for (file_id,) in self._db.execute("SELECT id FROM files WHERE expires_s <= ?", (now_s,)).fetchall():
+            self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+            self.discard(file_id)
+
+    def sweep_contents(self, now_s: float) -> None:
+        """Drop contents that no row names and nobody has written to for a day: uploads that a death broke off."""
+        known = {file_id for (file_id,) in self._db.execute("SELECT id FROM files")}
+        for path in self._database.contents.iterdir():
+            if path.name not in known and path.stat().st_mtime < now_s - _ABANDONED_S:
+                path.unlink(missing_ok=True)
+
+
+class Batches:
+    """Batches by their ids."""
+
+    def __init__(self, database: Database, limits: FileLimits) -> None:
+        self._database = database
+        self._db = database.connection
+        self._limits = limits
+
+    def add(self, body: Row, tenant: str) -> None:
+        """Keep a new batch; a finished one goes where there are too many.
+
+        Raises:
+            OverloadedError: Too many are not finished.
+        """
+        marks = ", ".join("?" * len(UNFINISHED))
+        (count,) = self._db.execute(f"SELECT count(*) FROM batches WHERE status IN ({marks})", UNFINISHED).fetchone()
+        if count >= self._limits.max_batches:
+            raise OverloadedError(f"{count} batches are not finished, the limit router.max_batches; retry later", retry_after_s=60)
+        row = (body["id"], body["status"], body["input_file_id"], tenant, orjson.dumps(body))
+        self._db.execute("INSERT INTO batches (id, status, input_file_id, tenant, body) VALUES (?, ?, ?, ?, ?)", row)
+        query = f"DELETE FROM batches WHERE status NOT IN ({marks}) AND seq <= (SELECT max(seq) FROM batches) - ?"
+        self._db.execute(query, (*UNFINISHED, self._limits.max_files))
+
+    def get(self, batch_id: str) -> Row:
+        """A batch's object.
+
+        Raises:
+            NotFoundError: There is none of that id.
+        """
+        row = self._db.execute("SELECT body FROM batches WHERE id = ?", (batch_id,)).fetchone()
+        if row is None:
+            raise NotFoundError(f"there is no batch {batch_id[:100]!r}", param="batch_id")
+        found: Row = orjson.loads(row[0])
+        return found
+
+    def update(self, body: Row) -> None:
+        """Keep a batch as it stands now. One that is being cancelled stays so until it is finished."""
+        query = "UPDATE batches SET status = ?, body = ? WHERE id = ?"
+        if body["status"] in ("validating", "in_progress", "finalizing"):
+            query += " AND status != 'cancelling'"
+        self._db.execute(query, (body["status"], orjson.dumps(body), body["id"]))
+
+    def page(self, *, after: str | None, limit: int) -> Page:
+        """A part of the list of batches, the newest first."""
+        return self._database.page("batches", "1", (), after=after, limit=limit, is_ascending=False)
+
+    def next_unfinished(self) -> tuple[Row, str] | None:
+        """The oldest batch that is not finished, with its tenant."""
+        marks = ", ".join("?" * len(UNFINISHED))
+        query = f"SELECT body, tenant FROM batches WHERE status IN ({marks}) ORDER BY seq LIMIT 1"
+        row = self._db.execute(query, UNFINISHED).fetchone()
+        return None if row is None else (orjson.loads(row[0]), row[1])
+
+
+class Storage:
+    """Both, over one directory."""
+
+    def __init__(self, directory: Path, limits: FileLimits) -> None:
+        self.database = Database(directory)
+        self.files = Files(self.database, limits)
+        self.batches = Batches(self.database, limits)
+
+    def close(self) -> None:
+        """Close the database."""
+        self.database.connection.close()
