@@ -20,7 +20,7 @@ from services.detokenizer.pending_tokens import PendingTokens, TokenEntry
 from services.detokenizer.stop_strings import StopMatcher
 from services.detokenizer.stream import NOT_FINISHED, Outcome, Stream
 from services.detokenizer.stream_reader import SentCounts, StreamReader
-from services.detokenizer.token_table import TokenTable
+from services.detokenizer.token_table import TableChoice, TokenTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +139,7 @@ class StreamTable:
         self._table = table
         self.pieces: Sequence[bytes] = table.pieces
         """Bytes of each token id, special tokens included."""
-        # Tables without special tokens, by the markers that stay because a parser reads them.
-        self._tables_without_special = {frozenset[str](): table.without_special()}
+        self._tables = TableChoice(table)
         self._limits = limits
         self._streams: dict[int, Stream] = {}
         self._over: OrderedDict[int, _Over] = OrderedDict()
@@ -181,14 +180,15 @@ class StreamTable:
             raise ProtocolError(
                 f"open_stream: num_output_tokens is {start.num_output_tokens} but the history has {len(start.history)} tokens"
             )
-        reader = None
+        reader, markers = None, frozenset[str]()
         if start.reading is not None:
             start.reading.check()
+            markers = start.reading.markers
             reader = StreamReader(start.reading, start.sent)
         self._forget(start.stream_id)
         self._over.pop(start.stream_id, None)
         matcher = StopMatcher(start.stops, include_stop=start.include_stop) if any(start.stops) else None
-        decoder = IncrementalDecoder(self._table_for(start))
+        decoder = IncrementalDecoder(self._tables.of(skip_special_tokens=start.skip_special_tokens, keep=markers))
         stream = self._streams[start.stream_id] = Stream(start.stream_id, owner, decoder, matcher, reader)
         if former is not None and former.owner == owner:
             # Begun again because of a gap: tokens already on their way show the same gap once more, which is no news.
@@ -199,15 +199,6 @@ class StreamTable:
         for entry in self._pending.pop(start.stream_id):
             self._take(start.stream_id, entry, effects, now_ns=now_ns)
         return effects
-
-    def _table_for(self, start: StreamStart) -> TokenTable:
-        if not start.skip_special_tokens:
-            return self._table
-        markers = frozenset[str]() if start.reading is None else start.reading.markers
-        table = self._tables_without_special.get(markers)
-        if table is None:
-            table = self._tables_without_special[markers] = self._table.without_special(keep=markers)
-        return table
 
     def refuse(self, stream_id: int, *, owner: int) -> None:
         """End a stream that was not opened with an error, which waits in the outbox."""

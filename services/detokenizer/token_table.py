@@ -84,6 +84,23 @@ class TokenTable:
         return TokenTable(pieces, [_whole_text(piece) for piece in pieces], special_ids, start_rule, first_pieces)
 
 
+class TableChoice:
+    """One tokenizer's table as it is and without special tokens, made once for each set of those that stay."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self._whole = table
+        self._without_special = {frozenset[str](): table.without_special()}
+
+    def of(self, *, skip_special_tokens: bool, keep: frozenset[str]) -> TokenTable:
+        """The table for a stream; `keep` are special tokens that a parser reads."""
+        if not skip_special_tokens:
+            return self._whole
+        table = self._without_special.get(keep)
+        if table is None:
+            table = self._without_special[keep] = self._whole.without_special(keep)
+        return table
+
+
 def _whole_text(piece: bytes) -> str | None:
     try:
         return piece.decode()

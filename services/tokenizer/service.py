@@ -291,23 +291,10 @@ class TokenizerService:
                 renderer.start()
             self._engines.put(_Engine(encoder, renderer))
         self._constraints = make_desk(self._settings, directory, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
-        self._formats = self._output_formats(tokenizer_config.chat_template, encoder)
+        self._formats = _output_formats(tokenizer_config.chat_template, encoder, self._settings)
         defaults = sampling_defaults(load_generation_defaults(directory))
         self._description = describe(directory, config, max_model_len=max_model_len, defaults=defaults)
         self._model = ModelInfo(name=name, max_model_len=max_model_len, loaded_unix_s=int(time.time()))
-
-    def _output_formats(self, template: str | None, encoder: Encoder) -> OutputFormats:
-        settings = self._settings
-        formats = OutputFormats(
-            tool_format=tool_format_of(template, settings.tool_parser),
-            reasoning_format=reasoning_format_of(template, settings.reasoning_parser),
-        )
-        form = REASONING_FORMATS.get(formats.reasoning_format)
-        if form is not None and form.budget_end:
-            end = encoder.encode(form.budget_end, add_special_tokens=False, field="text")
-            formats.reasoning_end_token_ids.extend(end.tolist())
-        log.info("formats.chosen", tool_format=formats.tool_format, reasoning_format=formats.reasoning_format)
-        return formats
 
     def _admit(self, job: _Job) -> None:
         if self._is_draining:
@@ -465,6 +452,20 @@ def _check_deadline(job: _Job) -> None:
         raise DeadlineExceededError(
             f"tokenizer: the request's deadline passed before it was encoded ({waited_ms:.0f} ms in the queue)"
         )
+
+
+def _output_formats(template: str | None, encoder: Encoder, settings: Settings) -> OutputFormats:
+    """How the model writes tool calls and reasoning."""
+    formats = OutputFormats(
+        tool_format=tool_format_of(template, settings.tool_parser),
+        reasoning_format=reasoning_format_of(template, settings.reasoning_parser),
+    )
+    form = REASONING_FORMATS.get(formats.reasoning_format)
+    if form is not None and form.budget_end:
+        end = encoder.encode(form.budget_end, add_special_tokens=False, field="text")
+        formats.reasoning_end_token_ids.extend(end.tolist())
+    log.info("formats.chosen", tool_format=formats.tool_format, reasoning_format=formats.reasoning_format)
+    return formats
 
 
 def _error_detail(error: HeadraceError) -> ErrorDetail:
