@@ -48,6 +48,7 @@ from services.router.observation import Observation
 from services.router.open_request import Kind, OpenRequest, Patience, begin_beside
 from services.router.output_buffer import OutputBuffer
 from services.router.tenants import cache_namespace
+from services.router.tools import with_checked_tools
 
 log = logs.get_logger()
 
@@ -321,7 +322,7 @@ class Gateway:
     def open_stream(self, request: GenerationRequest, call: Call) -> ClientStream:
         """Start a generation."""
         request = replace(
-            request,
+            with_checked_tools(request),
             model=self.backplane.directory.resolve_model(request.model),
             tenant=call.tenant,
             cache_namespace=cache_namespace(request.cache_salt, call.tenant if self._settings.isolate_tenants else None),

@@ -149,7 +149,7 @@ def open_stream(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
         num_output_tokens=outputs.size,
         num_sent_chars=request.read.num_chars,
     )
-    reading = _reading(request.generation, encoded.formats)
+    reading = _reading(request.generation, encoded.formats, has_budget=not request.read.is_reasoning_closed)
     if reading is not None:
         body.reading.CopyFrom(reading)
         body.sent.CopyFrom(
@@ -166,7 +166,7 @@ REQUIRED_CALLS_FORMAT = "json"
 """How calls are written where a grammar makes the model write them: a JSON array of calls and nothing else."""
 
 
-def _reading(generation: GenerationRequest, formats: OutputFormats) -> detokenizer.OutputReading | None:
+def _reading(generation: GenerationRequest, formats: OutputFormats, *, has_budget: bool) -> detokenizer.OutputReading | None:
     """How a detokenizer is to read the output; None where it is only text."""
     prompt = generation.prompt
     if not isinstance(prompt, ConversationPrompt):
@@ -189,7 +189,7 @@ def _reading(generation: GenerationRequest, formats: OutputFormats) -> detokeniz
         tools=tools_json(prompt.tools) if wire.tool_format else "",
         keeps_reasoning_in_text=not options.is_separate,
         holds_reasoning=not options.is_streamed,
-        reasoning_budget=options.budget_tokens,
+        reasoning_budget=options.budget_tokens if has_budget and formats.reasoning_end_token_ids else None,
     )
 
 
@@ -380,6 +380,7 @@ def outputs(deltas: router.OutputDeltas) -> Iterator[tuple[int, Output]]:
         output = Output(positions[index], ids, texts[index], finish[index], cached[index])
         if readings is not None:
             output.reasoning, output.num_reasoning_tokens, output.tool_calls = readings[index]
+            output.is_budget_spent = bool(deltas.is_budget_spent) and deltas.is_budget_spent[index]
         if index in told:
             output.logprobs = logprobs.beside(ids, told[index])
         if index in prompts:
@@ -404,7 +405,11 @@ def _readings(deltas: router.OutputDeltas, num: int) -> list[_Reading] | None:
         for index, arguments, id_, name in zip(calls.indexes, calls.arguments, calls.ids, calls.names, strict=False)
     ]
     lengths = {len(calls.indexes), len(calls.names), len(calls.arguments), len(calls.ids), sum(counts)}
-    if not num == len(reasonings) == len(num_tokens) == len(counts) or lengths != {len(parts)}:
+    if (
+        not num == len(reasonings) == len(num_tokens) == len(counts)
+        or lengths != {len(parts)}
+        or len(deltas.is_budget_spent) not in (0, num)
+    ):
         raise ProtocolError(f"OutputDeltas of {num} streams with reasoning or tool calls of other lengths")
     found, start = [], 0
     for index, count in enumerate(counts):

@@ -55,6 +55,7 @@ from services.router.generation import (
 )
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, Placement, Places
 from services.router.prefix_directory import CachePrompt
+from services.router.tools import with_ids
 
 REOPEN_INTERVAL_NS = 200_000_000
 _FINISH_NAMES: dict[int, str] = {common.FINISH_REASON_STOP: "stop", common.FINISH_REASON_LENGTH: "length"}
@@ -113,6 +114,8 @@ class Output:
     tool_calls: tuple[ToolCallDelta, ...] = ()
     num_reasoning_tokens: int = 0
     """Of all output so far."""
+    is_budget_spent: bool = False
+    """Whether it stopped because of the reasoning budget."""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
@@ -126,6 +129,8 @@ class ReadOutput:
     num_tool_calls: int = 0
     num_argument_chars: int = 0
     num_reasoning_tokens: int = 0
+    is_reasoning_closed: bool = False
+    """Whether a reasoning block was closed from here, its budget being spent."""
 
     def add(self, output: Output) -> None:
         """Count what has come."""
@@ -311,11 +316,16 @@ class OpenRequest:
         self.stage = Stage.STREAMING
         self._heard_ns = now_ns
         self.output_tokens.extend(output.token_ids)
+        if output.tool_calls:
+            assert self.encoded is not None
+            output.tool_calls = with_ids(output.tool_calls, self.request_id, self.encoded.formats.tool_format)
         self.read.add(output)
         if output.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
         if not reason:
             return [Deliver(self, _piece(output, None))]
+        if output.is_budget_spent and reason == common.FINISH_REASON_STOP:
+            return _close_reasoning(self, output, now_ns)
         if reason not in _FINISH_NAMES:
             return self.end(RequestAbortedError("the request was aborted by an operator"))
         name = _FINISH_NAMES[reason]
@@ -381,6 +391,31 @@ class OpenRequest:
                 actions.append(SendCloseStream(self.stream_id, self._held[DETOKENIZER]))
         self.places.drop_all()
         return [*actions, End(self, error)]
+
+
+def _close_reasoning(request: OpenRequest, output: Output, now_ns: int) -> list[Action]:
+    """The reasoning budget is spent, and the detokenizer has stopped the sequence: have it go on behind the end of the block.
+
+    What is on its way of the old stream counts nowhere: the stream goes on under another number.
+    """
+    assert request.encoded is not None
+    end = request.encoded.formats.reasoning_end_token_ids
+    num_tokens, most = len(request.output_tokens) + len(end), request.generation.stopping.max_tokens
+    room = request.encoded.max_model_len - int(request.encoded.token_ids.size)
+    if num_tokens >= min(room if most is None else most, room):
+        return [Deliver(request, _piece(output, "length")), *request.end(None)]
+    request.output_tokens.extend(end)
+    request.read.is_reasoning_closed = True
+    request.stream_id = (request.stream_id + 1) % (1 << 64)
+    output.token_ids += end
+    actions: list[Action] = [Deliver(request, _piece(output, None))]
+    held = request.places.held
+    if DETOKENIZER in held:
+        actions.append(SendOpenStream(request, held[DETOKENIZER]))
+    if SCHEDULER in held:
+        # It takes this in place of what it may still hold of the request.
+        actions.append(SendSubmit(request, held[SCHEDULER]))
+    return [*actions, *request.advance(now_ns)]
 
 
 def _piece(output: Output, finish_reason: str | None) -> OutputPiece:

@@ -57,6 +57,9 @@ class Streams:
         if request is None:
             return []
         actions = request.on_output(peer, output, now_ns)
+        if request.stream_id != stream_id:
+            del self._by_stream[stream_id]
+            self._by_stream[request.stream_id] = request
         # In the common case, one Deliver, no timer has come nearer and nothing waits.
         return actions if len(actions) == 1 and not request.is_finished else self._after(request, actions)
 
