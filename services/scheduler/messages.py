@@ -31,6 +31,7 @@ POOL_NAME = "full"
 _TOKEN_BYTES = 4
 _ROW_ERRORS = {
     scheduler.ROW_ERROR_NON_FINITE_LOGITS: "its logits held NaN or infinity",
+    scheduler.ROW_ERROR_CONSTRAINT: "its constraint cannot be followed further: it became too complex, or allows nothing",
 }
 
 
@@ -217,6 +218,7 @@ def step_result(body: scheduler.StepResult) -> StepResult:
         slots=list(body.slots),
         token_ids=list(body.token_ids),
         num_tokens=list(body.num_tokens),
+        ended_slots=list(body.ended_slots),
         duration_ns=max(0, body.finished_unix_ns - body.started_unix_ns),
         logprobs=logprob_messages.logs_by_row(body.logprobs) if body.HasField("logprobs") else {},
         prompt_logprobs=logprob_messages.logs_by_row(body.prompt_logprobs) if body.HasField("prompt_logprobs") else {},

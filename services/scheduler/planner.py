@@ -70,6 +70,9 @@ def _can_run_ahead(lane: Lane) -> bool:
     """Whether a step can be planned, and truly, before the results under way are back."""
     if len(lane.in_flight) >= lane.max_in_flight:
         return False
+    # The first token of a constrained sequence may be withheld: whether it is also its last is known with the result.
+    if any(sequence.constraint is not None and not sequence.is_sound for sequence in lane.clock.limits_under_way()):
+        return False
     lane.retire()
     return bool(lane.decoding or lane.prefilling) and lane.clock.num_page_due() <= lane.kv.num_usable
 

@@ -112,6 +112,7 @@ class StepResult:
         failed_slots: Slots whose row failed.
         failed_reasons: Why, one each, in words.
         unknown_slots: Slots of rows that the worker does not hold: it has forgotten them, or refused them when they entered.
+        ended_slots: Slots whose sequence ends with the tokens given.
         duration_ns: Time at the worker, zero where it is not known.
         logprobs: Of sampled tokens, by slot; only of those who asked.
         prompt_logprobs: Of prompt tokens, by slot: those after the tokens that were computed.
@@ -124,6 +125,7 @@ class StepResult:
     failed_slots: list[int] = field(default_factory=list)
     failed_reasons: list[str] = field(default_factory=list)
     unknown_slots: list[int] = field(default_factory=list)
+    ended_slots: list[int] = field(default_factory=list)
     duration_ns: int = 0
     logprobs: dict[int, TokenLogs] = field(default_factory=dict)
     prompt_logprobs: dict[int, TokenLogs] = field(default_factory=dict)

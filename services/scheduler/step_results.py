@@ -61,6 +61,8 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
     for sequence, _slot, admission, num_scheduled in step.extended:
         if sequence.lane is lane and sequence.admission == admission:
             sequence.num_computed = num_scheduled
+    if 0 in gave.counts:
+        gave = _without_withheld(lane, gave)
     if lane.fanout.num_telling:
         gave = take_logprobs(step, result, gave, outcome.failed)
     _publish(lane, step, gave)
@@ -73,11 +75,26 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
         if lane.fanout.num_telling:
             for batch in outcome.batches:
                 batch.has_logprobs = any(sequence.tells for sequence in batch.sequences)
+        if result.ended_slots:
+            _end(lane, result.ended_slots, gave, outcome)
     _find_limits(lane, step, gave.rows, outcome)
     if outcome.finished:
         for batch in outcome.batches:
             batch.mark_finished()
     return outcome
+
+
+def _without_withheld(lane: Lane, gave: RowTokens) -> RowTokens:
+    """Leave out the rows that gave no token, their grammars not being there yet: each computes its last known token again."""
+    kept = RowTokens([], [])
+    for sequence, tokens in gave:
+        if tokens:
+            kept.rows.append(sequence)
+            kept.token_ids += tokens
+            kept.counts.append(len(tokens))
+        else:
+            lane.clock.advance(sequence, -1)
+    return kept
 
 
 def _publish(lane: Lane, step: StepInFlight, gave: RowTokens) -> None:
@@ -107,7 +124,8 @@ def _is_complete(lane: Lane, step: StepInFlight, result: StepResult) -> bool:
 
 def _may_give(sequence: Sequence, num_tokens: int) -> bool:
     """Whether a step can have given a sequence so many tokens."""
-    return 1 <= num_tokens <= 1 + sequence.max_num_drafts and sequence.num_tokens + num_tokens <= sequence.max_num_tokens
+    least = 0 if sequence.constraint is not None else 1
+    return least <= num_tokens <= 1 + sequence.max_num_drafts and sequence.num_tokens + num_tokens <= sequence.max_num_tokens
 
 
 def _append(lane: Lane, gave: RowTokens, outcome: StepOutcome) -> None:
@@ -146,6 +164,16 @@ def _stop(sequence: Sequence, outcome: StepOutcome) -> None:
     sequence.finish_reason = FinishReason.STOP
     sequence.num_stop_tokens = 1
     outcome.finished.append(sequence)
+
+
+def _end(lane: Lane, slots: list[int], gave: RowTokens, outcome: StepOutcome) -> None:
+    """Sequences whose constraint is fulfilled, and lets nothing follow, end with the tokens that they got."""
+    ended = set(slots)
+    for sequence, tokens in gave:
+        if sequence.slot in ended and tokens and not sequence.finish_reason:
+            sequence.finish_reason = FinishReason.STOP
+            sequence.num_stop_tokens = int(tokens[-1] in sequence.stopping.stop_token_ids)
+            outcome.finished.append(sequence)
 
 
 def _find_limits(lane: Lane, step: StepInFlight, rows: list[Sequence], outcome: StepOutcome) -> None:
@@ -243,6 +271,6 @@ def _why_not_right(sequence: Sequence, tokens: list[int] | None, vocab_size: int
             f"{len(tokens)} tokens came back; with {sequence.max_num_drafts} drafts at most, and {sequence.num_tokens} tokens "
             f"of {sequence.max_num_tokens}, it cannot be so many"
         )
-    if max(tokens) >= vocab_size:
+    if max(tokens, default=0) >= vocab_size:
         return f"token {max(tokens)} came back and the vocabulary has {vocab_size}"
     return None

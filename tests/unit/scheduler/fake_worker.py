@@ -34,6 +34,8 @@ class HeldSequence:
         self.first_own_page = sequence.num_reused_tokens // page_size
         self.max_num_tokens = sequence.max_num_tokens
         self.max_num_drafts = sequence.max_num_drafts
+        # A constrained sequence gives no token in so many rows; an output of so many tokens fulfils its constraint.
+        self.num_withheld, self.num_at_end = getattr(sequence, "constraint", None) or (0, 0)
 
 
 class FakeWorker:
@@ -69,7 +71,7 @@ class FakeWorker:
         assert sum(counts) == plan.num_tokens <= self.capacity.max_num_batched_tokens, "the token budget was exceeded"
         if not rows:
             return None
-        slots, token_ids, num_tokens = [], [], []
+        slots, token_ids, num_tokens, ended = [], [], [], []
         num_free = self.capacity.max_num_batched_tokens - plan.num_tokens
         for slot, num_new_tokens in zip(rows, counts, strict=True):
             room = self._room(slot) if num_new_tokens == 1 else 0
@@ -78,11 +80,22 @@ class FakeWorker:
                 num_drafts = min(num_free, room)
                 num_free -= num_drafts
                 given += self._verify(slot, num_drafts)
+            held = self.held[slot]
+            if given and held.num_withheld:
+                held.num_withheld -= 1
+                held.tokens.pop()
+                held.num_computed -= 1
+                given = []
+                slots.append(slot)
+                num_tokens.append(0)
             if given:
                 slots.append(slot)
                 token_ids += given
                 num_tokens.append(len(given))
-        return StepResult(plan.step_id, slots, token_ids, num_tokens if len(token_ids) > len(slots) else [])
+                if held.num_at_end and len(held.tokens) >= held.num_at_end:
+                    ended.append(slot)
+        is_one_each = all(count == 1 for count in num_tokens)
+        return StepResult(plan.step_id, slots, token_ids, [] if is_one_each else num_tokens, ended_slots=ended)
 
     def check_agrees_with(self, lane: Lane) -> None:
         """The worker holds all that the lane knows; it is ahead by the tokens whose results are not back."""
