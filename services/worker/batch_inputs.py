@@ -222,13 +222,21 @@ class BatchInputs:
             unknown_slots=rows.unknown_slots,
         )
 
-    def commit(self, step: StepInputs, token_ids: Int64Array, is_finite: npt.NDArray[np.bool_]) -> StepTokens:
+    def commit(
+        self,
+        step: StepInputs,
+        token_ids: Int64Array,
+        is_finite: npt.NDArray[np.bool_],
+        is_withheld: npt.NDArray[np.bool_] | None = None,
+    ) -> StepTokens:
         """Take the step's result in: what was computed, and the sampled tokens; a row that is not finite has failed for good.
 
         Args:
             step: What was computed.
             token_ids: A token for each of `step.sampled`.
             is_finite: Whether its logits were finite.
+            is_withheld: Whether it is not to be given, so that its row gives none and computes its last known token again; only of
+                rows without drafts. None where all are given.
 
         Returns:
             The tokens that each row gives.
@@ -236,11 +244,14 @@ class BatchInputs:
         self._num_computed[step.row_slots] = step.row_starts + step.row_counts
         slots, positions, num_drafts = step.sampled.slots, step.sampled.positions, step.num_drafts
         counts = None
-        if num_drafts is not None:
-            firsts = np.cumsum(num_drafts + 1) - num_drafts - 1
+        if num_drafts is not None or is_withheld is not None:
+            num_rows_drafts = num_drafts if num_drafts is not None else np.zeros(len(slots), dtype=np.int64)
+            firsts = np.cumsum(num_rows_drafts + 1) - num_rows_drafts - 1
             counts = _num_agreed(step, token_ids, firsts) + 1
+            if is_withheld is not None:
+                counts[is_withheld[firsts]] = 0
             is_finite = np.logical_and.reduceat(is_finite, firsts)
-            is_kept = np.arange(len(slots)) < np.repeat(firsts + counts, num_drafts + 1)
+            is_kept = np.arange(len(slots)) < np.repeat(firsts + counts, num_rows_drafts + 1)
             slots, positions, token_ids = slots[is_kept], positions[is_kept], token_ids[is_kept]
         self.tokens[slots, positions] = token_ids
         row_slots = slots if counts is None else step.sampled.slots[firsts]

@@ -39,6 +39,9 @@ class Settings(Section):
     page_size: int = Field(32, ge=1, le=256, description="Tokens a KV page; the unit of allocation and of prefix sharing.")
     kv_cache_bytes: int = Field(256 * 1024 * 1024, ge=1, description="Memory for KV pages.")
     kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens that the KV pages hold; leads over kv_cache_bytes.")
+    grammar_cache_bytes: int = Field(
+        256 * 1024 * 1024, ge=1, description="Most memory for compiled grammars of constrained outputs; those in use come on top."
+    )
     speculative: Literal["off", "ngram", "auto"] = Field(
         "auto",
         description="Guess tokens ahead and verify several in one pass; outputs stay the same. ngram: continue what followed the "

@@ -17,6 +17,7 @@ from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
 from services.worker.batch_inputs import BatchInputs, Limits, PlannedRows, StepInputs, page_copies
+from services.worker.constraints.output_constraints import OutputConstraints
 from services.worker.drafting.drafter import Drafts
 from services.worker.drafting.speculation import Speculation
 from services.worker.entering import entering
@@ -37,10 +38,12 @@ class ModelRunner:
 
     Attributes:
         speculation: Where drafts come from; None for no drafts. Set before the first step.
+        constraints: Sees to it that outputs are what they must be; None where nothing is constrained. Set before the first step.
     """
 
     def __init__(self, network: Network, limits: Limits) -> None:
         self.speculation: Speculation | None = None
+        self.constraints: OutputConstraints | None = None
         self._network = network
         self._inputs = BatchInputs(limits)
         self._adjuster = LogitAdjuster(limits.max_num_seqs, limits.vocab_size)
@@ -83,20 +86,30 @@ class ModelRunner:
             self._network.copy_pages(torch.from_numpy(sources), torch.from_numpy(targets))
         if len(step.token_ids) == 0:
             return step_result(plan, StepTokens(), step.unknown_slots)
+        constraints = self.constraints
         spans = self._logprobs.prompt_spans(step, self._inputs.tokens)
         with torch.inference_mode():
             logits, best = self._forward(step, spans)
             num_sampled = len(step.sampled.slots)
             kept = self._logprobs.keep(logits, step.sampled)
-            sampled, is_finite = sample(logits[:num_sampled], step.sampled, best, (self._adjuster,))
+            # Not before the network has run: a grammar may have been compiled meanwhile.
+            is_withheld = constraints.withheld(step.sampled.slots) if constraints is not None else None
+            adjustments = (self._adjuster,) if constraints is None else (self._adjuster, constraints)
+            sampled, is_finite = sample(logits[:num_sampled], step.sampled, best, adjustments)
+            if constraints is not None and constraints.num_held:
+                is_finite &= ~constraints.has_failed(step.sampled.slots)
             told = self._logprobs.of_sampled(kept, step.sampled, sampled, is_finite)
             told_of_prompts = self._logprobs.of_prompts(logits[num_sampled:], spans)
-        self._adjuster.commit(step.sampled.slots, sampled)
-        tokens = self._inputs.commit(step, sampled, is_finite)
+        is_given = ~is_withheld if is_withheld is not None else slice(None)
+        self._adjuster.commit(step.sampled.slots[is_given], sampled[is_given])
+        tokens = self._inputs.commit(step, sampled, is_finite, is_withheld)
         self._clear_pages(tokens.failed_slots)
         if self.speculation is not None:
             self.speculation.finish(tokens, num_tokens=len(step.token_ids))
-        result = step_result(plan, tokens, step.unknown_slots)
+        broken = constraints.failed_slots if constraints is not None else frozenset()
+        result = step_result(plan, tokens, step.unknown_slots, broken)
+        if constraints is not None and constraints.num_held:
+            result.ended_slots.extend(constraints.commit(tokens))
         if told is not None:
             result.logprobs.CopyFrom(told)
         if told_of_prompts is not None:
@@ -108,6 +121,8 @@ class ModelRunner:
         self._inputs.reset()
         self._adjuster.reset()
         self._logprobs.reset()
+        if self.constraints is not None:
+            self.constraints.reset()
         if self.speculation is not None:
             self.speculation.reset()
 
@@ -137,10 +152,14 @@ class ModelRunner:
         """Some sequences leave with a plan, some enter."""
         if plan.freed_slots:
             self._adjuster.leave(plan.freed_slots)
+            if self.constraints is not None:
+                self.constraints.leave(plan.freed_slots)
         for sequence, tokens, _ in entering(plan, token_ids):
             if self._inputs.holds(sequence.slot):
                 self._adjuster.enter(sequence, tokens)
                 self._logprobs.enter(sequence)
+                if self.constraints is not None:
+                    self.constraints.enter(sequence, tokens)
 
     def _forward(self, step: StepInputs, spans: list[PromptSpan]) -> tuple[torch.Tensor, Best | None]:
         """Logits of the tokens to sample, then of the prompt tokens whose logprobs are wanted; and the best of the former."""

@@ -52,14 +52,25 @@ class Runner(Protocol):
         ...
 
 
-def step_result(plan: StepPlan, tokens: StepTokens, unknown_slots: Sequence[int]) -> StepResult:
-    """Put the outcome of a step into its message: the tokens of each row, and the rows that failed."""
+def step_result(
+    plan: StepPlan, tokens: StepTokens, unknown_slots: Sequence[int], unfollowed_slots: frozenset[int] = frozenset()
+) -> StepResult:
+    """Put the outcome of a step into its message: the tokens of each row, and the rows that failed.
+
+    Args:
+        plan: The plan answered.
+        tokens: What its rows gave.
+        unknown_slots: Slots of rows for which nothing is held.
+        unfollowed_slots: Where a row failed here, it did so because its constraint cannot be followed further.
+    """
     result = StepResult(step_id=plan.step_id, slots=tokens.slots, token_ids=tokens.token_ids, num_drafts=tokens.num_drafts)
-    if len(tokens.token_ids) > len(tokens.slots):
+    if any(count != 1 for count in tokens.counts):
         result.num_tokens.extend(tokens.counts)
     if tokens.failed_slots:
         result.failed_slots.extend(tokens.failed_slots)
-        result.failed_reasons.extend([RowError.ROW_ERROR_NON_FINITE_LOGITS] * len(tokens.failed_slots))
+        for slot in tokens.failed_slots:
+            is_unfollowed = slot in unfollowed_slots
+            result.failed_reasons.append(RowError.ROW_ERROR_CONSTRAINT if is_unfollowed else RowError.ROW_ERROR_NON_FINITE_LOGITS)
     if unknown_slots:
         result.failed_slots.extend(unknown_slots)
         result.failed_reasons.extend([RowError.ROW_ERROR_UNKNOWN_SLOT] * len(unknown_slots))

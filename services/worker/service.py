@@ -42,6 +42,7 @@ from services.worker.batch_inputs import Limits
 from services.worker.config import Settings
 from services.worker.drafting.factory import make_speculation
 from services.worker.entering import num_entering_tokens
+from services.worker.grammar_compiler import GrammarCompiler, constrain
 from services.worker.launcher import num_compute_threads
 from services.worker.load_progress import LoadProgress
 from services.worker.mock_runner import MockRunner
@@ -240,6 +241,7 @@ class WorkerService:
         self._life = 0
         self._pending: deque[_Job] = deque()
         self._results = ResultQueue(self._metrics)
+        self._grammars: GrammarCompiler | None = None
         self._num_steps = 0
         self._idle_counted_ns = 0
         self._last_step_unix_ns = 0
@@ -292,6 +294,11 @@ class WorkerService:
             raise ProtocolError(f"a plan of {peer.instance}, whose lane this worker is not")
         plan = message.step_plan
         job = _Job(plan, self._token_ids(plan, frames), self._life, time.monotonic_ns())
+        if self._grammars is not None:
+            # Compiled while the steps before are computed, and the prompt.
+            for sequence in plan.new_sequences:
+                if sequence.HasField("constrained"):
+                    self._grammars.want(sequence.constrained.constraint.source)
         self._pending.append(job)
         self._compute.submit(job)
 
@@ -336,6 +343,8 @@ class WorkerService:
         """End the compute thread; what is still held is given up."""
         self._spans.end_all(now_unix_ns=time.time_ns())
         self._results.drop()
+        if self._grammars is not None:
+            self._grammars.stop()
         if self._compute is not None:
             await self._compute.stop()
 
@@ -479,11 +488,9 @@ class WorkerService:
         # Beside native kernels torch samples only, and its threads would wait where ours compute.
         torch.set_num_threads(1 if report.backend == "native" else num_threads)
         runner.speculation = make_speculation(
-            settings.speculative,
-            max_num_drafts=settings.num_speculative_tokens,
-            limits=runner.limits,
-            now_ns=time.monotonic_ns,
+            settings.speculative, max_num_drafts=settings.num_speculative_tokens, limits=runner.limits, now_ns=time.monotonic_ns
         )
+        self._grammars = constrain(runner, report.config, options.directory, max_bytes=settings.grammar_cache_bytes)
         loaded_ns = time.monotonic_ns()
         # Packing is part of it: each run of rows is packed when it is read.
         self._context.end_phase("load")
