@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import openai
@@ -80,27 +81,39 @@ def test_killed_service_is_back_in_time(victim: Server, what: str) -> None:
     assert min(took_s) <= LIMIT_S
 
 
-@pytest.mark.parametrize("what", ["services.tokenizer", "services.scheduler", "services.worker.rank", "services.detokenizer"])
-def test_stream_outlives_the_death_of_a_stage(victim: Server, what: str) -> None:
+COUNTED: dict[str, Any] = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "echo": True, "logprobs": 2}
+"""What depends on all tokens before, and what must come once for each of them."""
+
+
+@pytest.mark.parametrize(
+    ("what", "wants"),
+    [
+        *((f"services.{what}", {}) for what in ("tokenizer", "scheduler", "worker.rank", "detokenizer")),
+        *((f"services.{what}", COUNTED) for what in ("scheduler", "worker.rank", "detokenizer")),
+    ],
+)
+def test_stream_outlives_the_death_of_a_stage(victim: Server, what: str, wants: dict[str, Any]) -> None:
     """Goal: no gap, no duplicate, no error. Method: kill after some tokens; compare with an undisturbed answer."""
     wait_until(lambda: is_serving(victim), 60, "serving before the kill")
     client = openai.OpenAI(base_url=f"{victim.http}/v1", api_key="none", max_retries=0, timeout=120)
+    asked: Any = {"prompt": "1, 2, 3, 4,", "max_tokens": 120, "temperature": 0, "extra_body": {"ignore_eos": True}, **wants}
 
-    def stream() -> Iterator[str]:
-        pieces = client.completions.create(
-            model=MODEL, prompt="1, 2, 3, 4,", max_tokens=120, temperature=0, stream=True, extra_body={"ignore_eos": True}
-        )
-        for piece in pieces:
-            if piece.choices:
-                yield piece.choices[0].text
+    def stream() -> Iterator[tuple[str, list[tuple[str, float | None]]]]:
+        for piece in client.completions.create(model=MODEL, stream=True, **asked):
+            for choice in piece.choices:
+                told = choice.logprobs
+                yield choice.text, list(zip(told.tokens, told.token_logprobs, strict=True)) if told else []
 
-    undisturbed = "".join(stream())
-    texts = []
-    for index, text in enumerate(stream()):
-        texts.append(text)
+    undisturbed = list(stream())
+    pieces = []
+    for index, piece in enumerate(stream()):
+        pieces.append(piece)
         if index == 8:
             kill(victim.pid_of(what))
-    assert "".join(texts) == undisturbed
+    assert "".join(text for text, _ in pieces) == "".join(text for text, _ in undisturbed)
+    told = [token for _, tokens in pieces for token in tokens]
+    assert told == [token for _, tokens in undisturbed for token in tokens]
+    assert len(told) == (0 if not wants else len(client.completions.create(model=MODEL, **asked).choices[0].logprobs.tokens))
 
 
 def test_nothing_is_left_of_a_killed_supervisor(default_model_directory: Path, model_store: Path) -> None:
