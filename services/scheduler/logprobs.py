@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-NUMBERS_MAX = 1_000_000
+NUMBERS_MAX = 200_000
 """Most logprobs that a prompt may ask for, likely tokens included; all of them are in memory, and in one message, at once."""
 
 

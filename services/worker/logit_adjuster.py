@@ -1,7 +1,7 @@
 """What changes a row's logits before it is sampled: penalties, then biases, then stop tokens that may not come yet.
 
-Which tokens a sequence has, and how often, is kept in dense rows, one a sequence that is penalised, and grows by one number a step.
-A row that asks for none of this costs nothing, and a step without such rows three comparisons.
+Which tokens a sequence has, and how often, is kept in arrays, a row for each sequence that is penalised, to which a step adds one
+number. A row that asks for none of this costs nothing, and a step without such rows three comparisons.
 
 The repetition penalty looks at prompt and outputs, the others at the outputs: a logit is divided by the repetition penalty where it
 is positive and multiplied where it is not, then loses `frequency * count` and, where the count is not 0, `presence`.
@@ -26,6 +26,7 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 _NO_ROWS: Final = np.zeros(0, dtype=np.int64)
+_WIDTH_MIN: Final = 256
 
 
 class LogitAdjuster:
@@ -34,11 +35,10 @@ class LogitAdjuster:
     Args:
         num_slots: Slots are below it.
         vocab_size: Tokens are below it.
-        device: Where the logits are.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: str | torch.device = "cpu") -> None:
-        self._penalties = _Penalties(num_slots, vocab_size, device)
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
+        self._penalties = _Penalties(num_slots, vocab_size)
         self._biases = _TokenLists(num_slots)
         self._barred = _TokenLists(num_slots)
         # Tokens at positions below this one may not be one of those barred.
@@ -96,22 +96,27 @@ class LogitAdjuster:
 
 
 class _Penalties:
-    """Sequences with penalties, a dense row each."""
+    """Sequences with penalties: for each a row of the tokens it has, and how often each stands in the output.
 
-    def __init__(self, num_slots: int, vocab_size: int, device: str | torch.device) -> None:
+    Only those tokens are looked at in a step. Where one stands in its sequence's row is found in an array over the vocabulary.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
         self._row_of = np.full(num_slots, -1, dtype=np.int64)
         self._frequency = np.zeros(num_slots, dtype=np.float32)
         self._presence = np.zeros(num_slots, dtype=np.float32)
         self._repetition = np.ones(num_slots, dtype=np.float32)
-        # How often each token stands in the output, and whether it stands anywhere. [num_rows, vocab_size]
-        self._counts = torch.zeros((0, vocab_size), dtype=torch.float32, device=device)
-        self._is_seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        # [num_rows, width]: the tokens, and their counts; [num_rows, vocab_size]: where each stands, or -1.
+        self._token_ids = np.zeros((0, _WIDTH_MIN), dtype=np.int64)
+        self._counts = np.zeros((0, _WIDTH_MIN), dtype=np.float32)
+        self._places = np.zeros((0, vocab_size), dtype=np.int32)
+        self._num_tokens = np.zeros(0, dtype=np.int64)
         self._free_rows: list[int] = []
 
     @property
     def num_held(self) -> int:
         """Sequences with penalties."""
-        return self._counts.shape[0] - len(self._free_rows)
+        return len(self._num_tokens) - len(self._free_rows)
 
     def enter(self, slot: int, sampling: SamplingParams, tokens: Int32Array, num_prompt_tokens: int) -> None:
         if not is_penalised(sampling):
@@ -119,14 +124,20 @@ class _Penalties:
         if not self._free_rows:
             self._grow()
         row = self._free_rows.pop()
-        known = torch.from_numpy(tokens.astype(np.int64)).to(self._counts.device)
-        self._counts[row] = torch.bincount(known[num_prompt_tokens:], minlength=self._counts.shape[1])
-        self._is_seen[row] = False
-        self._is_seen[row, known] = True
         self._row_of[slot] = row
         self._frequency[slot] = sampling.frequency_penalty
         self._presence[slot] = sampling.presence_penalty
         self._repetition[slot] = repetition_penalty(sampling)
+        # Of the prompt only a repetition penalty asks.
+        known = tokens if self._repetition[slot] != 1.0 else tokens[num_prompt_tokens:]
+        token_ids = np.unique(known)
+        self._widen(len(token_ids))
+        self._num_tokens[row] = len(token_ids)
+        self._token_ids[row, : len(token_ids)] = token_ids
+        self._places[row] = -1
+        self._places[row, token_ids] = np.arange(len(token_ids))
+        self._counts[row] = 0
+        np.add.at(self._counts[row], self._places[row, tokens[num_prompt_tokens:]], 1)
 
     def leave(self, slots: Sequence[int]) -> None:
         for slot in slots if self.num_held else ():
@@ -136,39 +147,64 @@ class _Penalties:
 
     def reset(self) -> None:
         self._row_of[:] = -1
-        self._free_rows = list(range(self._counts.shape[0]))
+        self._free_rows = list(range(len(self._num_tokens)))
 
     def adjust(self, logits: torch.Tensor, slots: Int64Array) -> Int64Array:
         (indices,) = np.nonzero(self._row_of[slots] >= 0)
-        if not len(indices):
-            return indices
         slots = slots[indices]
-        rows, places = _tensor(self._row_of[slots], logits), _tensor(indices, logits)
-        chosen, counts, is_seen = logits[places], self._counts[rows], self._is_seen[rows]
+        rows = self._row_of[slots]
+        num_tokens = self._num_tokens[rows]
+        num_entries = int(num_tokens.sum())
+        if not num_entries:
+            return indices
+        is_token = np.arange(int(num_tokens.max())) < num_tokens[:, None]
+        width = is_token.shape[1]
+        counts = torch.from_numpy(self._counts[rows, :width][is_token]).to(logits.device)
+        places = (
+            _tensor(np.repeat(indices, num_tokens), logits),
+            _tensor(self._token_ids[rows, :width][is_token], logits),
+        )
         frequency, presence, repetition = (
-            torch.from_numpy(values[slots]).to(logits.device).unsqueeze(1)
+            torch.from_numpy(np.repeat(values[slots], num_tokens)).to(logits.device)
             for values in (self._frequency, self._presence, self._repetition)
         )
-        repeated = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
-        chosen = torch.where(is_seen, repeated, chosen)
+        chosen = logits[places]
+        chosen = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
         logits[places] = chosen - frequency * counts - presence * (counts > 0)
         return indices
 
     def commit(self, slots: Int64Array, token_ids: Int64Array) -> None:
         rows = self._row_of[slots]
         is_held = rows >= 0
-        if is_held.any():
-            places = _tensor(rows[is_held], self._counts), _tensor(token_ids[is_held], self._counts)
-            self._counts[places] += 1
-            self._is_seen[places] = True
+        rows, token_ids = rows[is_held], token_ids[is_held]
+        is_new = self._places[rows, token_ids] < 0
+        if is_new.any():
+            new_rows, new_ids = rows[is_new], token_ids[is_new]
+            ends = self._num_tokens[new_rows]
+            self._widen(int(ends.max()) + 1)
+            self._token_ids[new_rows, ends] = new_ids
+            self._counts[new_rows, ends] = 0
+            self._places[new_rows, new_ids] = ends
+            self._num_tokens[new_rows] = ends + 1
+        self._counts[rows, self._places[rows, token_ids]] += 1
 
     def _grow(self) -> None:
         """Double the rows: they are made when first wanted, for they are as long as the vocabulary."""
-        num_rows = self._counts.shape[0]
+        num_rows = len(self._num_tokens)
         num_new = max(1, num_rows)
-        self._counts = torch.cat((self._counts, self._counts.new_zeros((num_new, self._counts.shape[1]))))
-        self._is_seen = torch.cat((self._is_seen, self._is_seen.new_zeros((num_new, self._is_seen.shape[1]))))
+        self._token_ids, self._counts, self._places = (
+            np.concatenate((values, np.zeros((num_new, values.shape[1]), dtype=values.dtype)))
+            for values in (self._token_ids, self._counts, self._places)
+        )
+        self._num_tokens = np.concatenate((self._num_tokens, np.zeros(num_new, dtype=np.int64)))
         self._free_rows += range(num_rows, num_rows + num_new)
+
+    def _widen(self, width: int) -> None:
+        """Make room for so many tokens a row."""
+        if width > self._counts.shape[1]:
+            num_more = max(width, 2 * self._counts.shape[1]) - self._counts.shape[1]
+            self._token_ids = np.pad(self._token_ids, ((0, 0), (0, num_more)))
+            self._counts = np.pad(self._counts, ((0, 0), (0, num_more)))
 
 
 class _TokenLists:

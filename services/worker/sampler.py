@@ -55,10 +55,11 @@ def sample(
     """
     # A sum is finite only if all its terms are, and is one pass.
     token_ids, is_finite = best or (logits.argmax(dim=-1).numpy(), torch.isfinite(logits.sum(dim=-1)).numpy())
-    for adjustment in adjustments:
-        changed = adjustment.adjust(logits, rows)
-        if len(changed):
-            token_ids[changed] = logits[torch.from_numpy(changed)].argmax(dim=-1).numpy()
+    changed = [adjustment.adjust(logits, rows) for adjustment in adjustments]
+    if any(len(indices) for indices in changed):
+        greedy = np.unique(np.concatenate(changed))
+        greedy = greedy[rows.temperature[greedy] == 0]
+        token_ids[greedy] = logits[torch.from_numpy(greedy)].argmax(dim=-1).numpy()
     (drawn,) = np.nonzero((rows.temperature > 0) & is_finite)
     if len(drawn):
         drawn_logits = logits if len(drawn) == len(logits) else logits[torch.from_numpy(drawn)]

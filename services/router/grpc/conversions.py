@@ -107,7 +107,8 @@ def generate_request(message: inference.GenerateRequest) -> GenerationRequest:
 
 def chat_request(message: inference.ChatRequest) -> GenerationRequest:
     """A Chat call, checked."""
-    return _generation(message, conversation(message.prompt, "prompt"), skip_special_tokens=True)
+    skip_special_tokens = _optional(message, "skip_special_tokens", True)
+    return _generation(message, conversation(message.prompt, "prompt"), skip_special_tokens=skip_special_tokens)
 
 
 def tokenize_prompt(message: inference.TokenizeRequest) -> Prompt:

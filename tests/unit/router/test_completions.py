@@ -266,7 +266,7 @@ def test_grpc_asks_for_the_same(kind: Any) -> None:
         repetition_penalty=1.25,
         logit_bias=[common.LogitBias(token_id=3, bias=-100.0)],
     )
-    message = kind(sampling=sampling, logprobs=3, prompt_logprobs=0)
+    message = kind(sampling=sampling, logprobs=3, prompt_logprobs=0, skip_special_tokens=False)
     if kind is inference.GenerateRequest:
         message.text = "x"
         asked = conversions.generate_request(message)
@@ -276,7 +276,7 @@ def test_grpc_asks_for_the_same(kind: Any) -> None:
     assert asked.sampling == Sampling(
         frequency_penalty=0.5, presence_penalty=-1.0, repetition_penalty=1.25, logit_bias=((3, -100.0),)
     )
-    assert (asked.logprobs, asked.prompt_logprobs) == (3, 0)
+    assert (asked.logprobs, asked.prompt_logprobs, asked.skip_special_tokens) == (3, 0, False)
     (first, second, _) = conversions.token_logprobs([A, PROMPT[0], C])
     assert (first.token_id, first.text, first.logprob, len(first.top)) == (1, b"He", -0.5, 2)
     assert (first.top[1].token_id, first.top[1].text, first.top[1].logprob) == (9, b"Ho", -1.5)

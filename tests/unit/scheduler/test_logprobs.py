@@ -230,9 +230,9 @@ def test_a_worker_that_tells_nothing_fails_those_who_asked_alone() -> None:
 
 def test_a_prompt_that_would_tell_too_much_is_refused_with_the_numbers() -> None:
     system = TellingSystem()
-    system.join(capacity(num_pages=60_000, max_model_len=200_000))
-    with pytest.raises(InvalidRequestError, match=f"prompt_logprobs would be 1050000 numbers.*limit is {NUMBERS_MAX}"):
-        system.ask("r", range(50_000), prompt_logprobs=20)
+    system.join(capacity(num_pages=6_000, max_model_len=20_000))
+    with pytest.raises(InvalidRequestError, match=f"prompt_logprobs would be 210000 numbers.*limit is {NUMBERS_MAX}"):
+        system.ask("r", range(10_000), prompt_logprobs=20)
 
 
 def test_messages_carry_what_a_worker_must_know() -> None:

@@ -165,3 +165,19 @@ def test_rows_of_counts_grow_with_those_who_want_them(num_held: int) -> None:
     for slot in held:
         assert logits[slot, slot + 1] == -(slot + 1)
         assert logits[slot].sum() == -(slot + 1)
+
+
+def test_rows_widen_with_the_tokens_that_a_sequence_has() -> None:
+    vocab, num_steps = 2000, 700
+    adjuster = LogitAdjuster(NUM_SLOTS, vocab)
+    plain = Plain(list(range(100)), [], frequency=1.0, presence=0.5)
+    adjuster.enter(plain.entering(2), np.arange(100, dtype=np.int32))
+    # Each token twice, the second time long after the first.
+    outputs = np.arange(num_steps) % (num_steps // 2) + 50
+    for token_id in outputs:
+        adjuster.commit(np.array([2]), np.array([token_id]))
+    logits = torch.zeros((1, vocab))
+    adjuster.adjust(logits, rows_of({2: plain}, [2]))
+    expected = torch.zeros(vocab)
+    expected[50 : 50 + num_steps // 2] = -2.5
+    assert torch.equal(logits[0], expected)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from services.worker.philox import uniforms
 from services.worker.sampler import sample
 from services.worker.sampling_table import SampledRows
 
@@ -157,3 +161,43 @@ def test_what_adjustments_rule_out_is_neither_the_likeliest_nor_drawn() -> None:
     assert by_kind[1] == {1, 3, 5, 6}
     assert by_kind[2] == {0}
     assert by_kind[3] == set(range(7))
+
+
+def plain_draw(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> set[int]:
+    """Tokens that the documented order of filters can give, one token at a time; more than one where the draw is at a border."""
+    largest = max(logits)
+    weights = [math.exp((logit - largest) / temperature) for logit in logits]
+    ranked = sorted(weights, reverse=True)
+    if top_k:
+        weights = [weight if weight >= ranked[min(top_k, len(ranked)) - 1] else 0.0 for weight in weights]
+    total, before, least = sum(weights), 0.0, 0.0
+    for weight in sorted(weights, reverse=True):
+        if before / total >= top_p:
+            break
+        before, least = before + weight, weight
+    weights = [weight if weight >= least and weight >= min_p else 0.0 for weight in weights]
+    target, cumulative, found = uniform * sum(weights), 0.0, set()
+    for token_id, weight in enumerate(weights):
+        slack = 1e-5 * sum(weights)
+        if weight and cumulative - slack <= target <= cumulative + weight + slack:
+            found.add(token_id)
+        cumulative += weight
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logits=st.lists(st.integers(-24, 24), min_size=2, max_size=30, unique=True).map(lambda values: [value / 8 for value in values]),
+    temperature=st.sampled_from([0.5, 1.0, 1.75]),
+    top_k=st.sampled_from([0, 1, 3, 40]),
+    top_p=st.sampled_from([1.0, 0.93, 0.61, 0.17]),
+    min_p=st.sampled_from([0.0, 0.07, 0.33, 0.9]),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_draws_are_those_of_a_plain_reference(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    asked = rows(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=np.uint64(seed))
+    found, _ = sample(torch.tensor([logits]), asked)
+    uniform = float(uniforms(asked.seeds, asked.positions)[0])
+    assert int(found[0]) in plain_draw(logits, temperature, top_k, top_p, min_p, uniform)
