@@ -96,9 +96,52 @@ INLINE void scores(const uint16_t* const* queries, const uint16_t* k0, const uin
   }
 }
 
-// Weighted sums of values: R rows, D blocks of 16 dimensions from `dim`.
+// What some chunks give the rows of a tile, a row a lane: the largest score (in units of the base-2 logarithm), the sum of weights; and
+// the weighted sums of values [head_dim]. A row without weight has seen nothing yet.
+struct Partials {
+  alignas(64) float maximum[16];
+  alignas(64) float weight[16];
+  float* sums[ATTEND_ROWS];
+};
+
+// How a tile's rows take up one more chunk: sums = sums * keep + the chunk's sums * take, but for rows that see none of it.
+struct Uptake {
+  alignas(64) float keep[16];
+  alignas(64) float take[16];
+  bool sees[ATTEND_ROWS];
+};
+
+// Take the largest scores and weights of a chunk up into those of the chunks before, and tell how its sums are.
+INLINE void take_up(Partials& total, const float* chunk_maximum, const float* chunk_weight, int count, Uptake& uptake) {
+  const vf maximum = vload(chunk_maximum), largest = vmax(vload(total.maximum), maximum);
+  const vf keep = vexp2(vsub(vload(total.maximum), largest)), take = vexp2(vsub(maximum, largest));
+  alignas(64) float maximums[16], weights[16];
+  vstore(maximums, largest);
+  vstore(weights, vfma(vload(total.weight), keep, vmul(vload(chunk_weight), take)));
+  vstore(uptake.keep, keep);
+  vstore(uptake.take, take);
+  for (int r = 0; r < count; r++) {
+    if (!uptake.sees[r]) continue;
+    if (total.weight[r] == 0.0f) {
+      // The first chunk is taken as it is, whoever merges it.
+      uptake.keep[r] = 0.0f;
+      uptake.take[r] = 1.0f;
+      maximums[r] = chunk_maximum[r];
+      weights[r] = chunk_weight[r];
+    }
+    total.maximum[r] = maximums[r];
+    total.weight[r] = weights[r];
+  }
+}
+
+INLINE void take_up_sums(float* total, vf sums, float keep, float take) {
+  vstore(total, vfma(vload(total), vset(keep), vmul(sums, vset(take))));
+}
+
+// Weighted sums of a chunk's values: rows [row, row + R), D blocks of 16 dimensions from `dim`, taken up into `sums`.
 template <int R, int D>
-INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, int64_t dim, float* const* out) {
+INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, int64_t dim, const Uptake& uptake,
+                     float* const* sums, int row) {
   vf sum[R][D];
   for (int r = 0; r < R; r++) {
     for (int d = 0; d < D; d++) sum[r][d] = vset(0.0f);
@@ -110,63 +153,29 @@ INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, 
       for (int d = 0; d < D; d++) v[d] = viload(values + pair * 2 * hd + 32 * d);
       for (int r = 0; r < R; r++) {
         uint32_t two;
-        memcpy(&two, weights[r] + block * 16 + 2 * pair, 4);
+        memcpy(&two, weights[row + r] + block * 16 + 2 * pair, 4);
         for (int d = 0; d < D; d++) sum[r][d] = vdot2(sum[r][d], v[d], two);
       }
     }
   }
   for (int r = 0; r < R; r++) {
-    for (int d = 0; d < D; d++) vstore(out[r] + dim + 16 * d, sum[r][d]);
+    if (!uptake.sees[row + r]) continue;
+    for (int d = 0; d < D; d++) take_up_sums(sums[row + r] + dim + 16 * d, sum[r][d], uptake.keep[row + r], uptake.take[row + r]);
   }
 }
 
 template <int R>
-INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, float* const* out) {
+INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, const Uptake& uptake, float* const* sums,
+                          int row) {
   int64_t dim = 0;
   if constexpr (TILE_ROWS == 12) {
-    for (; dim + 64 <= hd; dim += 64) weighted<R, 4>(weights, place, hd, dim, out);
+    for (; dim + 64 <= hd; dim += 64) weighted<R, 4>(weights, place, hd, dim, uptake, sums, row);
   }
-  for (; dim + 32 <= hd; dim += 32) weighted<R, 2>(weights, place, hd, dim, out);
-  for (; dim < hd; dim += 16) weighted<R, 1>(weights, place, hd, dim, out);
+  for (; dim + 32 <= hd; dim += 32) weighted<R, 2>(weights, place, hd, dim, uptake, sums, row);
+  for (; dim < hd; dim += 16) weighted<R, 1>(weights, place, hd, dim, uptake, sums, row);
 }
 
 constexpr float LOG2_E = 1.44269504088896341f;
-
-// What one chunk gives a row: the largest score (in units of the base-2 logarithm), the sum of weights, the weighted sum of values
-// [head_dim].
-struct Partial {
-  float maximum;
-  float weight;
-  float* sums;
-};
-
-// 2 ** (x - maximum) for both at once.
-INLINE void rescale(float x, float y, float maximum, float* factors) {
-  float lanes[16] = {};
-  lanes[0] = x - maximum;
-  lanes[1] = y - maximum;
-  vstore(lanes, vexp2(vload(lanes)));
-  factors[0] = lanes[0];
-  factors[1] = lanes[1];
-}
-
-INLINE void merge_partial(Partial& total, const Partial& part, int64_t hd) {
-  if (part.weight == 0.0f) return;
-  if (total.weight == 0.0f) {
-    total.maximum = part.maximum;
-    total.weight = part.weight;
-    memcpy(total.sums, part.sums, sizeof(float) * (size_t)hd);
-    return;
-  }
-  float factors[2];
-  const float maximum = total.maximum > part.maximum ? total.maximum : part.maximum;
-  rescale(total.maximum, part.maximum, maximum, factors);
-  total.maximum = maximum;
-  total.weight = __builtin_fmaf(total.weight, factors[0], part.weight * factors[1]);
-  for (int64_t d = 0; d < hd; d += 16) {
-    vstore(total.sums + d, vfma(vload(total.sums + d), vset(factors[0]), vmul(vload(part.sums + d), vset(factors[1]))));
-  }
-}
 
 // A tile of rows on its way through the chunks of its sequence.
 struct Tile {
@@ -176,25 +185,36 @@ struct Tile {
   int32_t position[ATTEND_ROWS];  // of the row's token in its sequence
 };
 
-void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t* table, int kv_head, int chunk, Partial* parts) {
+// The keys that a token sees, [low, high), and whether these are all of [start, end).
+struct Sight {
+  int32_t low;
+  int32_t high;
+  bool is_whole;
+};
+
+INLINE Sight sight_of(const AttentionLayer& layer, int32_t position, int32_t start, int32_t end) {
+  const int32_t high = position + 1, low = layer.window ? high - layer.window : 0;
+  return {low, high, end <= high && start >= low};
+}
+
+void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t* table, int kv_head, int chunk, Partials& total) {
   const AttentionLayer& layer = *context.layer;
   const int64_t hd = layer.head_dim, size = context.pages.page_size;
+  // Pages hold 16, 32, 64 or 128 tokens.
+  const int page_shift = __builtin_ctzll((uint64_t)size);
   const int32_t start = chunk * CHUNK;
-  int32_t last = 0, first_seen = tile.position[0], all_see = tile.position[0];
-  for (int r = 0; r < tile.count; r++) {
-    last = tile.position[r] > last ? tile.position[r] : last;
-    first_seen = tile.position[r] < first_seen ? tile.position[r] : first_seen;
-  }
-  all_see = first_seen;
+  int32_t last = 0;
+  for (int r = 0; r < tile.count; r++) last = tile.position[r] > last ? tile.position[r] : last;
   ChunkPlace place;
   const int32_t num_keys = last + 1 - start < CHUNK ? last + 1 - start : CHUNK;
   place.num_blocks = (num_keys + 15) / 16;
   for (int block = 0; block < BLOCKS; block++) {
     // Pairs of blocks are computed together; one past the end repeats the last and is never looked at.
     const int64_t key = start + 16 * (block < place.num_blocks ? block : place.num_blocks - 1);
-    const uint16_t* keys = context.pages.base + table[key / size] * context.pages.page_stride + kv_head * 2 * hd * size;
-    place.keys[block] = keys + 2 * (key % size);
-    place.values[block] = keys + hd * size + (key % size) * hd;
+    const int64_t slot = key & (size - 1);
+    const uint16_t* keys = context.pages.base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size;
+    place.keys[block] = keys + 2 * slot;
+    place.values[block] = keys + hd * size + slot * hd;
   }
   alignas(64) float score[ATTEND_ROWS][CHUNK];
   alignas(64) uint16_t weight[ATTEND_ROWS][CHUNK];
@@ -208,10 +228,12 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
     for (; tile.count - r >= 3; r += 3) scores<3>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block);
     for (; r < tile.count; r++) scores<1>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block);
   }
+  // Two passes over the rows: within a row each number waits for the one before it, rows wait for none.
   const int32_t end = start + 16 * place.num_blocks;
+  alignas(64) float maximums[16] = {}, weights[16] = {};
+  Uptake uptake;
   for (int r = 0; r < tile.count; r++) {
-    const int32_t high = tile.position[r] + 1, low = layer.window ? high - layer.window : 0;
-    const bool is_whole = end <= all_see + 1 && start >= low;
+    const Sight sight = sight_of(layer, tile.position[r], start, end);
     vf largest = vset(-INFINITY);
     for (int block = 0; block < place.num_blocks; block++) {
       vf s = vload(score[r] + 16 * block);
@@ -220,52 +242,55 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
       } else {
         s = vmul(s, vset(layer.scale * LOG2_E));
       }
-      if (!is_whole) s = vselect(vbetween(start + 16 * block, low, high), s, vset(-INFINITY));
+      if (!sight.is_whole) s = vselect(vbetween(start + 16 * block, sight.low, sight.high), s, vset(-INFINITY));
       vstore(score[r] + 16 * block, s);
       largest = vmax(largest, s);
     }
-    const float maximum = vmaximum(largest);
-    parts[r].maximum = maximum;
     // Not by the maximum: that of scores which are all NaN may be what hides the other lanes.
-    if (high <= start || low >= end) {
-      parts[r].weight = 0.0f;
+    uptake.sees[r] = sight.high > start && sight.low < end;
+    maximums[r] = uptake.sees[r] ? vmaximum(largest) : 0.0f;
+  }
+  for (int r = 0; r < tile.count; r++) {
+    if (!uptake.sees[r]) {
       memset(weight[r], 0, sizeof(weight[r]));
       continue;
     }
-    vf total = vset(0.0f);
+    const Sight sight = sight_of(layer, tile.position[r], start, end);
+    vf sum = vset(0.0f);
     for (int block = 0; block < place.num_blocks; block++) {
-      vf p = vexp2(vsub(vload(score[r] + 16 * block), vset(maximum)));
-      if (!is_whole) p = vselect(vbetween(start + 16 * block, low, high), p, vset(0.0f));
+      vf p = vexp2(vsub(vload(score[r] + 16 * block), vset(maximums[r])));
+      if (!sight.is_whole) p = vselect(vbetween(start + 16 * block, sight.low, sight.high), p, vset(0.0f));
       vstore_bf16(weight[r] + 16 * block, p);
       // Weights are summed as they are used, rounded.
-      total = vadd(total, vload_bf16(weight[r] + 16 * block));
+      sum = vadd(sum, vload_bf16(weight[r] + 16 * block));
     }
-    parts[r].weight = vsum(total);
+    weights[r] = vsum(sum);
   }
-  float* sums[ATTEND_ROWS];
-  for (int r = 0; r < tile.count; r++) sums[r] = parts[r].sums;
+  take_up(total, maximums, weights, tile.count, uptake);
   int r = 0;
   if constexpr (TILE_ROWS == 12) {
-    for (; tile.count - r >= 6; r += 6) weighted_rows<6>(weight + r, place, hd, sums + r);
+    for (; tile.count - r >= 6; r += 6) weighted_rows<6>(weight, place, hd, uptake, total.sums, r);
   }
-  for (; tile.count - r >= 3; r += 3) weighted_rows<3>(weight + r, place, hd, sums + r);
-  for (; r < tile.count; r++) weighted_rows<1>(weight + r, place, hd, sums + r);
+  for (; tile.count - r >= 3; r += 3) weighted_rows<3>(weight, place, hd, uptake, total.sums, r);
+  for (; r < tile.count; r++) weighted_rows<1>(weight, place, hd, uptake, total.sums, r);
 }
 
-INLINE void finish_row(const AttendContext& context, Partial& total, int64_t token, int64_t head) {
+// Write a row's result: what it has summed by the weight of it all.
+INLINE void finish_row(const AttendContext& context, Partials& total, int r, int64_t token, int64_t head) {
   const AttentionLayer& layer = *context.layer;
   const int64_t hd = layer.head_dim;
+  float* sums = total.sums[r];
   if (layer.sinks) {
     // A sink takes weight and gives nothing.
-    float factors[2];
-    const float sink = layer.sinks[head] * LOG2_E, maximum = total.maximum > sink ? total.maximum : sink;
-    rescale(total.maximum, sink, maximum, factors);
-    total.weight = __builtin_fmaf(total.weight, factors[0], factors[1]);
-    for (int64_t d = 0; d < hd; d += 16) vstore(total.sums + d, vmul(vload(total.sums + d), vset(factors[0])));
+    const float sink = layer.sinks[head] * LOG2_E, maximum = total.maximum[r] > sink ? total.maximum[r] : sink;
+    alignas(64) float factors[16] = {total.maximum[r] - maximum, sink - maximum};
+    vstore(factors, vexp2(vload(factors)));
+    total.weight[r] = __builtin_fmaf(total.weight[r], factors[0], factors[1]);
+    for (int64_t d = 0; d < hd; d += 16) vstore(sums + d, vmul(vload(sums + d), vset(factors[0])));
   }
-  const vf inverse = vset(1.0f / total.weight);
+  const vf inverse = vset(1.0f / total.weight[r]);
   float* out = f32_row(context.out, token) + head * hd;
-  for (int64_t d = 0; d < hd; d += 16) vstore(out + d, vmul(vload(total.sums + d), inverse));
+  for (int64_t d = 0; d < hd; d += 16) vstore(out + d, vmul(vload(sums + d), inverse));
 }
 
 void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
@@ -273,8 +298,8 @@ void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
   const Step& step = *context.step;
   const int64_t hd = layer.head_dim, group = layer.num_heads / layer.num_kv_heads, start = step.row_starts[unit.row];
   const int64_t* table = step.page_tables + unit.row * step.table_stride;
-  alignas(64) float part_sums[ATTEND_ROWS][256], total_sums[ATTEND_ROWS][256];
-  Partial parts[ATTEND_ROWS], totals[ATTEND_ROWS];
+  alignas(64) float sums[ATTEND_ROWS][256];
+  Partials total = {};
   Tile tile;
   tile.count = unit.count;
   int64_t tokens[ATTEND_ROWS], heads[ATTEND_ROWS];
@@ -284,9 +309,8 @@ void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
     tokens[r] = unit.first_token + token;
     tile.queries[r] = context.queries.bf16 + tokens[r] * context.queries.stride + heads[r] * hd;
     tile.position[r] = (int32_t)(start + token);
-    parts[r].sums = part_sums[r];
-    totals[r] = {-INFINITY, 0.0f, total_sums[r]};
-    memset(total_sums[r], 0, sizeof(float) * (size_t)hd);
+    total.sums[r] = sums[r];
+    memset(sums[r], 0, sizeof(float) * (size_t)hd);
   }
   // A window may hide all of a chunk from all rows.
   int first_chunk = unit.first_chunk;
@@ -295,17 +319,16 @@ void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
     if (low > 0 && low / CHUNK > first_chunk) first_chunk = low / CHUNK;
   }
   for (int chunk = first_chunk; chunk < unit.end_chunk; chunk++) {
-    attend_chunk(context, tile, table, kv_head, chunk, parts);
-    for (int r = 0; r < unit.count; r++) merge_partial(totals[r], parts[r], hd);
+    attend_chunk(context, tile, table, kv_head, chunk, total);
   }
   for (int r = 0; r < unit.count; r++) {
     if (unit.partial < 0) {
-      finish_row(context, totals[r], tokens[r], heads[r]);
+      finish_row(context, total, r, tokens[r], heads[r]);
     } else {
       float* out = context.partials + ((unit.partial + r) * layer.num_kv_heads + kv_head) * (hd + PARTIAL_HEAD);
-      out[0] = totals[r].maximum;
-      out[1] = totals[r].weight;
-      memcpy(out + PARTIAL_HEAD, total_sums[r], sizeof(float) * (size_t)hd);
+      out[0] = total.maximum[r];
+      out[1] = total.weight[r];
+      memcpy(out + PARTIAL_HEAD, sums[r], sizeof(float) * (size_t)hd);
     }
   }
 }
@@ -314,15 +337,33 @@ void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
 void merge(const AttendContext& context, const AttendUnit* units, int64_t num_units, int kv_head) {
   const AttentionLayer& layer = *context.layer;
   const int64_t hd = layer.head_dim, group = layer.num_heads / layer.num_kv_heads;
-  alignas(64) float sums[256];
-  for (int r = 0; r < units[0].count; r++) {
-    Partial total = {-INFINITY, 0.0f, sums};
-    memset(sums, 0, sizeof(float) * (size_t)hd);
-    for (int64_t u = 0; u < num_units; u++) {
-      float* part = context.partials + ((units[u].partial + r) * layer.num_kv_heads + kv_head) * (hd + PARTIAL_HEAD);
-      merge_partial(total, {part[0], part[1], part + PARTIAL_HEAD}, hd);
+  alignas(64) float sums[ATTEND_ROWS][256];
+  Partials total = {};
+  const int count = units[0].count;
+  for (int r = 0; r < count; r++) {
+    total.sums[r] = sums[r];
+    memset(sums[r], 0, sizeof(float) * (size_t)hd);
+  }
+  for (int64_t u = 0; u < num_units; u++) {
+    alignas(64) float maximums[16] = {}, weights[16] = {};
+    Uptake uptake;
+    const float* parts[ATTEND_ROWS];
+    for (int r = 0; r < count; r++) {
+      parts[r] = context.partials + ((units[u].partial + r) * layer.num_kv_heads + kv_head) * (hd + PARTIAL_HEAD);
+      maximums[r] = parts[r][0];
+      weights[r] = parts[r][1];
+      uptake.sees[r] = weights[r] != 0.0f;
     }
-    finish_row(context, total, units[0].first_token + (units[0].first + r) / group, kv_head * group + (units[0].first + r) % group);
+    take_up(total, maximums, weights, count, uptake);
+    for (int r = 0; r < count; r++) {
+      if (!uptake.sees[r]) continue;
+      for (int64_t d = 0; d < hd; d += 16) {
+        take_up_sums(sums[r] + d, vload(parts[r] + PARTIAL_HEAD + d), uptake.keep[r], uptake.take[r]);
+      }
+    }
+  }
+  for (int r = 0; r < count; r++) {
+    finish_row(context, total, r, units[0].first_token + (units[0].first + r) / group, kv_head * group + (units[0].first + r) % group);
   }
 }
 

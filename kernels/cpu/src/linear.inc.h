@@ -194,14 +194,16 @@ struct Panel {
   int64_t next_bytes;  // of each group of 32
 };
 
-constexpr int64_t PACKED_ROWS_MAX = 4;
+// Up to so many rows multiply codes as they are packed; for more a panel is unpacked first. Small tiles would read nibbles too often.
+constexpr int64_t PACKED_ROWS_MAX = TILE_ROWS == 12 ? 16 : 4;
 
 // Whole tiles of MR rows; gives the first row left.
 template <Product PRODUCT, bool HALF, bool MINIMUMS, int PARTS, int MR>
 INLINE int64_t whole_tiles(Panel& panel, const Segment& segment, const Rows& in, int64_t row, int64_t end, const Sink& sink) {
-  // Products with codes as they are packed are for few rows: see `unit_product`.
-  constexpr bool IS_FOR_FEW = PRODUCT == PRODUCT_Q4 || PRODUCT == PRODUCT_Q8;
-  if constexpr (MR <= TILE_ROWS && (!IS_FOR_FEW || MR <= PACKED_ROWS_MAX)) {
+  // The sums of codes and of products of more than 8 rows do not fit into the registers together.
+  constexpr bool HAS_CODES = PRODUCT == PRODUCT_Q4 || PRODUCT == PRODUCT_Q8 || PRODUCT == PRODUCT_UNPACKED;
+  constexpr bool FITS = !HAS_CODES || MR <= 8;
+  if constexpr (MR <= TILE_ROWS && FITS) {
     for (; end - row >= MR; row += MR) {
       vf sum[MR][2];
       if constexpr (PRODUCT == PRODUCT_F32) {

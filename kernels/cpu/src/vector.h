@@ -55,6 +55,10 @@ INLINE vf vselect(vm mask, vf a, vf b) { return _mm512_mask_blend_ps(mask, b, a)
 INLINE vf vexp2i(vf n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+// x * 2 ** n for whole n, where the result is a normal number; a NaN stays one. Other ports than those of products do it.
+INLINE vf vscale2(vf x, vf n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+}
 // Store whole numbers, those beyond -128 or 127 as these; gives the sum of what was stored.
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
   const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
@@ -175,6 +179,7 @@ INLINE __m256 exp2i_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE vf vexp2i(vf n) { return {exp2i_half(n.a), exp2i_half(n.b)}; }
+INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
   // Packing works within halves: a0-3 b0-3 | a4-7 b4-7.
@@ -294,6 +299,7 @@ INLINE vm vbetween(int32_t first, int32_t low, int32_t high) {
 }
 INLINE vf vselect(vm mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vexp2i(vf n) { return (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
+INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
   float s[16];
   int32_t sum = 0;
@@ -378,25 +384,17 @@ INLINE vf vexp(vf x) {
   return vmul(p, vexp2i(n));
 }
 
-// 2 ** x for x of at most 0, to 4e-6, more than bfloat16 keeps.
+// 2 ** x for x of at most 0, to 4e-6, more than bfloat16 keeps; below 2 ** -126 it stays there.
 INLINE vf vexp2(vf x) {
-#if defined(__AVX512F__)
-  const vf n = vround(x);
-#else
   x = vmax(vset(-126.0f), x);
   const vf n = vround(x);
-#endif
   const vf f = vsub(x, n);
   vf p = vset(9.57009897e-03f);
   p = vfma(p, f, vset(5.59178601e-02f));
   p = vfma(p, f, vset(2.40247449e-01f));
   p = vfma(p, f, vset(6.93121815e-01f));
   p = vfma(p, f, vset(9.99999261e-01f));
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
-#else
-  return vmul(p, vexp2i(n));
-#endif
+  return vscale2(p, n);
 }
 
 INLINE vf vtanh(vf x) {
