@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 LIBRARY_FILE: Final = Path(__file__).resolve().parent / "libheadrace_cpu.so"
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 
 KIND_F32, KIND_Q8, KIND_BF16 = 0, 1, 2
 DOMAIN_TOKENS, DOMAIN_SAMPLED = 0, 1
@@ -81,6 +81,7 @@ class AttentionLayer(Structure):
         ("soft_cap", c_float),
         ("norm_eps", c_float),
         ("norm_spans_heads", c_int32),
+        ("only_sampled", c_int32),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("q_norm", c_void_p),

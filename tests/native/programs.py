@@ -88,7 +88,7 @@ class Program:
         identity = native.pack_codes(self.library, codes, bits=8, scales=scales, zero=128, minimums=None)
         return self.linear(source, identity, self.value(width))
 
-    def attend(self, qkv: int, layer: Attention) -> int:
+    def attend(self, qkv: int, layer: Attention, *, only_sampled: bool = False) -> int:
         given = native.AttentionLayer(
             layer=0,
             num_heads=layer.num_heads,
@@ -99,6 +99,7 @@ class Program:
             soft_cap=layer.soft_cap,
             norm_eps=layer.norm_eps,
             norm_spans_heads=int(layer.q_norm is not None and layer.q_norm.shape[0] != layer.head_dim),
+            only_sampled=int(only_sampled),
         )
         if layer.cos is not None:
             given.num_pairs = layer.cos.shape[1]

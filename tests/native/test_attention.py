@@ -49,10 +49,11 @@ class Sequences:
         self.layer = layer
         self._tokens = tokens
         self._page_size = page_size
+        only_sampled = options.pop("only_sampled", False)
         self._program = Program(library, isa=isa, **{"max_tokens": 700} | options)
-        self._program.finish(
-            self._program.attend(self._program.feed(np.concatenate(tokens)), layer), layer.num_heads * layer.head_dim
-        )
+        width = layer.num_heads * layer.head_dim
+        out = self._program.attend(self._program.feed(np.concatenate(tokens)), layer, only_sampled=only_sampled)
+        self._program.finish(self._program.gather(out, width) if only_sampled else out, width)
         self._offsets = np.cumsum([0, *map(len, tokens)])
         counts = [-(-len(each) // page_size) for each in tokens]
         items = 2 * layer.num_kv_heads * layer.head_dim * page_size
@@ -67,6 +68,16 @@ class Sequences:
 
     def step(self, counts: dict[int, int]) -> dict[int, FloatArray]:
         """Compute the next tokens of some sequences: number by sequence."""
+        ids, rows = self._next(counts)
+        ends = np.cumsum(rows.row_counts)[:-1]
+        return dict(zip(counts, np.split(self._program.run(ids, rows), ends), strict=True))
+
+    def step_sampled(self, counts: dict[int, int], sampled: list[int]) -> FloatArray:
+        """Compute the next tokens, of which some are sampled, by their number in the step."""
+        ids, rows = self._next(counts)
+        return self._program.run(ids, rows, sampled=sampled)
+
+    def _next(self, counts: dict[int, int]) -> tuple[list[int], Rows]:
         ids: list[int] = []
         rows = Rows(page_tables=self._tables[list(counts)])
         for which, count in counts.items():
@@ -81,9 +92,7 @@ class Sequences:
             rows.row_starts.append(start)
             rows.row_counts.append(count)
             self.num_computed[which] += count
-        out = self._program.run(ids, rows)
-        ends = np.cumsum(rows.row_counts)[:-1]
-        return dict(zip(counts, np.split(out, ends), strict=True))
+        return ids, rows
 
 
 def tokens_of(random: np.random.Generator, layer: Attention, *lengths: int) -> list[FloatArray]:
@@ -161,6 +170,19 @@ def test_chunks_neighbours_and_threads_change_no_bit(library: Any, isa: int, nam
             firsts = dict.fromkeys(counts, 0) | {which: together.num_computed[which] for which in counts}
             for which, out in together.step(counts).items():
                 assert np.array_equal(out, whole[which][firsts[which] : firsts[which] + counts[which]]), (num_threads, which)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_sampled_tokens_alone_are_the_same_bits(library: Any, isa: int, num_threads: int, random: np.random.Generator) -> None:
+    """In chunks of prompts, in one token of a long sequence (split by chunks), and beside rows of which none is."""
+    layer = layer_of(random, pairs=16)
+    tokens = tokens_of(random, layer, 300, 61, 5)
+    whole = [Sequences(library, isa, layer, [each]).step({0: len(each)})[0] for each in tokens]
+    sequences = Sequences(library, isa, layer, tokens, num_threads=num_threads, only_sampled=True)
+    mixed = sequences.step_sampled({0: 200, 1: 60, 2: 5}, [7, 199, 260, 264])
+    assert np.array_equal(mixed, np.stack([whole[0][7], whole[0][199], whole[2][0], whole[2][4]]))
+    assert sequences.step_sampled({0: 99, 1: 1}, [99]).tolist() == whole[1][60:].tolist()
+    assert np.array_equal(sequences.step_sampled({0: 1}, [0])[0], whole[0][299])
 
 
 @pytest.mark.parametrize("name", ["grouped", "sinks", "window", "soft_cap", "norms_per_head"])

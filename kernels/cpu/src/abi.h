@@ -64,6 +64,7 @@ struct AttentionLayer {
   float soft_cap;  // 0: none
   float norm_eps;
   int32_t norm_spans_heads;
+  int32_t only_sampled;  // whether outputs of sampled tokens alone are read
   const float* cos;  // [positions][num_pairs]
   const float* sin;
   const float* q_norm;

@@ -53,9 +53,10 @@ int64_t row_bytes(const Value& value) {
 // Not a power of two, whose multiples would meet in the same places of a cache.
 int64_t row_capacity(int64_t max_rows) { return (max_rows + 7) / 8 * 8 + 8; }
 
-// Work on attention of one step, for layers with one number of query heads a key-value head.
+// Work on attention of one step, for layers with one number of query heads a key-value head; of all tokens, or for the sampled ones.
 struct AttendPlan {
   int group;
+  bool only_sampled;
   // Units whose result goes straight to the output.
   std::vector<AttendUnit> units;
   // One unit a chunk, merged afterwards: `splits` are ranges of `units`.
@@ -208,11 +209,13 @@ class Program {
 
   AttendPlan& plan_for(const AttentionLayer& layer) {
     const int group = layer.num_heads / layer.num_kv_heads;
+    const bool only_sampled = layer.only_sampled != 0;
     for (AttendPlan& plan : plans_) {
-      if (plan.group == group) return plan;
+      if (plan.group == group && plan.only_sampled == only_sampled) return plan;
     }
     plans_.push_back({});
     plans_.back().group = group;
+    plans_.back().only_sampled = only_sampled;
     return plans_.back();
   }
 
@@ -223,22 +226,27 @@ class Program {
     plan.splits.clear();
     plan.num_partials = 0;
     const bool is_split = step_.num_rows < 2 * team_.size();
+    if (plan.only_sampled) {
+      is_wanted_.assign((size_t)step_.num_tokens, 0);
+      for (int64_t i = 0; i < step_.num_sampled; i++) is_wanted_[(size_t)step_.sampled_tokens[i]] = 1;
+    }
     int64_t first_token = 0;
     for (int64_t row = 0; row < step_.num_rows; row++) {
       const int64_t start = step_.row_starts[row], count = step_.row_counts[row];
       const int64_t pairs = count * plan.group;
       const int32_t all_chunks = (int32_t)((start + count - 1) / CHUNK + 1);
       const bool by_chunks = is_split && all_chunks > 1 && pairs <= ATTEND_ROWS;
-      if (by_chunks) {
+      if (by_chunks && is_wanted(plan, first_token, 0, pairs)) {
         plan.splits.push_back({(int64_t)plan.units.size(), all_chunks});
         for (int32_t chunk = 0; chunk < all_chunks; chunk++) {
           plan.units.push_back({row, first_token, 0, (int32_t)pairs, chunk, chunk + 1, plan.num_partials});
           plan.num_partials += pairs;
         }
-      } else {
+      } else if (!by_chunks) {
         for (int64_t first = (pairs - 1) / ATTEND_ROWS * ATTEND_ROWS; first >= 0; first -= ATTEND_ROWS) {
           const int64_t size = std::min<int64_t>(ATTEND_ROWS, pairs - first);
           const int64_t last = start + (first + size - 1) / plan.group;
+          if (!is_wanted(plan, first_token, first, size)) continue;
           plan.units.push_back({row, first_token, (int32_t)first, (int32_t)size, 0, (int32_t)(last / CHUNK + 1), -1});
         }
       }
@@ -246,10 +254,18 @@ class Program {
     }
   }
 
+  // Whether anything reads what (token, head) pairs [first, first + size) of a row attend to.
+  bool is_wanted(const AttendPlan& plan, int64_t first_token, int64_t first, int64_t size) const {
+    if (!plan.only_sampled) return true;
+    const auto begin = is_wanted_.begin() + first_token;
+    return std::any_of(begin + first / plan.group, begin + (first + size - 1) / plan.group + 1, [](uint8_t wanted) { return wanted; });
+  }
+
   // Calls `body(begin, end)` for ranges of [0, count) that together are all of it. Each thread has a part of its own, the same in every
   // step, so that what it writes stays in its cache; when it is done it takes from the others' parts. Ranges begin at multiples of `unit`.
   template <class Body>
   void share(size_t op, int id, int64_t count, int64_t unit, Body body) {
+    if (count == 0) return;
     const int64_t size = team_.size(), num_units = (count + unit - 1) / unit;
     for (int64_t turn = 0; turn < size; turn++) {
       const int64_t part = (id + turn) % size, first = num_units * part / size, last = num_units * (part + 1) / size;
@@ -386,8 +402,8 @@ class Program {
     // Many rows are shared by rows: a thread then meets its own rows in every operation. Few are shared by outputs.
     int64_t num_blocks = std::clamp<int64_t>(count / BLOCK_ROWS_MIN, 1, team_.size());
     const int64_t block_rows = (count + num_blocks - 1) / num_blocks;
-    // Two panels at a time: a line of packed outputs is 64 bytes.
-    const int64_t step_units = num_units % 2 == 0 && num_blocks == 1 ? 2 : 1;
+    // Two panels at a time where a line of outputs, 64 bytes, holds those of two.
+    const int64_t step_units = out.kind != KIND_F32 && num_units % 2 == 0 && num_blocks == 1 ? 2 : 1;
     auto* scratch = (uint8_t*)scratch_[(size_t)id];
     share(index, id, num_units * num_blocks, step_units, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; piece++) {
@@ -415,6 +431,8 @@ class Program {
   std::vector<void*> scratch_;
   std::vector<Pages> pages_;
   std::vector<AttendPlan> plans_;
+  // By token, whether it is sampled; of the plan that is being made.
+  std::vector<uint8_t> is_wanted_;
   // Pieces given out, by parity of the step, thread and operation; and pieces done.
   std::vector<std::vector<Counter>> counters_[2];
   std::vector<Counter> done_[2];
@@ -434,7 +452,7 @@ using namespace headrace;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The number of the interface: a library of another build is refused.
-EXPORT int32_t hr_abi_version() { return 2; }
+EXPORT int32_t hr_abi_version() { return 3; }
 
 // The best instruction set of this CPU that is built in: 3 AVX-512 with BF16 and VNNI, 2 AVX-512 with VNNI, 1 AVX2, 0 any.
 EXPORT int32_t hr_best_isa() {

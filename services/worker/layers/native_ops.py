@@ -11,7 +11,7 @@ What the kernels cannot do raises `UnsupportedError`, and the worker takes the t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 
 from headrace.models.pooling_config import Pooling
 from kernels.cpu import library as native
+from services.worker.layers.native_graph import Node, sample_early
 from services.worker.layers.native_packing import UnsupportedError, pack_matrix
 from services.worker.layers.ops import AttentionSpec, Best, Index, Layer, MixtureSpec, Model, Part, StepTensors
 from services.worker.layers.rotary import RotaryTables
@@ -38,27 +39,6 @@ class NativeMatrix:
 
     packed: native.PackedMatrix
     bias: FloatArray | None
-
-
-@dataclass(eq=False, slots=True)
-class Node:
-    """One operation and the value that it gives.
-
-    Attributes:
-        op: Its name; see `_Lowering`.
-        inputs: Values it reads.
-        width: Numbers a row.
-        is_sampled: Whether the value has rows for sampled tokens only.
-        what: Whatever the operation needs besides.
-        uses: Nodes that read the value, in order.
-    """
-
-    op: str
-    inputs: tuple[Node, ...]
-    width: int
-    is_sampled: bool
-    what: tuple[Any, ...] = ()
-    uses: list[Node] = field(default_factory=list)
 
 
 def check_page_size(page_size: int) -> None:
@@ -245,7 +225,7 @@ class NativeNetwork:
         output = model.forward(ops)
         self._width = output.width
         self._program = library.hr_program_new(self.isa, max_tokens, max_tokens, num_threads, page_size)
-        self._num_kv_layers = _Lowering(library, self._program, ops.nodes).lower(output)
+        self._num_kv_layers = _Lowering(library, self._program, sample_early(ops.nodes)).lower(output)
         self._pages: list[npt.NDArray[np.uint16]] = []
         self._logits = torch.empty((0, output.width))
         self._best, self._is_finite = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
@@ -497,7 +477,9 @@ class _Lowering:
         source = self._places.read(qkv, native.KIND_F32)
         target = self._places.write(node)
         queries = self._places.scratch(node, native.KIND_BF16)
-        self._library.hr_attend(self._program, source, queries, target, _attention_layer(spec))
+        layer = _attention_layer(spec)
+        layer.only_sampled = int(node.is_read_sampled)
+        self._library.hr_attend(self._program, source, queries, target, layer)
 
     def _sampled(self, node: Node) -> None:
         source = self._places.read(node.inputs[0], native.KIND_F32)
