@@ -58,6 +58,11 @@ def check_speculative(speculative: Speculative) -> None:
         refuse("speculative.num_speculative_tokens", "left out where speculative.method is off", speculative.num_tokens)
 
 
+def check_reasoning_budget(param: str, budget_tokens: int | None) -> None:
+    """Refuse a budget that is none."""
+    _check_int(param, budget_tokens, least=1, most=MAX_INT32)
+
+
 def check_num_choices(param: str, num_choices: int) -> None:
     """Refuse a number of choices out of range."""
     _check_int(param, num_choices, least=1, most=MAX_CHOICES)

@@ -236,4 +236,5 @@ def _usage(stream: OutputStream) -> dict[str, object]:
         num_prompt_tokens=stream.num_prompt_tokens,
         num_output_tokens=stream.num_output_tokens,
         num_cached_tokens=stream.num_cached_tokens,
+        num_reasoning_tokens=stream.num_reasoning_tokens,
     )

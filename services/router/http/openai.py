@@ -9,21 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
 from headrace.errors import InvalidRequestError
 from services.router.generation import (
-    ChatTurn,
-    ConversationPrompt,
     GenerationRequest,
     Prompt,
+    ReasoningOptions,
     Sampling,
     Speculative,
     Stopping,
     TextPrompt,
     TokenPrompt,
+)
+from services.router.http.openai_messages import (
+    NamedTool,
+    ToolShape,
+    conversation,
+    refuse_functions,
+    template_kwargs,
+    tool_choice,
 )
 from services.router.http.validation import Body, drop_unused, load_object, validate
 from services.router.limits import (
@@ -34,6 +41,7 @@ from services.router.limits import (
     check_num_choices,
     check_num_sequences,
     check_priority,
+    check_reasoning_budget,
     check_sampling,
     check_speculative,
     check_stopping,
@@ -43,27 +51,21 @@ from services.router.limits import (
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"})
+IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
 
 _NOT_YET: dict[str, tuple[object, ...]] = {
     "suffix": (None, ""),
     "response_format": (None, {"type": "text"}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
-    "reasoning_effort": (None,),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "moderation": (None,),
     "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
     "guided_json": (None,),
     "guided_regex": (None,),
     "guided_choice": (None,),
@@ -74,20 +76,12 @@ _NOT_YET: dict[str, tuple[object, ...]] = {
 }
 """Fields we know and cannot honour yet, with the values at which they ask for nothing."""
 
-_MESSAGE_NOT_YET: dict[str, tuple[object, ...]] = {
-    "tool_calls": (None, []),
-    "function_call": (None,),
-    "refusal": (None,),
-    "audio": (None,),
-    "annotations": (None, []),
-    "reasoning_content": (None,),
-    "tool_call_id": (None,),
+_UNIONS = {
+    "stop": "a string or an array of strings",
+    "prompt": "a string, an array of token ids, or an array of either",
+    "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": …}}',
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_ROLES_NOT_YET = frozenset({"tool", "function"})
-_UNIONS = {"stop": "a string or an array of strings", "prompt": "a string, an array of token ids, or an array of either"}
 _ID_DIGITS = 10
-_PARTS_NOT_YET = frozenset({"image_url", "input_audio", "file", "video_url", "refusal"})
 
 
 class _StreamOptions(Body):
@@ -136,6 +130,16 @@ class _Chat(_Shared):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[ToolShape] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    reasoning_budget_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class _Completion(_Shared):
@@ -153,6 +157,8 @@ class _Tokenize(Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[ToolShape] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class _Detokenize(Body):
@@ -222,7 +228,14 @@ def parse_chat(body: bytes) -> ParsedRequest:
         InvalidRequestError: It names the first thing that is wrong.
     """
     chat = _validate(_Chat, _drop_unused(load_object(body)))
-    prompt = _conversation(chat.messages, chat.add_generation_prompt, chat.continue_final_message)
+    refuse_functions(chat.functions, chat.function_call)
+    prompt = conversation(
+        chat.messages,
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final=chat.continue_final_message,
+        tools=chat.tools,
+        template_kwargs=template_kwargs(chat.chat_template_kwargs, chat.reasoning_effort),
+    )
     max_tokens, param = chat.max_tokens, "max_tokens"
     if chat.max_completion_tokens is not None:
         if max_tokens is not None and max_tokens != chat.max_completion_tokens:
@@ -232,7 +245,20 @@ def parse_chat(body: bytes) -> ParsedRequest:
         refuse("top_logprobs", "left out unless logprobs is true", chat.top_logprobs)
     check_logprobs("top_logprobs", chat.top_logprobs)
     logprobs = (chat.top_logprobs or 0) if chat.logprobs is True else None
-    return _finish(chat, prompt, max_tokens=max_tokens, max_tokens_param=param, logprobs=logprobs)
+    parsed = _finish(chat, prompt, max_tokens=max_tokens, max_tokens_param=param, logprobs=logprobs)
+    return replace(parsed, generation=_with_tools_and_reasoning(parsed.generation, chat))
+
+
+def _with_tools_and_reasoning(generation: GenerationRequest, chat: _Chat) -> GenerationRequest:
+    check_reasoning_budget("reasoning_budget_tokens", chat.reasoning_budget_tokens)
+    return replace(
+        generation,
+        tool_choice=tool_choice(chat.tool_choice),
+        parallel_tool_calls=chat.parallel_tool_calls is not False,
+        reasoning=ReasoningOptions(
+            chat.separate_reasoning is not False, chat.stream_reasoning is not False, chat.reasoning_budget_tokens
+        ),
+    )
 
 
 def parse_completion(body: bytes) -> ParsedRequest:
@@ -274,7 +300,14 @@ def parse_tokenize(body: bytes) -> TokenizeCall:
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequestError("exactly one of prompt and messages must be given", param="prompt")
     if call.messages is not None:
-        return TokenizeCall(call.model or "", _conversation(call.messages, call.add_generation_prompt, call.continue_final_message))
+        prompt = conversation(
+            call.messages,
+            add_generation_prompt=call.add_generation_prompt,
+            continue_final=call.continue_final_message,
+            tools=call.tools,
+            template_kwargs=template_kwargs(call.chat_template_kwargs, None),
+        )
+        return TokenizeCall(call.model or "", prompt)
     return TokenizeCall(call.model or "", TextPrompt(call.prompt or "", call.add_special_tokens is not False))
 
 
@@ -292,58 +325,6 @@ def _drop_unused(body: dict[str, Any], table: Mapping[str, tuple[object, ...]] =
 
 def _validate(shape: type[_Model], body: dict[str, Any]) -> _Model:
     return validate(shape, body, also_known=_NOT_YET, unions=_UNIONS)
-
-
-def _conversation(
-    messages: list[dict[str, Any]], add_generation_prompt: bool | None, continue_final: bool | None
-) -> ConversationPrompt:
-    turns = tuple(_turn(f"messages.{index}", message) for index, message in enumerate(messages))
-    is_continued = continue_final is True
-    if is_continued and add_generation_prompt is True:
-        raise InvalidRequestError(
-            "add_generation_prompt and continue_final_message cannot both be true", param="continue_final_message"
-        )
-    if is_continued and turns[-1].role != "assistant":
-        refuse("continue_final_message", "false unless the last message is the assistant's", turns[-1].role)
-    is_opened = not is_continued if add_generation_prompt is None else add_generation_prompt
-    return ConversationPrompt(turns, add_generation_prompt=is_opened, continue_final_message=is_continued)
-
-
-def _turn(path: str, message: dict[str, Any]) -> ChatTurn:
-    role = message.get("role")
-    if isinstance(role, str) and role in _ROLES_NOT_YET:
-        raise InvalidRequestError(
-            f"{path}.role {role!r} is not supported yet: send one of {', '.join(_ROLES)}", param=f"{path}.role"
-        )
-    if not isinstance(role, str) or role not in _ROLES:
-        refuse(f"{path}.role", f"one of {', '.join(_ROLES)}", role)
-    message = _drop_unused(message, _MESSAGE_NOT_YET, path + ".")
-    unknown = [field for field in message if field not in {"role", "content", "name"}]
-    if unknown:
-        raise InvalidRequestError(f"unknown field {path}.{unknown[0]}", param=f"{path}.{unknown[0]}")
-    name = message.get("name")
-    if name is not None and not isinstance(name, str):
-        refuse(f"{path}.name", "a string", name)
-    if "content" not in message:
-        raise InvalidRequestError(f"{path}.content is required", param=f"{path}.content")
-    return ChatTurn(_ROLES[role], _content(f"{path}.content", message["content"]), name or "")
-
-
-def _content(path: str, content: object) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        refuse(path, "a string or a non-empty array of text parts", content)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind in _PARTS_NOT_YET:
-            message = f"{path}.{index} of type {kind} is not supported yet: send text parts only"
-            raise InvalidRequestError(message, param=f"{path}.{index}")
-        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            refuse(f"{path}.{index}", 'of the form {"type": "text", "text": "…"}', part)
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _completion_prompts(prompt: str | list[Any], add_special_tokens: bool) -> list[Prompt]:

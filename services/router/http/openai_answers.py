@@ -12,6 +12,7 @@ import orjson
 from headrace.errors import HeadraceError, InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
 from services.router.generation import ModelOffer, OutputPiece, TokenLogprob
 from services.router.http.logprob_shapes import CompletionLogprobs, chat_logprobs, prompt_logprobs
+from services.router.http.openai_tools import delta_of, message_of
 
 DONE = b"data: [DONE]\n\n"
 
@@ -44,13 +45,17 @@ def _error_type(error: HeadraceError) -> str:
     return "timeout_error" if error.http_status == 408 else "server_error"
 
 
-def usage(*, num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int) -> dict[str, object]:
+def usage(
+    *, num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int, num_reasoning_tokens: int = 0
+) -> dict[str, object]:
     """The usage object of an answer."""
+    details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning_tokens}} if num_reasoning_tokens else {}
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+        **details,
     }
 
 
@@ -133,12 +138,17 @@ class ChatAnswer:
     def output_chunk(self, piece: OutputPiece, usage_object: dict[str, object] | None = None) -> bytes:
         """A chunk of output with its logprobs, or the usage so far; empty where there is nothing to tell."""
         tells = self._keeps_logprobs and bool(piece.logprobs)
-        if not piece.text and not tells:
+        is_text = not piece.reasoning and not piece.tool_calls
+        if is_text and not piece.text and not tells:
             return b""
-        if usage_object is None and not tells:
+        if is_text and usage_object is None and not tells:
             return self.text_chunk(piece.text, piece.choice)
         told = orjson.dumps(self._logprobs(piece.choice, piece.logprobs))
-        rest = self._delta_open + orjson.dumps(piece.text) + self._delta_close + b',"logprobs":' + told + b',"finish_reason":null'
+        if is_text:
+            delta = self._delta_open + orjson.dumps(piece.text) + self._delta_close
+        else:
+            delta = b'"delta":' + orjson.dumps(delta_of(piece))
+        rest = delta + b',"logprobs":' + told + b',"finish_reason":null'
         return self._chunk(piece.choice, rest, usage_object)
 
     def last_chunk(self, finish_reason: str, choice: int = 0, usage_object: dict[str, object] | None = None) -> bytes:
@@ -162,10 +172,10 @@ class ChatAnswer:
 
     def _choice(self, index: int, piece: OutputPiece) -> dict[str, object]:
         told = self._logprobs(index, piece.logprobs)
-        return {"index": index, **self._whole_text(piece.text), "logprobs": told, "finish_reason": piece.finish_reason}
+        return {"index": index, **self._whole_output(piece), "logprobs": told, "finish_reason": piece.finish_reason}
 
-    def _whole_text(self, text: str) -> dict[str, object]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _whole_output(self, piece: OutputPiece) -> dict[str, object]:
+        return {"message": message_of(piece)}
 
     def _logprobs(self, choice: int, tokens: Sequence[TokenLogprob]) -> dict[str, object] | None:
         return chat_logprobs(tokens) if self._keeps_logprobs else None
@@ -195,8 +205,8 @@ class CompletionAnswer(ChatAnswer):
         """A completion opens with its first text."""
         return b""
 
-    def _whole_text(self, text: str) -> dict[str, object]:
-        return {"text": text}
+    def _whole_output(self, piece: OutputPiece) -> dict[str, object]:
+        return {"text": piece.text}
 
     def _logprobs(self, choice: int, tokens: Sequence[TokenLogprob]) -> dict[str, object] | None:
         if not self._keeps_logprobs:
