@@ -4,6 +4,7 @@
     ├── InvalidRequestError      the caller must change the request (4xx)
     │   ├── NotFoundError        names something that does not exist (404)
     │   └── RequestTooLargeError the body is over its limit (413)
+    ├── UnauthenticatedError     the caller must send a key that is taken (401)
     ├── OverloadedError          try again after `retry_after_s` (429 or 503)
     ├── DeadlineExceededError    the request's own deadline passed (408)
     ├── RequestAbortedError      the client went away or asked to stop (499)
@@ -54,6 +55,13 @@ class RequestTooLargeError(InvalidRequestError):
 
     code = "request_too_large"
     http_status = 413
+
+
+class UnauthenticatedError(HeadraceError):
+    """The client sent no key, or one that is not taken here."""
+
+    code = "unauthenticated"
+    http_status = 401
 
 
 class OverloadedError(HeadraceError):

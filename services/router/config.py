@@ -22,6 +22,14 @@ class Settings(BaseModel):
     vllm_grpc_port: int | None = Field(
         None, ge=0, le=65535, description="Port on which gateways drive this system as a vLLM engine; null serves none."
     )
+    api_keys_file: str = Field(
+        "", description="File of keys, one a line: clients must send one over HTTP or gRPC; empty lets everybody ask."
+    )
+    grpc_tls_cert: str = Field("", description="PEM file of the gRPC ports' certificate; empty serves gRPC in the clear.")
+    grpc_tls_key: str = Field("", description="PEM file of that certificate's private key.")
+    grpc_tls_client_ca: str = Field(
+        "", description="PEM file of the authorities whose client certificates are required; empty asks clients for none."
+    )
     policy: str = Field("least_loaded", pattern="^(least_loaded|round_robin)$", description="How an instance of a stage is chosen.")
     isolate_tenants: bool = Field(
         False, description="Share cached prefixes only inside a tenant: a request's `user`, else its API key."

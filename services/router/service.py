@@ -32,6 +32,7 @@ from services.router.http.protocols import HISTORY_FILE, Protocols, StorageSetti
 from services.router.http.responses.entries import HistoryLimits
 from services.router.http.server import HttpServer
 from services.router.policies.choice import POLICIES
+from services.router.security import load_security
 
 if TYPE_CHECKING:
     from headrace.service import ServiceContext
@@ -61,7 +62,8 @@ class RouterService:
             send_timeout_s=settings.slow_client_timeout_s,
         )
         self._protocols = Protocols(self.gateway, _storage(settings))
-        app = HttpApp(self.gateway, limits, self._protocols.routes())
+        self._security = load_security(settings)
+        app = HttpApp(self.gateway, limits, self._protocols.routes(), self._security.keys)
         self._app = app
         self.http = HttpServer(app, host=settings.http_host, port=settings.http_port, keep_alive_s=settings.keep_alive_s)
         self.grpc = self._make_grpc(register_inference, settings.grpc_port, "router.grpc_port")
@@ -83,6 +85,7 @@ class RouterService:
             port=port,
             setting=setting,
             max_message_bytes=self._settings.max_body_bytes,
+            security=self._security,
         )
 
     async def start(self) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
 
 from headrace.errors import (
     DeadlineExceededError,
@@ -16,6 +18,7 @@ from headrace.errors import (
     ReplicaDeadError,
     RequestAbortedError,
     RequestTooLargeError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from headrace.v1 import common_pb2 as common
@@ -50,10 +53,13 @@ from services.router.limits import (
 CODE_KEY = "headrace-error-code"
 PARAM_KEY = "headrace-error-param"
 RETRY_KEY = "headrace-retry-after-ms"
+DETAILS_KEY = "grpc-status-details-bin"
+ERROR_DOMAIN = "headrace"
 REQUEST_ID_KEY = "x-request-id"
 
 _STATUSES: tuple[tuple[type[HeadraceError], grpc.StatusCode], ...] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (RequestTooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -80,14 +86,34 @@ def status_of(error: HeadraceError) -> grpc.StatusCode:
     return next((status for kind, status in _STATUSES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
-def metadata_of(error: HeadraceError) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata of an error: its stable code, the field, when to come back."""
-    found = [(CODE_KEY, error.code)]
+def metadata_of(error: HeadraceError) -> tuple[tuple[str, str | bytes], ...]:
+    """Trailing metadata of an error: its stable code, the field, when to come back; and all of it as `google.rpc.Status`."""
+    found: list[tuple[str, str | bytes]] = [(CODE_KEY, error.code)]
     if error.param:
         found.append((PARAM_KEY, error.param))
     if isinstance(error, (OverloadedError, UnavailableError)):
         found.append((RETRY_KEY, str(int(error.retry_after_s * 1000))))
+    found.append((DETAILS_KEY, rich_status(error).SerializeToString()))
     return tuple(found)
+
+
+def rich_status(error: HeadraceError) -> status_pb2.Status:
+    """An error with details that clients of any language can read.
+
+    Source: google/rpc/status.proto and error_details.proto; gRPC carries them in the metadata `grpc-status-details-bin`.
+    """
+    status = status_pb2.Status(code=status_of(error).value[0], message=error.message)
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.code.upper(), domain=ERROR_DOMAIN)]
+    if error.param:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.param, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, (OverloadedError, UnavailableError)):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.retry_after_s * 1000))
+        details.append(retry)
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status
 
 
 def generate_request(message: inference.GenerateRequest) -> GenerationRequest:

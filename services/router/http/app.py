@@ -19,9 +19,11 @@ from headrace.errors import (
     OverloadedError,
     RequestAbortedError,
     RequestFailedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from headrace.telemetry import logs
+from services.router.api_keys import ApiKeys
 from services.router.generation import Engine, OutputStream
 from services.router.http import anthropic_answers, native, openai, openai_answers, prompt_batch, serving, sse
 from services.router.http.completion_streams import collect
@@ -43,8 +45,9 @@ log = logs.get_logger()
 class HttpApp:
     """ASGI application over an `Engine`."""
 
-    def __init__(self, engine: Engine, limits: HttpLimits, routes: Iterable[Route] = ()) -> None:
-        """`routes` are those of the protocols that have files of their own."""
+    def __init__(self, engine: Engine, limits: HttpLimits, routes: Iterable[Route] = (), keys: ApiKeys | None = None) -> None:
+        """`routes` are those of the protocols that have files of their own; without `keys` everybody may ask."""
+        self._keys = keys or ApiKeys()
         self._engine = engine
         self._limits = limits
         self._routes = RouteTable([*self._own_routes(), *routes])
@@ -58,9 +61,9 @@ class HttpApp:
             Route("/tokenize", {"POST": self._tokenize}),
             Route("/detokenize", {"POST": self._detokenize}),
             Route("/flush_cache", {"POST": self._flush_cache}),
-            Route("/health", {"GET": self._health}),
-            Route("/ready", {"GET": self._ready}),
-            Route("/metrics", {"GET": self._metrics}),
+            Route("/health", {"GET": self._health}, is_open=True),
+            Route("/ready", {"GET": self._ready}, is_open=True),
+            Route("/metrics", {"GET": self._metrics}, is_open=True),
         ]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -95,6 +98,8 @@ class HttpApp:
             return
         if exchange.method == "POST":
             self._begin(exchange, route.template)
+        if not route.is_open:
+            self._keys.check(serving.authorization(exchange))
         await handler(exchange)
 
     def _begin(self, exchange: Exchange, route: str) -> None:
@@ -192,6 +197,8 @@ async def _respond_error(exchange: Exchange, error: HeadraceError, shape: ErrorS
     headers = []
     if isinstance(error, (OverloadedError, UnavailableError)):
         headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s))))
+    if isinstance(error, UnauthenticatedError):
+        headers.append((b"www-authenticate", b"Bearer"))
     await exchange.respond(openai_answers.error_status(error), orjson.dumps(shape(error)), headers=headers)
 
 

@@ -9,7 +9,14 @@ from collections.abc import Iterable, Sequence
 
 import orjson
 
-from headrace.errors import HeadraceError, InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
+from headrace.errors import (
+    HeadraceError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from services.router.generation import ModelOffer, OutputPiece, TokenLogprob
 from services.router.http.logprob_shapes import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from services.router.http.openai_tools import delta_of, message_of
@@ -38,6 +45,8 @@ def error_object(error: HeadraceError) -> dict[str, object]:
 def _error_type(error: HeadraceError) -> str:
     if isinstance(error, InvalidRequestError):
         return "invalid_request_error"
+    if isinstance(error, UnauthenticatedError):
+        return "authentication_error"
     if isinstance(error, OverloadedError):
         return "rate_limit_error"
     if isinstance(error, UnavailableError):

@@ -24,6 +24,8 @@ class Route:
     template: str
     methods: Mapping[str, Handler]
     error_object: ErrorShape = openai_answers.error_object
+    is_open: bool = False
+    """Answered without a key."""
 
 
 class RouteTable:
