@@ -28,6 +28,7 @@ LIMITS_S = {
     "parity": 300,
     "kernels": 300,
     "e2e": 600,
+    "sdk": 300,
     "gateway": 300,
     "chaos": 600,
 }

@@ -6,6 +6,7 @@ end is one to be continued.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ from services.router.generation import (
 from services.router.http.validation import Body, drop_unused, load_object, renamed_fields, validate
 from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, refuse
 
-VERSIONS = ("2023-06-01", "2023-01-01")
+_VERSION = re.compile(r"20\d\d-[01]\d-[0-3]\d", re.ASCII)
 IGNORED_FIELDS = frozenset(
     {"service_tier", "inference_geo", "speed", "cache_control", "diagnostics", "user_profile_id", "workspace_id", "betas"}
 )
@@ -178,9 +179,9 @@ class MessagesCall:
 
 
 def check_version(version: str | None) -> None:
-    """Refuse a version of the API that is not this one; none is taken for it."""
-    if version is not None and version not in VERSIONS:
-        refuse("anthropic-version", f"one of {', '.join(VERSIONS)}", version)
+    """Refuse what is no version of the API. What is served here is the same in all of them."""
+    if version is not None and not _VERSION.fullmatch(version):
+        refuse("anthropic-version", "a date such as 2023-06-01", version)
 
 
 def parse_messages(body: bytes) -> MessagesCall:

@@ -188,9 +188,9 @@ async def test_models_are_listed_in_the_shape_of_who_asks() -> None:
 
 
 async def test_an_unknown_version_is_refused() -> None:
-    answer = await ask(app(FakeEngine()), "POST", "/v1/messages", body(), anthropic_version="2020-01-01")
+    answer = await ask(app(FakeEngine()), "POST", "/v1/messages", body(), anthropic_version="v1")
     assert answer.status == 400
-    assert answer.json["error"]["message"] == "anthropic-version must be one of 2023-06-01, 2023-01-01; got '2020-01-01'"
+    assert answer.json["error"]["message"] == "anthropic-version must be a date such as 2023-06-01; got 'v1'"
 
 
 def prompt(**fields: Any) -> ConversationPrompt:

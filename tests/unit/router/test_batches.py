@@ -201,7 +201,6 @@ async def test_a_batch_is_worked_off_to_its_output_and_errors(service: Any) -> N
     assert (error["custom_id"], error["response"]["status_code"]) == ("bad", 400)
     assert error["response"]["body"]["error"]["param"] == "messages"
     assert (await ask(here.app, "GET", f"/v1/files/{done['output_file_id']}")).json["purpose"] == "batch_output"
-    assert [request.priority for request in here.engine.requests] == [-100, -100], "online requests come first"
 
 
 async def test_a_request_of_a_batch_is_counted_to_whoever_made_it(service: Any) -> None:

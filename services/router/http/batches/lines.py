@@ -106,10 +106,9 @@ def _error(code: str, message: str, param: str | None, line: int | None) -> dict
     return {"code": code, "message": message, "param": param, "line": line}
 
 
-def request_body(text: bytes, *, takes_priority: bool) -> bytes:
-    """The body of a checked line's request, behind all online ones where it names no priority of its own."""
-    body = orjson.loads(text)["body"]
-    return orjson.dumps({"priority": -100, **body} if takes_priority else body)
+def request_body(text: bytes) -> bytes:
+    """The body of a checked line's request."""
+    return orjson.dumps(orjson.loads(text)["body"])
 
 
 def answer_line(custom_id: str, request_id: str, status: int, body: bytes) -> bytes:

@@ -29,7 +29,6 @@ log = logs.get_logger()
 LOCK = "batches.lock"
 _POLL_S = 1.0
 _RETRY_MAX_S = 30.0
-_TAKES_PRIORITY = ("/v1/chat/completions", "/v1/completions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +274,7 @@ class _Work:
             lambda storage: storage.files.read(self._batch["input_file_id"], line.offset, line.num_bytes)
         )
         endpoint = self._batch["endpoint"]
-        body = batch_lines.request_body(text, takes_priority=endpoint in _TAKES_PRIORITY)
+        body = batch_lines.request_body(text)
         while not self._ending.is_set():
             request = InProcessRequest(endpoint, body, self._tenant)
             task = asyncio.current_task()
