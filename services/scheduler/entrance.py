@@ -109,7 +109,8 @@ class Entrance:
         lane.admit(sequence, match, source if lane.capacity.copies_pages else None)
         self._forks.entered(sequence)
         self._lanes.took(lane, sequence)
-        if lane.kv.keeps_prefixes:
+        # Prompts whose logprobs are wanted are computed whole and slowly: they wait for nobody, and nobody for them.
+        if lane.kv.keeps_prefixes and not sequence.wants_prompt_logprobs:
             self._prefills.setdefault(_first_page(lane, sequence), []).append(sequence)
             self._drop_finished_prefills()
 
@@ -200,7 +201,7 @@ class Entrance:
         """Whose prefill, under way on the lane, computes the most of what this one would have to; None when that is too little."""
         key = _first_page(lane, sequence)
         prefills = self._prefills.get(key)
-        if prefills is None:
+        if prefills is None or sequence.wants_prompt_logprobs:
             return None
         prefills[:] = [other for other in prefills if _is_under_way(other, lane.lane_id)]
         if not prefills:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from services.scheduler.decode_clock import DecodeClock
 from services.scheduler.kv_pages import KvPages
+from services.scheduler.logprobs import PROMPT_LOGITS_MAX
 from services.scheduler.page_pool import PagePool
 from services.scheduler.radix_tree import NO_MATCH, Eviction, Match
 from services.scheduler.sequence import Sequence, Status
@@ -133,7 +134,12 @@ class Lane:
     @property
     def has_prompt_budget(self) -> bool:
         """Whether the next step can compute more prompt tokens than are here."""
-        return not self.num_running or self.num_backlog_tokens + len(self.decoding) < self.capacity.max_num_batched_tokens
+        num_tokens = self.num_backlog_tokens + len(self.decoding)
+        if self.fanout.num_telling:
+            # However long they are, little is computed in a step of prompts whose logprobs are wanted.
+            slow = [sequence.num_tokens - sequence.num_scheduled for sequence in self.prefilling if sequence.wants_prompt_logprobs]
+            num_tokens -= max(0, sum(slow) - PROMPT_LOGITS_MAX)
+        return not self.num_running or num_tokens < self.capacity.max_num_batched_tokens
 
     def running(self) -> Iterator[Sequence]:
         """Running sequences, those that began to decode first at the front."""

@@ -15,6 +15,10 @@ NUMBERS_MAX = 200_000
 """Most logprobs that a prompt may ask for, likely tokens included; all of them are in memory, and in one message, at once."""
 
 
+PROMPT_LOGITS_MAX = 128
+"""Prompt tokens of a step whose logprobs are wanted: each has logits over the whole vocabulary in the worker's memory."""
+
+
 @dataclass(slots=True)
 class TokenLogs:
     """Logprobs of tokens that follow one another.

@@ -19,11 +19,9 @@ Source: iteration-level scheduling, Orca (OSDI 2022); chunked prefill, Sarathi-S
 from __future__ import annotations
 
 from services.scheduler.lane import Lane, preemption_order
+from services.scheduler.logprobs import PROMPT_LOGITS_MAX
 from services.scheduler.sequence import Sequence, Status
 from services.scheduler.step_plan import Rows, StepInFlight, StepPlan
-
-PROMPT_LOGITS_MAX = 128
-"""Prompt tokens of a step whose logprobs are wanted: each has logits over the whole vocabulary in the worker's memory."""
 
 
 def plan_step(lane: Lane, *, may_begin: bool = True) -> StepPlan | None:

@@ -16,9 +16,8 @@ from headrace.v1 import scheduler_pb2 as scheduler
 from services.scheduler import messages
 from services.scheduler.lane import LaneCapacity
 from services.scheduler.logprob_messages import logs_by_row
-from services.scheduler.logprobs import NUMBERS_MAX, TokenLogs
+from services.scheduler.logprobs import NUMBERS_MAX, PROMPT_LOGITS_MAX, TokenLogs
 from services.scheduler.outbox import Target
-from services.scheduler.planner import PROMPT_LOGITS_MAX
 from services.scheduler.sequence import Sequence
 from services.scheduler.step_plan import StepPlan, StepResult
 from services.scheduler.token_fanout import StreamBatch
@@ -213,6 +212,21 @@ def test_a_prompt_is_computed_whole_and_a_bounded_part_at_a_time() -> None:
     system.run()
     assert third.sequence.num_cached_tokens > 200
     system.check(third, 0, None)
+
+
+def test_slow_prompts_hold_nobody_up_not_even_those_that_begin_alike() -> None:
+    system = TellingSystem()
+    site = system.join(capacity(num_pages=800, max_num_batched_tokens=256, max_model_len=1024))
+    slow = [system.ask(f"slow{index}", range(600), prompt_logprobs=0, max_tokens=2) for index in range(3)]
+    alike = system.ask("alike", range(100), max_tokens=2)
+    system.plan_all()
+    assert [stream.sequence.lane is not None for stream in (*slow, alike)] == [True] * 4
+    assert system.core.counts.num_held == 0
+    assert alike.sequence in site.lane.decoding
+    system.run()
+    for stream in slow:
+        system.check(stream, None, 0)
+    assert len(alike.tokens) == 2
 
 
 def test_a_worker_that_tells_nothing_fails_those_who_asked_alone() -> None:
