@@ -26,6 +26,7 @@ class Settings(Section):
     render_memory_bytes: int = Field(
         default=1 << 30, ge=1 << 28, description="Most memory (address space) of a process that renders templates, bytes."
     )
+    constraint_bytes_max: int = Field(default=256 << 10, ge=1, description="Longest constraint (a schema, a grammar), bytes.")
     constraint_timeout_s: float = Field(
         default=2.0, gt=0, le=60, description="Longest time that compiling a constraint (a schema, a grammar) may take, seconds."
     )

@@ -31,10 +31,12 @@ class ConstraintDesk:
 
     Args:
         compilers: One a thread.
+        max_bytes: Of the longest constraint.
         cache_bytes: Most memory of what is remembered.
     """
 
-    def __init__(self, compilers: Sequence[ConstraintCompiler], *, cache_bytes: int) -> None:
+    def __init__(self, compilers: Sequence[ConstraintCompiler], *, max_bytes: int, cache_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._compilers = tuple(compilers)
         self._idle: queue.SimpleQueue[ConstraintCompiler] = queue.SimpleQueue()
         for compiler in compilers:
@@ -47,6 +49,11 @@ class ConstraintDesk:
     def take(self, constraint: Constraint, param: str, tell: Callable[[str | HeadraceError], None]) -> None:
         """Compile a constraint, unless it is known; `tell` is called with its grammar or its error, on the event loop."""
         kind, source = constraint.kind, constraint.source
+        num_bytes = len(source.encode())
+        if num_bytes > self._max_bytes:
+            message = f"{param}: {num_bytes} bytes, the limit is {self._max_bytes} (tokenizer.constraint_bytes_max)"
+            tell(InvalidRequestError(message, param=param))
+            return
         known = self._verdicts.find(kind, source, param)
         if known is not None:
             tell(known)
@@ -104,4 +111,4 @@ def make_desk(settings: Settings, directory: Path, *, vocab_size: int, eos_token
         ConstraintCompiler(directory, vocab_size=vocab_size, eos_token_ids=eos_token_ids, limits=limits)
         for _ in range(settings.num_constraint_threads)
     ]
-    return ConstraintDesk(compilers, cache_bytes=settings.constraint_cache_bytes)
+    return ConstraintDesk(compilers, max_bytes=settings.constraint_bytes_max, cache_bytes=settings.constraint_cache_bytes)

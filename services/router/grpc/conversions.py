@@ -25,7 +25,9 @@ from headrace.v1 import common_pb2 as common
 from headrace.v1 import inference_pb2 as inference
 from headrace.v1 import tokenizer_pb2 as tokenizer
 from services.router.generation import (
+    CONSTRAINT_KINDS,
     ChatTurn,
+    Constraint,
     ConversationPrompt,
     GenerationRequest,
     OutputStream,
@@ -72,6 +74,14 @@ _FINISH_REASONS = {
     "stop": common.FINISH_REASON_STOP,
     "tool_calls": common.FINISH_REASON_STOP,
     "length": common.FINISH_REASON_LENGTH,
+}
+_CONSTRAINT_KINDS: dict[int, str] = {
+    common.CONSTRAINT_KIND_JSON_SCHEMA: "json_schema",
+    common.CONSTRAINT_KIND_JSON_OBJECT: "json_object",
+    common.CONSTRAINT_KIND_REGEX: "regex",
+    common.CONSTRAINT_KIND_EBNF: "ebnf",
+    common.CONSTRAINT_KIND_CHOICE: "choice",
+    common.CONSTRAINT_KIND_STRUCTURAL_TAG: "structural_tag",
 }
 _SPECULATIVE_METHODS: dict[int, str | None] = {
     common.SPECULATIVE_METHOD_UNSPECIFIED: None,
@@ -196,8 +206,6 @@ def usage_of(stream: OutputStream) -> inference.Usage:
 def _generation(
     message: inference.GenerateRequest | inference.ChatRequest, prompt: Prompt, *, skip_special_tokens: bool
 ) -> GenerationRequest:
-    if message.HasField("constraint"):
-        raise InvalidRequestError("constraint is not supported yet: leave it out", param="constraint")
     asked, stops = message.sampling, message.stopping
     sampling = Sampling(
         temperature=_optional(asked, "temperature", None),
@@ -237,9 +245,20 @@ def _generation(
         salt,
         num_choices=num_choices,
         speculative=_speculative(message.speculative),
+        constraint=_constraint(message.constraint) if message.HasField("constraint") else None,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _constraint(asked: common.Constraint) -> Constraint:
+    # A number that this version does not know is refused by its number, and so is the form that only tokenizers make.
+    kind = _CONSTRAINT_KINDS.get(asked.kind, str(asked.kind))
+    if kind not in CONSTRAINT_KINDS:
+        refuse("constraint.kind", f"one of {', '.join(CONSTRAINT_KINDS)}", kind)
+    if (kind == "json_object") == bool(asked.source):
+        refuse("constraint.source", "given, unless the kind is json_object", asked.source)
+    return Constraint(kind, asked.source, "constraint")
 
 
 def _speculative(asked: common.SpeculativeParams) -> Speculative:

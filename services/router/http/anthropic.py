@@ -27,6 +27,7 @@ from services.router.generation import (
     ToolCall,
     ToolChoice,
 )
+from services.router.http.structured import schema_source
 from services.router.http.validation import Body, drop_unused, load_object, renamed_fields, validate
 from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, refuse
 
@@ -223,7 +224,9 @@ def parse_count_tokens(body: bytes) -> tuple[str, ConversationPrompt]:
 def _constraint(config: OutputConfig | None) -> Constraint | None:
     if config is None or config.format is None:
         return None
-    return Constraint("json_schema", orjson.dumps(config.format.schema_).decode(), param="output_config.format.schema")
+    return Constraint(
+        "json_schema", schema_source(config.format.schema_, "output_config.format.schema"), param="output_config.format.schema"
+    )
 
 
 def _drop(body: dict[str, Any]) -> dict[str, Any]:

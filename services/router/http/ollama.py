@@ -21,6 +21,7 @@ from services.router.generation import (
     Tool,
     ToolCall,
 )
+from services.router.http.structured import schema_source
 from services.router.http.validation import Body, drop_unused, load_object, renamed_fields, validate
 from services.router.limits import MAX_LOGPROBS, MAX_MESSAGES, check_sampling, check_stopping, refuse
 
@@ -289,4 +290,4 @@ def _constraint(form: str | dict[str, Any] | None) -> Constraint | None:
         return None
     if isinstance(form, str):
         return Constraint("json_object", param="format")
-    return Constraint("json_schema", orjson.dumps(form).decode(), param="format")
+    return Constraint("json_schema", schema_source(form, "format"), param="format")

@@ -32,6 +32,8 @@ from services.router.http.openai_messages import (
     template_kwargs,
     tool_choice,
 )
+from services.router.http.structured import FIELDS as CONSTRAINT_FIELDS
+from services.router.http.structured import constraint_of
 from services.router.http.validation import Body, drop_unused, load_object, validate
 from services.router.limits import (
     MAX_MESSAGES,
@@ -56,7 +58,6 @@ IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key",
 
 _NOT_YET: dict[str, tuple[object, ...]] = {
     "suffix": (None, ""),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -66,11 +67,6 @@ _NOT_YET: dict[str, tuple[object, ...]] = {
     "store": (None, False),
     "moderation": (None,),
     "chat_template": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "structured_outputs": (None,),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1),
 }
@@ -121,6 +117,12 @@ class _Shared(Body):
     priority: int | None = None
     cache_salt: str | None = None
     speculative: _Speculative | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
 
 class _Chat(_Shared):
@@ -406,6 +408,7 @@ def _finish(body: _Shared, prompt: Prompt, *, max_tokens: int | None, max_tokens
         speculative=speculative,
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
+        constraint=constraint_of({name: getattr(body, name) for name in CONSTRAINT_FIELDS}),
     )
     return ParsedRequest(
         generation,

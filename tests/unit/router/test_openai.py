@@ -92,7 +92,6 @@ def test_fields_of_later_versions_are_taken_at_their_defaults(field: str, value:
     ("field", "value"),
     [
         ("suffix", "end"),
-        ("response_format", {"type": "json_object"}),
         ("audio", {}),
         ("store", True),
     ],

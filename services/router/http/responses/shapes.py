@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.errors import InvalidRequestError
@@ -21,6 +20,7 @@ from services.router.generation import (
     ToolChoice,
 )
 from services.router.http.responses.items import UNIONS, InputItem, Item, MessageItem, named_messages, turns_of
+from services.router.http.structured import schema_source
 from services.router.http.validation import Body, drop_unused, load_object, renamed_fields, validate
 from services.router.limits import MAX_MESSAGES, check_sampling, check_stopping, refuse
 
@@ -299,7 +299,7 @@ def _tool_choice(asked: CreateBody) -> ToolChoice:
 def _constraint(text: TextOptions | None) -> Constraint | None:
     form = None if text is None else text.format
     if isinstance(form, SchemaFormat):
-        return Constraint("json_schema", orjson.dumps(form.schema_).decode(), param="text.format.schema")
+        return Constraint("json_schema", schema_source(form.schema_, "text.format.schema"), param="text.format.schema")
     return Constraint("json_object", param="text.format") if isinstance(form, ObjectFormat) else None
 
 

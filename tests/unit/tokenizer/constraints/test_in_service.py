@@ -81,6 +81,13 @@ async def test_a_constraint_that_takes_long_holds_up_no_other_prompt(make: Make,
     assert all(reply.grammar for reply, _ in found)
 
 
+async def test_one_that_is_too_long_is_refused(make: Make) -> None:
+    world = await make(Settings(num_threads=1, constraint_bytes_max=10))
+    reply, _ = await world.ask(_tokenize("REGEX", "a" * 11))
+    assert (reply.error.code, reply.error.param) == ("invalid_request", "response_format")
+    assert "11 bytes, the limit is 10" in reply.error.message
+
+
 async def test_stopping_ends_what_is_being_compiled(make: Make) -> None:
     world = await make(SETTINGS)
     await world.ask(_tokenize("REGEX", "a+"))
