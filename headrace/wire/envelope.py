@@ -103,6 +103,18 @@ def int32_array(frame: bytes | memoryview | None, *, count: int | None = None) -
     return array
 
 
+def float32_array(frame: bytes | memoryview | None, *, count: int) -> npt.NDArray[np.float32]:
+    """A frame as little-endian float32, shape [n], without a copy.
+
+    Raises:
+        ProtocolError: The frame is missing or does not hold `count` values.
+    """
+    num_bytes = 0 if frame is None else len(frame)
+    if frame is None or num_bytes != 4 * count:
+        raise ProtocolError(f"a frame of float32 values has {num_bytes} bytes, {count} values were announced")
+    return np.frombuffer(frame, dtype="<f4")
+
+
 def frame_bytes(frame: Frame) -> bytes | memoryview:
     """What the socket takes: bytes or a byte view of an array."""
     if isinstance(frame, np.ndarray):

@@ -81,7 +81,7 @@ ROUTER_SCHEDULER = Edge(
     name="router-scheduler",
     front="router",
     back="scheduler",
-    to_front=frozenset({"accepted", "rejected", "cache_flushed", "cache_events"}),
+    to_front=frozenset({"accepted", "rejected", "cache_flushed", "cache_events", "embeddings"}),
     to_back=frozenset({"submit", "abort", "redirect", "flush_cache", "subscribe_cache"}),
     queue_messages=4096,
 )
