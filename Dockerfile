@@ -47,6 +47,9 @@ CMD ["run", "scheduler"]
 FROM base AS worker
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN /opt/build/image_install.sh worker
+# On a GPU Triton compiles a little C at the first launch of a kernel.
+RUN [ -n "$TORCH_INDEX_URL" ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev >/dev/null \
+ && rm -rf /var/lib/apt/lists/*; }
 RUN --mount=from=wheel,source=/wheel,target=/wheel /opt/build/image_install.sh --wheel
 USER headrace
 CMD ["run", "worker"]

@@ -10,6 +10,8 @@ launch, which makes the attention kernels' tests four times as fast.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Final
@@ -25,6 +27,20 @@ def is_interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def start_interpreter() -> None:
+    """Have the kernels of this process run under the interpreter, on the CPU; again does no harm.
+
+    Raises:
+        RuntimeError: Triton was imported before, without its interpreter: its own functions are compiled or interpreted from their
+            import on.
+    """
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not is_interpreted():
+        raise RuntimeError("triton was imported without its interpreter (TRITON_INTERPRET=1), which cannot be changed any more")
+    prepare_interpreter()
 
 
 def prepare_interpreter() -> None:

@@ -27,6 +27,7 @@ LIMITS_S = {
     "supervision": 420,
     "parity": 300,
     "kernels": 300,
+    "interpreted": 300,
     "e2e": 600,
     "sdk": 300,
     "gateway": 300,

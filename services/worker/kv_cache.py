@@ -106,14 +106,18 @@ class KvCache:
     """The tensors: one a layer, `[num_pages, page_size, 2, num_kv_heads, head_dim]`.
 
     The operating system gives the memory when a page is first written, so a cache that is never filled costs little: numpy asks
-    for zeroed memory, where `torch.zeros` would write the zeros.
+    for zeroed memory, where `torch.zeros` would write the zeros. On a GPU it is taken at once.
     """
 
-    def __init__(self, shape: PageShape, *, num_pages: int) -> None:
+    def __init__(self, shape: PageShape, *, num_pages: int, device: torch.device | None = None) -> None:
         self.num_pages = num_pages
         self.page_size = shape.page_size
         sizes = (num_pages, shape.page_size, 2, shape.num_kv_heads, shape.head_dim)
-        self.layers: tuple[torch.Tensor, ...] = tuple(_lazy_zeros(sizes, shape.dtype) for _ in range(shape.num_layers))
+        is_host = device is None or device.type == "cpu"
+        self.layers: tuple[torch.Tensor, ...] = tuple(
+            _lazy_zeros(sizes, shape.dtype) if is_host else torch.zeros(sizes, dtype=shape.dtype, device=device)
+            for _ in range(shape.num_layers)
+        )
 
 
 def _lazy_zeros(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

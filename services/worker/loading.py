@@ -6,10 +6,10 @@ Decisions only; what they were is in `LoadReport`, for the log.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -17,9 +17,13 @@ from headrace.errors import ConfigError
 from headrace.models.model_config import ModelConfig, load_model_config
 from headrace.models.pooling_config import load_pooling_config
 from kernels.cpu.library import ISA_NAMES, NativeLibraryError, load_library
+from kernels.interpreting import start_interpreter
 from services.worker.attention.torch_cpu import TorchCpuAttention
+from services.worker.backend_choice import TRITON, DeviceOptions, choose_backend
 from services.worker.batch_inputs import Limits
+from services.worker.device import Device, find_device
 from services.worker.embedder import Embedder, EmbedLimits
+from services.worker.gpu_memory import DeviceReport
 from services.worker.kv_cache import KvCache, MemoryPlan, PageShape, count_pages, plan_memory
 from services.worker.layers.config_check import unknown_fields
 from services.worker.layers.linear import can_pack_bfloat16
@@ -30,6 +34,9 @@ from services.worker.layers.torch_ops import TorchEncoder, TorchNetwork, TorchOp
 from services.worker.model_runner import ModelRunner
 from services.worker.models.registry import build_encoder, build_model
 from services.worker.weights import MapParts, OnProgress, WeightLoader
+
+if TYPE_CHECKING:
+    from services.worker.triton_loading import Loaded
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,6 +55,7 @@ class LoadOptions:
         max_model_len: Longest sequence in tokens; None for the model's own.
         kv_cache_tokens: Leads over `kv_cache_bytes` where it is given.
         external_package: A package with further model families; empty for none.
+        device: Where it is computed, and what that needs.
     """
 
     directory: Path
@@ -61,6 +69,7 @@ class LoadOptions:
     kv_cache_bytes: int
     kv_cache_tokens: int | None
     external_package: str = ""
+    device: DeviceOptions = field(default_factory=DeviceOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +89,15 @@ class LoadReport:
     memory: MemoryPlan
     unknown_fields: tuple[str, ...]
     unpacked_names: tuple[str, ...]
+    device: DeviceReport
 
 
-def choose_dtype(setting: str, cpu_flags: frozenset[str]) -> tuple[str, str]:
+def choose_dtype(setting: str, cpu_flags: frozenset[str], *, device: str = "cpu") -> tuple[str, str]:
     """Resolve `auto`; gives the type's name and the reason, for the log."""
     if setting != "auto":
         return setting, "set"
+    if device != "cpu":
+        return "bfloat16", "every GPU that is supported multiplies bfloat16 natively"
     if cpu_flags & NATIVE_BFLOAT16_FLAGS and can_pack_bfloat16():
         return "bfloat16", "this CPU multiplies bfloat16 natively"
     return "float32", "this CPU has no native bfloat16 (avx512_bf16, amx_bf16)"
@@ -135,6 +147,7 @@ def load_runner(
     available_bytes: Callable[[], int],
     map_parts: MapParts = map,
     on_progress: OnProgress | None = None,
+    on_capped: Callable[[int], None] = lambda max_tokens: None,
 ) -> tuple[ModelRunner, LoadReport]:
     """Load a model and make a runner for it, not yet warm.
 
@@ -144,6 +157,7 @@ def load_runner(
         available_bytes: Asked for the free memory after the weights are in.
         map_parts: See `WeightLoader`.
         on_progress: See `WeightLoader`.
+        on_capped: See `TritonNetwork`.
 
     Raises:
         ModelError: The directory cannot be used.
@@ -151,14 +165,32 @@ def load_runner(
     """
     config = load_model_config(options.directory)
     max_model_len = choose_max_model_len(options.max_model_len, config)
-    dtype_name, dtype_reason = choose_dtype(options.dtype, cpu_flags)
+    open_weights = partial(WeightLoader, options.directory, map_parts=map_parts, on_progress=on_progress)
+    device, device_reason = find_device(options.device.device)
+    dtype_name, dtype_reason = choose_dtype(options.dtype, cpu_flags, device=device.name)
     dtype = _DTYPES[dtype_name]
+    chosen = choose_backend(device=device.name, backend=options.backend, attention_backend=options.device.attention_backend)
+    if chosen == TRITON:
+        weights = open_weights(dtype=dtype)
+        loaded = _load_triton(options, config, weights, device, device_reason, max_model_len=max_model_len, on_capped=on_capped)
+        runner = ModelRunner(loaded.network, loaded.limits, draw=loaded.draw)
+        return runner, LoadReport(
+            config=config,
+            backend=TRITON,
+            backend_reason=device_reason,
+            dtype=dtype_name,
+            dtype_reason=dtype_reason,
+            memory=loaded.memory,
+            unknown_fields=unknown_fields(config),
+            unpacked_names=tuple(weights.unpacked_names),
+            device=loaded.report,
+        )
+    options = replace(options, backend=chosen)
     # Native kernels keep bfloat16, so no fewer pages than these can be needed.
     smallest = _page_shape(options, config, dtype if options.backend == "torch" else torch.bfloat16)
     count_pages(
         smallest, kv_cache_bytes=options.kv_cache_bytes, kv_cache_tokens=options.kv_cache_tokens, max_model_len=max_model_len
     )
-    open_weights = partial(WeightLoader, options.directory, map_parts=map_parts, on_progress=on_progress)
     backend = _load_backend(options, config, dtype, max_model_len=max_model_len, open_weights=open_weights)
     shape = _page_shape(options, config, backend.kv_dtype)
     memory = plan_memory(
@@ -187,6 +219,7 @@ def load_runner(
         memory=memory,
         unknown_fields=unknown_fields(config),
         unpacked_names=backend.unpacked_names,
+        device=DeviceReport(device.name, device_reason),
     )
     return runner, report
 
@@ -250,6 +283,35 @@ def _load_native(
         return network
 
     return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, tuple(weights.unpacked_names), make_network)
+
+
+def _load_triton(
+    options: LoadOptions,
+    config: ModelConfig,
+    weights: WeightLoader,
+    device: Device,
+    device_reason: str,
+    *,
+    max_model_len: int,
+    on_capped: Callable[[int], None],
+) -> Loaded:
+    """Load for Triton's kernels. Triton takes half a second to import, and none but these want it."""
+    if device.name == "cpu":
+        start_interpreter()
+    from services.worker.triton_loading import TritonLoader
+
+    limits = Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        num_pages=0,
+        page_size=options.page_size,
+        vocab_size=config.vocab_size,
+    )
+    loader = TritonLoader(
+        device, device_reason, options.device, config, limits, kv_cache_tokens=options.kv_cache_tokens, on_capped=on_capped
+    )
+    return loader.load(weights, external_package=options.external_package)
 
 
 def load_embedder(options: LoadOptions, *, cpu_flags: frozenset[str], map_parts: MapParts = map) -> Embedder:

@@ -24,7 +24,7 @@ from services.worker.entering import entering
 from services.worker.layers.ops import Best, Network, StepTensors
 from services.worker.logit_adjuster import LogitAdjuster
 from services.worker.runner import step_result
-from services.worker.sampler import sample
+from services.worker.sampler import Draw, sample
 from services.worker.step_tokens import StepTokens
 from services.worker.token_logprobs import LogprobTable, PromptSpan, prompt_indices
 
@@ -35,16 +35,18 @@ class ModelRunner:
     Args:
         network: The model with its pages.
         limits: Sizes; `num_pages` and `page_size` are those of the pages.
+        draw: What draws tokens; None for `sampler.draw_tokens`.
 
     Attributes:
         speculation: Where drafts come from; None for no drafts. Set before the first step.
         constraints: Sees to it that outputs are what they must be; None where nothing is constrained. Set before the first step.
     """
 
-    def __init__(self, network: Network, limits: Limits) -> None:
+    def __init__(self, network: Network, limits: Limits, *, draw: Draw | None = None) -> None:
         self.speculation: Speculation | None = None
         self.constraints: OutputConstraints | None = None
         self._network = network
+        self._draw = draw
         self._inputs = BatchInputs(limits)
         self._adjuster = LogitAdjuster(limits.max_num_seqs, limits.vocab_size)
         self._logprobs = LogprobTable(limits.max_num_seqs)
@@ -95,7 +97,7 @@ class ModelRunner:
             # Not before the network has run: a grammar may have been compiled meanwhile.
             is_withheld = constraints.withheld(step.sampled.slots) if constraints is not None else None
             adjustments = (self._adjuster,) if constraints is None else (self._adjuster, constraints)
-            sampled, is_finite = sample(logits[:num_sampled], step.sampled, best, adjustments)
+            sampled, is_finite = sample(logits[:num_sampled], step.sampled, best, adjustments, draw=self._draw)
             if constraints is not None and constraints.num_held:
                 is_finite &= ~constraints.has_failed(step.sampled.slots)
             told = self._logprobs.of_sampled(kept, step.sampled, sampled, is_finite)

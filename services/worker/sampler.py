@@ -8,7 +8,7 @@ by top-k or top-p are kept with it: which of equals would go must not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -39,8 +39,17 @@ class LogitAdjustment(Protocol):
         ...
 
 
+Draw = Callable[[torch.Tensor, SampledRows, Int64Array], torch.Tensor]
+"""Draws a token for each of some rows: from their logits, the parameters of all rows, and the indices of these among them."""
+
+
 def sample(
-    logits: torch.Tensor, rows: SampledRows, best: Best | None = None, adjustments: Sequence[LogitAdjustment] = ()
+    logits: torch.Tensor,
+    rows: SampledRows,
+    best: Best | None = None,
+    adjustments: Sequence[LogitAdjustment] = (),
+    *,
+    draw: Draw | None = None,
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
     """Choose a token for each row of logits.
 
@@ -49,6 +58,7 @@ def sample(
         rows: Parameters of the rows.
         best: What `Network.best` found; None to look for it here.
         adjustments: What changes the logits first, in this order.
+        draw: What draws; None for `draw_tokens`.
 
     Returns:
         Token ids, and whether the row's logits were finite before any adjustment; where they were not, the token means nothing.
@@ -59,15 +69,16 @@ def sample(
     if any(len(indices) for indices in changed):
         greedy = np.unique(np.concatenate(changed))
         greedy = greedy[rows.temperature[greedy] == 0]
-        token_ids[greedy] = logits[torch.from_numpy(greedy)].argmax(dim=-1).numpy()
+        token_ids[greedy] = logits[torch.from_numpy(greedy)].argmax(dim=-1).cpu().numpy()
     (drawn,) = np.nonzero((rows.temperature > 0) & is_finite)
     if len(drawn):
         drawn_logits = logits if len(drawn) == len(logits) else logits[torch.from_numpy(drawn)]
-        token_ids[drawn] = _draw(drawn_logits, rows, drawn).numpy()
+        token_ids[drawn] = (draw or draw_tokens)(drawn_logits, rows, drawn).numpy()
     return token_ids, is_finite
 
 
-def _draw(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> torch.Tensor:
+def draw_tokens(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> torch.Tensor:
+    """Draw on the CPU; see `Draw`."""
     temperature = torch.from_numpy(rows.temperature[indices]).unsqueeze(1)
     # The largest becomes 0 before it is divided, so that the smallest temperature cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature

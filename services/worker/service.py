@@ -38,8 +38,9 @@ from headrace.wire.envelope import int32_array
 from headrace.wire.session import Peer
 from headrace.wire.topology import SCHEDULER_BACKPLANE
 from services.worker import machine
+from services.worker.backend_choice import DeviceOptions
 from services.worker.batch_inputs import Limits
-from services.worker.config import Settings
+from services.worker.config import HOST_KV_CACHE_BYTES, Settings
 from services.worker.drafting.factory import make_speculation
 from services.worker.entering import num_entering_tokens
 from services.worker.grammar_compiler import GrammarCompiler, constrain
@@ -466,9 +467,10 @@ class WorkerService:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             page_size=settings.page_size,
-            kv_cache_bytes=settings.kv_cache_bytes,
+            kv_cache_bytes=HOST_KV_CACHE_BYTES if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
             kv_cache_tokens=settings.kv_cache_tokens,
             external_package=self._context.settings.model.external_package,
+            device=_device_options(settings),
         )
         # Loading is thousands of small operations. Shared among threads, each would cost a barrier, which on a busy machine takes
         # longer than the operation; whole layers side by side meet only at the end.
@@ -482,6 +484,7 @@ class WorkerService:
                     available_bytes=machine.available_memory_bytes,
                     map_parts=pool.map,
                     on_progress=progress_log(self._context.notifier),
+                    on_capped=_log_capped,
                 )
         finally:
             pool.shutdown(cancel_futures=True)
@@ -494,7 +497,7 @@ class WorkerService:
         loaded_ns = time.monotonic_ns()
         # Packing is part of it: each run of rows is packed when it is read.
         self._context.end_phase("load")
-        _warn_of(report, options.directory)
+        _log_decisions(report, options.directory)
         log.info(
             "model.loaded",
             directory=str(options.directory),
@@ -515,13 +518,6 @@ class WorkerService:
         return runner
 
 
-def _warn_of(report: LoadReport, directory: Path) -> None:
-    if report.unknown_fields:
-        log.warning("model.fields_ignored", directory=str(directory), fields=list(report.unknown_fields))
-    if report.unpacked_names:
-        log.warning("weights.unpacked", num_matrices=len(report.unpacked_names), first=report.unpacked_names[0])
-
-
 def _count_drafts(metrics: WorkerMetrics, result: StepResult) -> None:
     metrics.tokens.labels("draft").inc(sum(result.num_drafts))
     for num_drafts, num_tokens in zip(result.num_drafts, result.num_tokens or [1] * len(result.slots), strict=True):
@@ -529,3 +525,39 @@ def _count_drafts(metrics: WorkerMetrics, result: StepResult) -> None:
             metrics.accept_length.observe(num_tokens)
             metrics.draft_tokens.labels("accepted").inc(num_tokens - 1)
             metrics.draft_tokens.labels("rejected").inc(num_drafts + 1 - num_tokens)
+
+
+def _device_options(settings: Settings) -> DeviceOptions:
+    return DeviceOptions(
+        device=settings.device,
+        attention_backend=settings.attention_backend,
+        graph_batch_sizes=tuple(settings.graph_batch_sizes),
+        kv_cache_bytes=None if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
+        reserve_bytes=None if settings.reserve_bytes == "auto" else settings.reserve_bytes,
+    )
+
+
+def _log_capped(max_tokens: int) -> None:
+    log.warning("steps.capped", max_tokens=max_tokens, reason="the GPU had no memory for a larger step: raise worker.reserve_bytes")
+
+
+def _log_decisions(loaded: LoadReport, directory: Path) -> None:
+    if loaded.unknown_fields:
+        log.warning("model.fields_ignored", directory=str(directory), fields=list(loaded.unknown_fields))
+    if loaded.unpacked_names:
+        log.warning("weights.unpacked", num_matrices=len(loaded.unpacked_names), first=loaded.unpacked_names[0])
+    report = loaded.device
+    if report.dropped_batch_sizes:
+        log.warning(
+            "graphs.dropped",
+            batch_sizes=list(report.dropped_batch_sizes),
+            reason="the GPU had no memory for them: raise worker.reserve_bytes or lower worker.graph_batch_sizes",
+        )
+    log.info(
+        "device.prepared",
+        device=report.name,
+        reason=report.reason,
+        step_bytes=report.step_bytes,
+        reserve_bytes=report.reserve_bytes,
+        graph_batch_sizes=list(report.graph_batch_sizes),
+    )

@@ -185,7 +185,7 @@ def apply_bitmask(logits: torch.Tensor, bitmask: Int32Array, indices: Int64Array
     num_allowed = np.bitwise_count(bitmask.view(np.uint32)).sum(axis=1)
     for index, row, count in zip(indices.tolist(), ruled_out, num_allowed.tolist(), strict=True):
         place = logits[index]
-        place.masked_fill_(torch.from_numpy(row), -torch.inf)
+        place.masked_fill_(torch.from_numpy(row).to(place.device), -torch.inf)
         if count <= _FEW_TOKENS:
             allowed = torch.from_numpy(np.flatnonzero(~row))
             if len(allowed) and bool(torch.isneginf(place[allowed]).all()):

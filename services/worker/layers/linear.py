@@ -27,7 +27,7 @@ class Linear:
         self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.nbytes
         self._bias = bias
-        self._is_packed = weight.dtype is torch.bfloat16 and can_pack_bfloat16()
+        self._is_packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and can_pack_bfloat16()
         self._weight = _pack(weight) if self._is_packed else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
