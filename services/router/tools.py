@@ -17,9 +17,12 @@ MAX_TOOLS: Final = 128
 MAX_TOOL_NAME_CHARS: Final = 64
 MAX_TOOL_BYTES: Final = 64 * 1024
 MAX_SCHEMA_DEPTH: Final = 32
+MAX_KWARGS_BYTES: Final = 16 * 1024
+"""Most bytes of JSON that a client gives a chat template beside the conversation."""
 MAX_FORCED_CALLS: Final = 8
 """Most calls at once that a grammar lets a model make; small ones would go on for ever."""
 
+_RESERVED_KWARGS: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 _NAME: Final = re.compile(r"[a-zA-Z0-9_.-]+")
 _MISTRAL_ID_CHARS: Final = 9
 _ID_CHARS: Final = 24
@@ -47,6 +50,21 @@ def with_checked_tools(request: GenerationRequest) -> GenerationRequest:
             param="tool_choice",
         )
     return replace(request, constraint=calls_constraint(tools, choice, is_parallel=request.parallel_tool_calls))
+
+
+def checked_template_kwargs(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Further variables for a chat template.
+
+    Raises:
+        InvalidRequestError: One is the conversation's own, or is no name; or they are too large.
+    """
+    for name in kwargs:
+        if name in _RESERVED_KWARGS or not name.isidentifier():
+            refuse(f"{path}.{name}", "a variable of the template's own", name)
+    num_bytes = len(json.dumps(kwargs, ensure_ascii=False).encode())
+    if num_bytes > MAX_KWARGS_BYTES:
+        refuse(path, f"at most {MAX_KWARGS_BYTES} bytes of JSON", f"{num_bytes} bytes")
+    return kwargs
 
 
 def _check_tools(tools: tuple[Tool, ...]) -> None:

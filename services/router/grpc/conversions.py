@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -32,19 +33,23 @@ from services.router.generation import (
     GenerationRequest,
     OutputStream,
     Prompt,
+    ReasoningOptions,
     Sampling,
     Speculative,
     Stopping,
     TextPrompt,
     TokenLogprob,
     TokenPrompt,
+    ToolCallDelta,
 )
+from services.router.grpc.tool_fields import calls_of, template_kwargs_of, tool_choice, tools_of
 from services.router.limits import (
     MAX_MESSAGES,
     check_cache_salt,
     check_logprobs,
     check_num_choices,
     check_priority,
+    check_reasoning_budget,
     check_sampling,
     check_speculative,
     check_stopping,
@@ -144,7 +149,16 @@ def generate_request(message: inference.GenerateRequest) -> GenerationRequest:
 def chat_request(message: inference.ChatRequest) -> GenerationRequest:
     """A Chat call, checked."""
     skip_special_tokens = _optional(message, "skip_special_tokens", True)
-    return _generation(message, conversation(message.prompt, "prompt"), skip_special_tokens=skip_special_tokens)
+    generation = _generation(message, conversation(message.prompt, "prompt"), skip_special_tokens=skip_special_tokens)
+    asked = message.reasoning
+    budget = _optional(asked, "budget_tokens", None)
+    check_reasoning_budget("reasoning.budget_tokens", budget)
+    return replace(
+        generation,
+        tool_choice=tool_choice(_optional(message, "tool_choice", "auto")),
+        parallel_tool_calls=_optional(message, "parallel_tool_calls", True),
+        reasoning=ReasoningOptions(_optional(asked, "separate", True), _optional(asked, "stream", True), budget),
+    )
 
 
 def tokenize_prompt(message: inference.TokenizeRequest) -> Prompt:
@@ -170,10 +184,22 @@ def conversation(chat: tokenizer.ChatPrompt, path: str) -> ConversationPrompt:
             "add_generation_prompt and continue_final_message cannot both be true", param=f"{path}.continue_final_message"
         )
     return ConversationPrompt(
-        tuple(ChatTurn(turn.role, turn.content, turn.name) for turn in chat.messages),
+        tuple(_turn(turn, f"{path}.messages.{index}") for index, turn in enumerate(chat.messages)),
         add_generation_prompt=_optional(chat, "add_generation_prompt", not is_continued),
         continue_final_message=is_continued,
+        tools=tools_of(chat.tools, f"{path}.tools"),
+        template_kwargs=template_kwargs_of(chat.template_kwargs, f"{path}.template_kwargs"),
     )
+
+
+def _turn(turn: tokenizer.ChatMessage, path: str) -> ChatTurn:
+    calls = calls_of(turn.tool_calls, f"{path}.tool_calls")
+    return ChatTurn(turn.role, turn.content, turn.name, calls, turn.tool_call_id, turn.reasoning)
+
+
+def tool_call_deltas(deltas: Sequence[ToolCallDelta]) -> list[inference.ToolCallDelta]:
+    """Parts of tool calls as their messages."""
+    return [inference.ToolCallDelta(index=delta.index, id=delta.id, name=delta.name, arguments=delta.arguments) for delta in deltas]
 
 
 def finish_reason_of(name: str | None) -> common.FinishReason:
@@ -200,6 +226,7 @@ def usage_of(stream: OutputStream) -> inference.Usage:
         num_prompt_tokens=stream.num_prompt_tokens,
         num_output_tokens=stream.num_output_tokens,
         num_cached_tokens=stream.num_cached_tokens,
+        num_reasoning_tokens=stream.num_reasoning_tokens,
     )
 
 

@@ -47,6 +47,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 yield inference.ChatResponse(
                     request_id=call.request_id,
                     content=piece.text,
+                    reasoning=piece.reasoning,
+                    tool_calls=conversions.tool_call_deltas(piece.tool_calls),
                     token_ids=piece.token_ids,
                     finish_reason=conversions.finish_reason_of(piece.finish_reason),
                     usage=usage,

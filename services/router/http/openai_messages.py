@@ -5,7 +5,6 @@ The older `functions` are refused: they are `tools` under another name, and ever
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NoReturn
 
@@ -13,9 +12,7 @@ from headrace.errors import InvalidRequestError
 from services.router.generation import ChatTurn, ConversationPrompt, Tool, ToolCall, ToolChoice
 from services.router.http.validation import Body, drop_unused
 from services.router.limits import refuse
-
-MAX_KWARGS_BYTES: Final = 16 * 1024
-_RESERVED_KWARGS: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+from services.router.tools import checked_template_kwargs
 
 _MESSAGE_NOT_YET: Final[Mapping[str, tuple[object, ...]]] = {
     "function_call": (None,),
@@ -82,12 +79,7 @@ def tool_choice(choice: str | NamedTool | None) -> ToolChoice:
 
 def template_kwargs(kwargs: dict[str, Any] | None, reasoning_effort: str | None) -> dict[str, Any]:
     """Further variables for the template. An effort of "none" turns thinking off, where the template knows how."""
-    found = dict(kwargs or {})
-    for name in found:
-        if name in _RESERVED_KWARGS or not name.isidentifier():
-            refuse(f"chat_template_kwargs.{name}", "a variable of the template's own", name)
-    if len(json.dumps(found, ensure_ascii=False).encode()) > MAX_KWARGS_BYTES:
-        refuse("chat_template_kwargs", f"at most {MAX_KWARGS_BYTES} bytes of JSON", "more")
+    found = checked_template_kwargs("chat_template_kwargs", dict(kwargs or {}))
     if reasoning_effort == "none":
         found.setdefault("enable_thinking", False)
     elif reasoning_effort is not None:
@@ -121,12 +113,13 @@ def conversation(
         turns,
         add_generation_prompt=is_opened,
         continue_final_message=is_continued,
-        tools=tuple(_tool(tool.function) for tool in tools or ()),
+        tools=tuple(tool_of(tool.function) for tool in tools or ()),
         template_kwargs=template_kwargs,
     )
 
 
-def _tool(function: FunctionShape) -> Tool:
+def tool_of(function: FunctionShape) -> Tool:
+    """A tool as its shape says."""
     return Tool(function.name, function.description or "", function.parameters, is_strict=function.strict is True)
 
 
