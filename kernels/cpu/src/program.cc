@@ -296,21 +296,16 @@ class Program {
       for (Counter& counter : done_[1 - parity_]) counter.store(0, std::memory_order_relaxed);
     }
     const bool is_timed = id == 0 && !nanoseconds_.empty();
-    int64_t begin = is_timed ? now() : 0;
+    int64_t begin = is_timed ? now_ns() : 0;
     for (size_t i = 0; i < ops_.size(); i++) {
       execute(i, id);
+      if (ops_[i].kind == LINEAR || ops_[i].kind == GATED_LINEAR || ops_[i].kind == ATTEND) team_.make_way(id);
       if (is_timed) {
-        const int64_t end = now();
+        const int64_t end = now_ns();
         nanoseconds_[ops_[i].kind] += end - begin;
         begin = end;
       }
     }
-  }
-
-  static int64_t now() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * 1000000000LL + time.tv_nsec;
   }
 
   void execute(size_t index, int id) {

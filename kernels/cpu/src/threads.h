@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -21,6 +22,12 @@ inline void relax() {
 #endif
 }
 
+inline int64_t now_ns() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
 // One turn of waiting for another thread: the pieces of a step are microseconds; after some of these the core is given away, so that
 // the services that share it run.
 inline void wait_a_moment(int spins) {
@@ -33,7 +40,7 @@ inline void wait_a_moment(int spins) {
 
 class Team {
  public:
-  explicit Team(int size) : size_(size < 1 ? 1 : size) {
+  explicit Team(int size) : size_(size < 1 ? 1 : size), not_before_((size_t)size_) {
     for (int id = 1; id < size_; id++) {
       auto* start = new Start{this, id};
       pthread_t thread;
@@ -54,6 +61,18 @@ class Team {
 
   int size() const { return size_; }
 
+  // Let whoever waits for this core run now, when no other thread waits for a piece of work that this one has begun. Taken by force it
+  // would be gone in the middle of one, and all threads would wait. A program that keeps the core is not let in again for some time.
+  void make_way(int id) {
+    if (size_ == 1) return;
+    const int64_t begin = now_ns();
+    int64_t& not_before = not_before_[(size_t)id].value;
+    if (begin < not_before) return;
+    sched_yield();
+    const int64_t end = now_ns();
+    if (end - begin > LONG_AWAY_NS) not_before = end + AWAY_PAUSES * (end - begin);
+  }
+
   // Every thread calls `body(argument, id)`; the caller is thread 0. Gives back when all have ended.
   void run(void (*body)(void*, int), void* argument) {
     body_ = body;
@@ -65,6 +84,14 @@ class Team {
 
  private:
   static constexpr int SPINS_IDLE = 400;
+  // Other services are done in a few hundred microseconds.
+  static constexpr int64_t LONG_AWAY_NS = 1'000'000;
+  // So that a program which takes all it can get costs a thirtieth beside what the kernel gives it anyway.
+  static constexpr int64_t AWAY_PAUSES = 30;
+
+  struct alignas(64) Moment {
+    int64_t value = 0;
+  };
 
   struct Start {
     Team* team;
@@ -116,6 +143,7 @@ class Team {
   }
 
   int size_;
+  std::vector<Moment> not_before_;
   std::vector<pthread_t> threads_;
   void (*body_)(void*, int) = nullptr;
   void* argument_ = nullptr;
