@@ -169,6 +169,15 @@ class _Detokenize(Body):
     skip_special_tokens: bool | None = None
 
 
+SHAPES: dict[str, type[Body]] = {
+    "chat": _Chat,
+    "completion": _Completion,
+    "tokenize": _Tokenize,
+    "detokenize": _Detokenize,
+}
+"""Shapes of bodies, for the API's description."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
     """A request and how its answer is to be sent.

@@ -12,6 +12,7 @@ from services.router.http.batches.opening import OpeningStorage
 from services.router.http.batches.routes import BatchesRoutes, FilesRoutes
 from services.router.http.batches.runner import BatchRunner, BatchSettings
 from services.router.http.batches.storage import FileLimits
+from services.router.http.describing import DescribingRoutes
 from services.router.http.exchange import Application
 from services.router.http.generate_routes import GenerateRoutes
 from services.router.http.ollama_routes import OllamaRoutes
@@ -42,7 +43,12 @@ class Protocols:
     def __init__(self, engine: Engine, storage: StorageSettings) -> None:
         self._history_thread = StorageThread("the history of responses")
         self._history = _open_history(storage)
-        self._stateless = [*GenerateRoutes(engine).routes(), *AnthropicRoutes(engine).routes(), *OllamaRoutes(engine).routes()]
+        self._stateless = [
+            *GenerateRoutes(engine).routes(),
+            *AnthropicRoutes(engine).routes(),
+            *OllamaRoutes(engine).routes(),
+            *DescribingRoutes().routes(),
+        ]
         self._responses = ResponsesRoutes(engine, self._history, self._history_thread)
         self._conversations = ConversationsRoutes(self._history, self._history_thread)
         self._storage = OpeningStorage(storage.directory, storage.files)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from headrace.errors import InvalidRequestError, OverloadedError, RequestFailedError
+from services.router.api_keys import ApiKeys
 from services.router.generation import OutputPiece
 from services.router.http.app import HttpApp
 from services.router.http.batches.lines import check_input, told_already
@@ -211,6 +212,24 @@ async def test_a_request_of_a_batch_is_counted_to_whoever_made_it(service: Any) 
     await here.until(made["id"], "completed")
     (call,) = [call for call in here.engine.calls if call.endpoint == "/v1/chat/completions"]
     assert call.tenant.startswith("key:")
+
+
+async def test_requests_of_a_batch_need_no_key_of_their_own(service: Any) -> None:
+    here = await service()
+    here.app._keys = ApiKeys(["secret"])
+    content, kind = form(request_line("a"), {"purpose": "batch"}), f"multipart/form-data; boundary={BOUNDARY}"
+    refused = await ask(here.app, "POST", "/v1/files", raw=content, content_type=kind)
+    assert refused.status == 401
+    source = (await ask(here.app, "POST", "/v1/files", raw=content, content_type=kind, authorization="Bearer secret")).json["id"]
+    body = {"input_file_id": source, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    made = (await ask(here.app, "POST", "/v1/batches", body, authorization="Bearer secret")).json
+    here.app._keys = ApiKeys(["another"])
+    found: dict[str, Any] = {}
+    async with asyncio.timeout(10):
+        while found.get("status") != "completed":
+            await asyncio.sleep(0.01)
+            found = await here.protocols._storage.run(lambda storage: storage.batches.get(made["id"]))
+    assert found["request_counts"]["completed"] == 1
 
 
 async def test_a_batch_with_bad_lines_fails_and_names_them(service: Any) -> None:
