@@ -65,7 +65,7 @@ compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs
 	$(BIN)/pytest -m compose tests/compose
 
 clean: ## remove .venv, builds, caches and generated code; keeps models
-	rm -rf .venv build dist headrace/v1 kernels/cpu/*.so kernels/cpu/*.so.stamp .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
+	rm -rf .venv build dist headrace/v1 clients/python/headrace_client/v1 kernels/cpu/*.so kernels/cpu/*.so.stamp .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.python:
@@ -73,8 +73,8 @@ clean: ## remove .venv, builds, caches and generated code; keeps models
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.setup: .venv/.python pyproject.toml constraints.txt hatch_build.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -c constraints.txt $$($(BIN)/python tools/torch_index.py '$(TORCH_INDEX_URL)')
+.venv/.setup: .venv/.python pyproject.toml constraints.txt hatch_build.py clients/python/pyproject.toml clients/python/hatch_build.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e clients/python -c constraints.txt $$($(BIN)/python tools/torch_index.py '$(TORCH_INDEX_URL)')
 	@touch $@
 
 .venv/.native: .venv/.setup kernels/cpu/build.py $(wildcard kernels/cpu/src/*)
@@ -83,4 +83,5 @@ clean: ## remove .venv, builds, caches and generated code; keeps models
 
 .venv/.proto: .venv/.setup $(wildcard proto/headrace/v1/*.proto)
 	@$(BIN)/python hatch_build.py
+	@$(BIN)/python clients/python/hatch_build.py
 	@touch $@
