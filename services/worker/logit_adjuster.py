@@ -54,7 +54,8 @@ class LogitAdjuster:
         self._penalties.enter(slot, sampling, tokens, num_prompt_tokens)
         if biases:
             self._biases.put(slot, list(biases), list(biases.values()))
-        if sequence.num_output_tokens < sequence.min_output_tokens:
+        # A grammar leads: where it allows nothing but the end, nothing would be left.
+        if sequence.num_output_tokens < sequence.min_output_tokens and not sequence.HasField("constrained"):
             barred = sorted({token_id for token_id in sequence.stop_token_ids if token_id < self._vocab_size})
             self._barred.put(slot, barred, [0.0] * len(barred))
             self._barred_until[slot] = num_prompt_tokens + sequence.min_output_tokens

@@ -181,3 +181,13 @@ def test_rows_widen_with_the_tokens_that_a_sequence_has() -> None:
     expected = torch.zeros(vocab)
     expected[50 : 50 + num_steps // 2] = -2.5
     assert torch.equal(logits[0], expected)
+
+
+def test_a_constraint_leads_over_the_fewest_tokens() -> None:
+    """Its grammar may allow nothing but the end: barred too, no token would be left."""
+    plain = Plain([1], [], stops=[9], min_tokens=2)
+    entering = plain.entering(0)
+    entering.constrained.num_output_tokens = 0
+    adjuster = LogitAdjuster(NUM_SLOTS, VOCAB)
+    adjuster.enter(entering, np.array([1], dtype=np.int32))
+    assert not len(adjuster.adjust(torch.zeros((1, VOCAB)), rows_of({0: plain}, [0])))
