@@ -28,6 +28,7 @@ LIMITS_S = {
     "parity": 300,
     "kernels": 300,
     "interpreted": 300,
+    "gpu": 900,
     "e2e": 600,
     "sdk": 300,
     "gateway": 300,
