@@ -77,12 +77,13 @@ class Exchange:
         self._check_head()
         return b"".join([chunk async for chunk in self.read_chunks(self._limits.max_body_bytes, setting="router.max_body_bytes")])
 
-    async def read_chunks(self, limit: int, *, setting: str) -> AsyncIterator[bytes]:
+    async def read_chunks(self, limit: int, *, setting: str, bytes_a_timeout: int | None = None) -> AsyncIterator[bytes]:
         """The body in the parts that it comes in, all of them within `router.body_timeout_s`.
 
         Args:
             limit: Most bytes of all.
             setting: What an operator would change to allow more.
+            bytes_a_timeout: For large bodies: each time so many bytes have come, there is as much time again.
 
         Raises:
             The same as `read_body`.
@@ -90,12 +91,14 @@ class Exchange:
         length = self.headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit, setting, length)
-        num_bytes = 0
+        num_bytes, began_s = 0, asyncio.get_running_loop().time()
         while True:
             message = await self._receive_part()
             num_bytes += len(message.get("body", b""))
             if num_bytes > limit:
                 raise _too_large(limit, setting, f"more than {limit}")
+            if bytes_a_timeout is not None:
+                self._body_until = began_s + self._limits.body_timeout_s * (1 + num_bytes // bytes_a_timeout)
             yield message.get("body", b"")
             if not message.get("more_body", False):
                 return

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from headrace.errors import InvalidRequestError, OverloadedError, RequestFailedError
+from headrace.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, RequestFailedError
 from services.router.api_keys import ApiKeys
 from services.router.generation import OutputPiece
 from services.router.http.app import HttpApp
 from services.router.http.batches.lines import check_input, told_already
 from services.router.http.batches.runner import BatchSettings
 from services.router.http.batches.upload import Upload, boundary_of
+from services.router.http.exchange import Exchange, HttpLimits
 from services.router.http.protocols import Protocols
 from tests.unit.router.fake_engine import FakeEngine
 from tests.unit.router.http_client import LIMITS, Answer, ask, storage_settings
@@ -133,6 +134,28 @@ async def test_uploads_have_limits_and_leave_nothing_when_refused(service: Any, 
     full = await here.upload(b"x")
     assert (full.status, full.headers["retry-after"]) == (429, "60")
     assert "router.max_files" in full.json["error"]["message"]
+
+
+async def test_a_large_upload_has_time_again_for_each_part_of_it() -> None:
+    """Goal: a file may take long, a client that sends nothing may not. Method: parts that together come slower than the timeout."""
+    limits = HttpLimits(max_body_bytes=100, body_timeout_s=0.3, max_timeout_s=1, send_timeout_s=1)
+
+    def exchange(num_parts: int) -> Exchange:
+        parts = [b"x" * 10] * num_parts
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(0.1)
+            return {"type": "http.request", "body": parts.pop(), "more_body": bool(parts)}
+
+        async def send(message: Any) -> None:
+            """Nothing is answered here."""
+
+        return Exchange({"path": "/", "method": "POST", "headers": []}, receive, send, limits)
+
+    chunks = [chunk async for chunk in exchange(8).read_chunks(1000, setting="s", bytes_a_timeout=10)]
+    assert len(chunks) == 8
+    with pytest.raises(DeadlineExceededError):
+        _ = [chunk async for chunk in exchange(8).read_chunks(1000, setting="s")]
 
 
 async def test_all_files_together_have_a_limit(service: Any) -> None:

@@ -351,7 +351,7 @@ def test_fields_are_taken_over() -> None:
     assert isinstance(asked.prompt, ConversationPrompt)
     assert asked.prompt.turns == (ChatTurn("system", "x"),)
     assert asked.prompt.tools == (Tool("weather", "", {"type": "object"}),)
-    assert asked.prompt.template_kwargs == {"enable_thinking": True, "reasoning_effort": "low"}
+    assert asked.prompt.template_kwargs == {"reasoning_effort": "minimal"}
     assert (asked.tool_choice, asked.parallel_tool_calls) == (ToolChoice("named", "weather"), False)
     assert (asked.sampling.temperature, asked.sampling.top_p, asked.stopping.max_tokens) == (0.5, 0.9, 7)
     assert asked.constraint == Constraint("json_schema", '{"type":"object"}', param="text.format.schema")

@@ -61,7 +61,8 @@ class FilesRoutes:
     async def _receive(self, exchange: Exchange, boundary: bytes, sink: BinaryIO) -> Upload:
         upload = Upload(boundary, sink)
         try:
-            async for chunk in exchange.read_chunks(self._max_file_bytes + _FRAME_BYTES, setting="router.max_file_bytes"):
+            limit = self._max_file_bytes + _FRAME_BYTES
+            async for chunk in exchange.read_chunks(limit, setting="router.max_file_bytes", bytes_a_timeout=_READ_BYTES):
                 # Parsing and writing are one call on the thread: neither is the event loop's.
                 await self._storage.run(lambda _, chunk=chunk: upload.feed(chunk))  # type: ignore[misc]
             upload.finish()

@@ -19,6 +19,7 @@ from services.router.generation import (
     Tool,
     ToolChoice,
 )
+from services.router.http.openai_messages import template_kwargs
 from services.router.http.responses.items import UNIONS, InputItem, Item, MessageItem, named_messages, turns_of
 from services.router.http.structured import schema_source
 from services.router.http.validation import Body, drop_unused, load_object, renamed_fields, validate
@@ -228,9 +229,10 @@ class ResponseCall:
         tools = tuple(
             Tool(tool.name, tool.description or "", tool.parameters, is_strict=tool.strict is True) for tool in body.tools or ()
         )
+        effort = None if body.reasoning is None else body.reasoning.effort
         return GenerationRequest(
             body.model or "",
-            ConversationPrompt(tuple(turns), tools=tools, template_kwargs=_template_kwargs(body.reasoning)),
+            ConversationPrompt(tuple(turns), tools=tools, template_kwargs=template_kwargs(None, effort)),
             Sampling(body.temperature, body.top_p),
             Stopping(max_tokens=body.max_output_tokens),
             tool_choice=self.tool_choice,
@@ -301,12 +303,3 @@ def _constraint(text: TextOptions | None) -> Constraint | None:
     if isinstance(form, SchemaFormat):
         return Constraint("json_schema", schema_source(form.schema_, "text.format.schema"), param="text.format.schema")
     return Constraint("json_object", param="text.format") if isinstance(form, ObjectFormat) else None
-
-
-def _template_kwargs(reasoning: ReasoningShape | None) -> dict[str, Any]:
-    effort = None if reasoning is None else reasoning.effort
-    if effort is None:
-        return {}
-    if effort == "none":
-        return {"enable_thinking": False}
-    return {"enable_thinking": True, "reasoning_effort": {"minimal": "low", "xhigh": "high"}.get(effort, effort)}
