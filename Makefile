@@ -63,6 +63,9 @@ bench-peers: setup ## measure ours beside vLLM, llama.cpp, OpenVINO and transfor
 	@$(BIN)/python -m bench.peers setup --root '$(PEERS_ROOT)' --torch-index '$(TORCH_INDEX_URL)'
 	@exec $(BIN)/python -m bench.peers run --root '$(PEERS_ROOT)' --rounds $(ROUNDS) --scale $(SCALE)
 
+structured: setup ## 500 schemas through a whole system, every output checked by jsonschema (several minutes)
+	@STRUCTURED_SCHEMAS=500 $(BIN)/python -m pytest -s tests/e2e/test_structured.py -k every_output
+
 compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs Docker)
 	@tools/docker_engine.sh
 	$(BIN)/pytest -m compose tests/compose

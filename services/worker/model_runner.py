@@ -96,8 +96,9 @@ class ModelRunner:
             kept = self._logprobs.keep(logits, step.sampled)
             # Not before the network has run: a grammar may have been compiled meanwhile.
             is_withheld = constraints.withheld(step.sampled.slots) if constraints is not None else None
-            adjustments = (self._adjuster,) if constraints is None else (self._adjuster, constraints)
-            sampled, is_finite = sample(logits[:num_sampled], step.sampled, best, adjustments, draw=self._draw)
+            sampled, is_finite = sample(
+                logits[:num_sampled], step.sampled, best, (self._adjuster,), masks=constraints, draw=self._draw
+            )
             if constraints is not None and constraints.num_held:
                 is_finite &= ~constraints.has_failed(step.sampled.slots)
             told = self._logprobs.of_sampled(kept, step.sampled, sampled, is_finite)

@@ -21,10 +21,13 @@ from services.worker.sampling_table import Int64Array, SampledRows
 
 # Nearly always the nucleus lies in this many likeliest tokens, and finding them is ten times cheaper than a whole sort.
 _NUM_CANDIDATES: Final = 512
+_LEAST_EXPONENT: Final = -87.0
+_LEAST_TARGET: Final = 1e-30
+"""A token that is out has a mass of 1e-38 beside the likeliest's 1; a million of them together do not reach the least target."""
 
 
 class LogitAdjustment(Protocol):
-    """Changes logits before anything is drawn from them: penalties and biases, then masks."""
+    """Changes logits before anything is drawn from them: penalties and biases."""
 
     def adjust(self, logits: torch.Tensor, rows: SampledRows) -> Int64Array:
         """Change the logits of some rows in place.
@@ -39,6 +42,20 @@ class LogitAdjustment(Protocol):
         ...
 
 
+class TokenMasks(Protocol):
+    """Rules tokens out, after all adjustments."""
+
+    def rule_out(self, logits: torch.Tensor, rows: SampledRows, likeliest: Int64Array) -> None:
+        """Rule out tokens of some rows: in `likeliest` for greedy rows, which need no more, and in the logits of all others.
+
+        Args:
+            logits: float32 `[num_rows, vocab_size]`, to be changed in place.
+            rows: Whose they are.
+            likeliest: The likeliest token of each row, to be replaced where it is ruled out.
+        """
+        ...
+
+
 Draw = Callable[[torch.Tensor, SampledRows, Int64Array], torch.Tensor]
 """Draws a token for each of some rows: from their logits, the parameters of all rows, and the indices of these among them."""
 
@@ -49,6 +66,7 @@ def sample(
     best: Best | None = None,
     adjustments: Sequence[LogitAdjustment] = (),
     *,
+    masks: TokenMasks | None = None,
     draw: Draw | None = None,
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
     """Choose a token for each row of logits.
@@ -58,6 +76,7 @@ def sample(
         rows: Parameters of the rows.
         best: What `Network.best` found; None to look for it here.
         adjustments: What changes the logits first, in this order.
+        masks: What rules tokens out then.
         draw: What draws; None for `draw_tokens`.
 
     Returns:
@@ -70,6 +89,8 @@ def sample(
         greedy = np.unique(np.concatenate(changed))
         greedy = greedy[rows.temperature[greedy] == 0]
         token_ids[greedy] = logits[torch.from_numpy(greedy)].argmax(dim=-1).cpu().numpy()
+    if masks is not None:
+        masks.rule_out(logits, rows, token_ids)
     (drawn,) = np.nonzero((rows.temperature > 0) & is_finite)
     if len(drawn):
         drawn_logits = logits if len(drawn) == len(logits) else logits[torch.from_numpy(drawn)]
@@ -90,8 +111,10 @@ def draw_tokens(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) ->
     if min_p.any():
         # Relative to the largest, which is 0; the logarithm of 0 keeps all.
         scaled = scaled.masked_fill(scaled < torch.from_numpy(min_p).log().unsqueeze(1), -torch.inf)
-    cumulative = scaled.exp().double().cumsum(dim=-1)
+    # The exponential of minus infinity takes four times as long as that of a number, and most of a masked row is that.
+    cumulative = scaled.clamp_(min=_LEAST_EXPONENT).exp().double().cumsum(dim=-1)
     targets = torch.from_numpy(uniforms(rows.seeds[indices], rows.positions[indices])).unsqueeze(1) * cumulative[:, -1:]
+    targets.clamp_(min=_LEAST_TARGET)
     # The first token whose cumulative mass is above the target; one without mass of its own never is.
     return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
 

@@ -32,7 +32,6 @@ BoolArray = npt.NDArray[np.bool_]
 
 _FEW_TOKENS: Final = 128
 """At least as many as any other adjustment may rule out."""
-_NO_ROWS: Final = np.zeros(0, dtype=np.int64)
 
 
 class Grammars(Protocol):
@@ -53,7 +52,7 @@ class _Held:
 
 
 class OutputConstraints:
-    """State of all slots. Implements `LogitAdjustment`.
+    """State of all slots. Implements `TokenMasks`.
 
     Args:
         grammars: Where compiled grammars come from.
@@ -115,30 +114,39 @@ class OutputConstraints:
         """Whether each of some slots' constraints cannot be followed further; what is sampled there means nothing."""
         return np.array([slot in self._failed for slot in slots.tolist()], dtype=np.bool_)
 
-    def adjust(self, logits: torch.Tensor, rows: SampledRows) -> Int64Array:
-        """Rule out what the grammars do not allow; gives the rows that were changed."""
-        if not self._held:
-            return _NO_ROWS
-        found = [
-            (index, one.matcher)
-            for index, slot in enumerate(rows.slots.tolist())
-            if (one := self._held.get(slot)) is not None and one.matcher is not None and slot not in self._failed
-        ]
+    def rule_out(self, logits: torch.Tensor, rows: SampledRows, likeliest: Int64Array) -> None:
+        """Rule out what the grammars do not allow, see `TokenMasks`."""
+        found = self._matchers_of(rows.slots.tolist()) if self._held else []
         if not found:
-            return _NO_ROWS
+            return
         if len(found) > len(self._bitmask):
             self._bitmask = np.zeros((len(found), self._bitmask.shape[1]), dtype=np.int32)
         bitmask = self._bitmask[: len(found)]
-        for (_, matcher), mask in zip(found, bitmask, strict=True):
+        for (index, matcher), mask in zip(found, bitmask, strict=True):
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        indices = np.array([index for index, _ in found], dtype=np.int64)
-        for place, (index, matcher) in enumerate(found):
             if matcher.is_error():
                 # What is sampled for it means nothing.
                 self._failed.add(int(rows.slots[index]))
-                bitmask[place] = -1
-        apply_bitmask(logits, bitmask, indices)
-        return indices
+                mask[:] = -1
+        indices = np.array([index for index, _ in found], dtype=np.int64)
+        words, bits = np.divmod(likeliest[indices], 32)
+        is_allowed = (bitmask[np.arange(len(found)), words] >> bits) & 1 == 1
+        # What a greedy row would take anyway is mostly allowed; then nothing else matters.
+        is_drawn = rows.temperature[indices] > 0
+        for place in np.flatnonzero(is_drawn | ~is_allowed).tolist():
+            index = int(indices[place])
+            if is_drawn[place]:
+                mask_row(logits[index], bitmask[place])
+            else:
+                likeliest[index] = likeliest_allowed(logits[index], bitmask[place])
+
+    def _matchers_of(self, slots: list[int]) -> list[tuple[int, Matcher]]:
+        """Rows that are to keep to a grammar, by their index."""
+        return [
+            (index, one.matcher)
+            for index, slot in enumerate(slots)
+            if (one := self._held.get(slot)) is not None and one.matcher is not None and slot not in self._failed
+        ]
 
     def commit(self, tokens: StepTokens) -> list[int]:
         """Take in what a step gave; gives the slots whose sequence has ended: nothing may follow."""
@@ -170,23 +178,28 @@ class OutputConstraints:
         return True
 
 
-def apply_bitmask(logits: torch.Tensor, bitmask: Int32Array, indices: Int64Array) -> None:
+def mask_row(logits: torch.Tensor, mask: Int32Array) -> None:
     """Set the logits of tokens whose bit is 0 to minus infinity, in place, where that leaves any token.
 
     A row may have lost all that its mask allows to an earlier adjustment, such as an end that may not come yet: then the mask wins.
 
     Args:
-        logits: `[num_rows, vocab_size]`.
-        bitmask: `[num_masks, ceil(vocab_size / 32)]`; bit `t % 32` of word `t // 32` stands for token `t`, 1 allows it.
-        indices: Which row each mask is for.
+        logits: `[vocab_size]`.
+        mask: `[ceil(vocab_size / 32)]`; bit `t % 32` of word `t // 32` stands for token `t`, 1 allows it.
     """
-    vocab_size = logits.shape[1]
-    ruled_out = np.unpackbits((~bitmask).view(np.uint8), axis=1, count=vocab_size, bitorder="little").view(np.bool_)
-    num_allowed = np.bitwise_count(bitmask.view(np.uint32)).sum(axis=1)
-    for index, row, count in zip(indices.tolist(), ruled_out, num_allowed.tolist(), strict=True):
-        place = logits[index]
-        place.masked_fill_(torch.from_numpy(row).to(place.device), -torch.inf)
-        if count <= _FEW_TOKENS:
-            allowed = torch.from_numpy(np.flatnonzero(~row))
-            if len(allowed) and bool(torch.isneginf(place[allowed]).all()):
-                place[allowed] = 0.0
+    is_allowed = _bits(mask, len(logits))
+    logits.masked_fill_(torch.from_numpy(~is_allowed).to(logits.device), -torch.inf)
+    if np.bitwise_count(mask.view(np.uint32)).sum() <= _FEW_TOKENS:
+        allowed = torch.from_numpy(np.flatnonzero(is_allowed)).to(logits.device)
+        if len(allowed) and bool(torch.isneginf(logits[allowed]).all()):
+            logits[allowed] = 0.0
+
+
+def likeliest_allowed(logits: torch.Tensor, mask: Int32Array) -> int:
+    """The likeliest token that a mask allows; arguments are those of `mask_row`."""
+    allowed = torch.from_numpy(np.flatnonzero(_bits(mask, len(logits)))).to(logits.device)
+    return int(allowed[logits[allowed].argmax()])
+
+
+def _bits(mask: Int32Array, vocab_size: int) -> BoolArray:
+    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)

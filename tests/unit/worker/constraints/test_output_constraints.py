@@ -13,7 +13,7 @@ from headrace.v1.common_pb2 import CONSTRAINT_KIND_GRAMMAR, CONSTRAINT_KIND_REGE
 from headrace.v1.scheduler_pb2 import RowError, StepResult
 from headrace.v1.worker_pb2 import ConstrainedOutput, StepPlan
 from services.worker.batch_inputs import Limits
-from services.worker.constraints.output_constraints import OutputConstraints, apply_bitmask
+from services.worker.constraints.output_constraints import OutputConstraints, likeliest_allowed, mask_row
 from services.worker.model_runner import ModelRunner
 from tests.unit.worker.constraints.alphabet import EOS, AlphabetGrammars, ids, regex
 from tests.unit.worker.test_model_runner import make_runner
@@ -148,7 +148,10 @@ def test_masks_rule_out_exactly_the_tokens_without_a_bit(vocab_size: int) -> Non
     bitmask = random.integers(-(2**31), 2**31, (2, -(-vocab_size // 32))).astype(np.int32)
     bitmask[:, 0] |= 1
     before = logits.clone()
-    apply_bitmask(logits, bitmask, np.array([3, 1]))
+    for index, mask in ((3, bitmask[0]), (1, bitmask[1])):
+        best = likeliest_allowed(logits[index], mask)
+        mask_row(logits[index], mask)
+        assert best == logits[index].argmax()
     for row, mask in ((0, None), (2, None), (3, bitmask[0]), (1, bitmask[1])):
         for token in range(vocab_size):
             is_allowed = mask is None or bool(mask[token // 32] >> (token % 32) & 1)
@@ -159,6 +162,6 @@ def test_a_mask_wins_over_what_was_ruled_out_before() -> None:
     logits = torch.zeros((1, 40))
     logits[0, 7] = -torch.inf
     bitmask = np.array([[1 << 7, 0]], dtype=np.int32)
-    apply_bitmask(logits, bitmask, np.array([0]))
+    mask_row(logits[0], bitmask[0])
     assert logits[0].argmax() == 7
     assert torch.isfinite(logits[0]).sum() == 1
