@@ -84,12 +84,16 @@ def test_killed_service_is_back_in_time(victim: Server, what: str) -> None:
 COUNTED: dict[str, Any] = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "echo": True, "logprobs": 2}
 """What depends on all tokens before, and what must come once for each of them."""
 
+CONSTRAINED: dict[str, Any] = {"extra_body": {"guided_regex": "([0-9]{2}, ){40}end"}}
+"""What a new worker has to match from the outputs there are."""
+
 
 @pytest.mark.parametrize(
     ("what", "wants"),
     [
         *((f"services.{what}", {}) for what in ("tokenizer", "scheduler", "worker.rank", "detokenizer")),
         *((f"services.{what}", COUNTED) for what in ("scheduler", "worker.rank", "detokenizer")),
+        *((f"services.{what}", CONSTRAINED) for what in ("scheduler", "worker.rank")),
     ],
 )
 def test_stream_outlives_the_death_of_a_stage(victim: Server, what: str, wants: dict[str, Any]) -> None:
@@ -113,7 +117,9 @@ def test_stream_outlives_the_death_of_a_stage(victim: Server, what: str, wants: 
     assert "".join(text for text, _ in pieces) == "".join(text for text, _ in undisturbed)
     told = [token for _, tokens in pieces for token in tokens]
     assert told == [token for _, tokens in undisturbed for token in tokens]
-    assert len(told) == (0 if not wants else len(client.completions.create(model=MODEL, **asked).choices[0].logprobs.tokens))
+    assert len(told) == (
+        0 if "logprobs" not in wants else len(client.completions.create(model=MODEL, **asked).choices[0].logprobs.tokens)
+    )
 
 
 def test_nothing_is_left_of_a_killed_supervisor(default_model_directory: Path, model_store: Path) -> None:
