@@ -62,9 +62,9 @@ class _Maker:
     """Makes one schema."""
 
     def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+        self.rng = rng
         self._features: set[str] = set()
-        self._definitions: dict[str, Schema] = {}
+        self.definitions: dict[str, Schema] = {}
 
     def single(self, index: int) -> Case:
         """A schema whose root is of one kind."""
@@ -73,176 +73,193 @@ class _Maker:
 
     def compound(self) -> Case:
         """An object of several kinds of values."""
-        return self._finish(self.object(0))
+        return self._finish(_object(self, 0))
 
     def _finish(self, schema: Schema) -> Case:
-        if self._definitions:
-            schema = {"$defs": self._definitions, **schema}
-        if self._rng.random() < 0.3:
+        if self.definitions:
+            schema = {"$defs": self.definitions, **schema}
+        if self.rng.random() < 0.3:
             schema = {
                 "$schema": "https://json-schema.org/draft/2020-12/schema",
                 "title": "Answer",
                 "description": "An answer.",
                 **schema,
             }
-            self._use("annotations")
+            self.use("annotations")
         return Case(schema, self._features)
 
-    def _use(self, feature: str) -> None:
+    def use(self, feature: str) -> None:
+        """Note a feature."""
         self._features.add(feature)
 
     def value(self, depth: int) -> Schema:
         """Any schema; only plain ones far down."""
         kinds = _PLAIN if depth >= _DEPTH_MAX else _KINDS
-        return self._rng.choice(kinds)(self, depth)
-
-    def string(self, depth: int) -> Schema:
-        schema: Schema = {"type": "string"}
-        match self._rng.randrange(4):
-            case 0:
-                self._use("length")
-                least = self._rng.randrange(0, 6)
-                schema |= {"minLength": least, "maxLength": least + self._rng.randrange(1, 30)}
-            case 1:
-                self._use("pattern")
-                schema["pattern"] = self._rng.choice(_PATTERNS)
-            case 2:
-                self._use("format")
-                schema["format"] = self._rng.choice(_FORMATS)
-            case _:
-                self._use("length")
-                schema["maxLength"] = self._rng.randrange(3, 60)
-        return schema
-
-    def integer(self, depth: int) -> Schema:
-        self._use("integer range")
-        least = self._rng.randrange(-1000, 1000)
-        schema: Schema = {"type": "integer", "minimum": least, "maximum": least + self._rng.randrange(0, 5000)}
-        if self._rng.random() < 0.25:
-            schema["exclusiveMaximum"] = schema.pop("maximum") + 1
-        elif self._rng.random() < 0.25:
-            self._use("multipleOf")
-            schema = {"type": "integer", "multipleOf": self._rng.choice((2, 5, 10)), "minimum": 0, "maximum": 1000}
-        return schema
-
-    def number(self, depth: int) -> Schema:
-        self._use("number range")
-        least = round(self._rng.uniform(-50, 50), 2)
-        return {"type": "number", "minimum": least, "maximum": round(least + self._rng.uniform(1, 100), 2)}
-
-    def boolean(self, depth: int) -> Schema:
-        return {"type": "boolean"}
-
-    def enum(self, depth: int) -> Schema:
-        self._use("enum")
-        values: list[Any] = self._rng.sample(_WORDS, self._rng.randrange(1, 6))
-        if self._rng.random() < 0.4:
-            values += self._rng.sample([0, 1, -3, 2.5, None, True, [1, "a"], {"k": 1}], 2)
-        return {"enum": values}
-
-    def const(self, depth: int) -> Schema:
-        self._use("const")
-        return {"const": self._rng.choice([*_WORDS, 42, None, False, ["a", 1], {"deep": {"er": [None]}}])}
-
-    def nullable(self, depth: int) -> Schema:
-        self._use("nullable")
-        kind = self._rng.choice(("string", "integer", "boolean"))
-        bound: Schema = {"string": {"maxLength": 12}, "integer": {"minimum": -9, "maximum": 99}, "boolean": {}}[kind]
-        return {"type": [kind, "null"], **bound}
-
-    def array(self, depth: int) -> Schema:
-        self._use("array")
-        least = self._rng.randrange(0, 3)
-        schema: Schema = {"type": "array", "items": self.value(depth + 1), "minItems": least}
-        return schema | {"maxItems": least + self._rng.randrange(1, 4)}
-
-    def tuple(self, depth: int) -> Schema:
-        self._use("prefixItems")
-        kinds = [self.value(depth + 1) for _ in range(self._rng.randrange(1, 4))]
-        return {"type": "array", "prefixItems": kinds, "items": False, "minItems": len(kinds)}
-
-    def object(self, depth: int) -> Schema:
-        self._use("object")
-        names = self._rng.sample(_NAMES, self._rng.randrange(1, 5 if depth else 6))
-        schema: Schema = {"type": "object", "properties": {name: self.value(depth + 1) for name in names}}
-        schema["required"] = self._rng.sample(names, self._rng.randrange(0, len(names) + 1))
-        if self._rng.random() < 0.7:
-            self._use("additionalProperties false")
-            schema["additionalProperties"] = False
-        else:
-            self._use("additionalProperties schema")
-            schema["additionalProperties"] = {"type": "integer", "minimum": 0, "maximum": 9}
-        return schema
-
-    def any_of(self, depth: int) -> Schema:
-        self._use("anyOf")
-        return {"anyOf": [self.value(depth + 1) for _ in range(self._rng.randrange(2, 4))]}
-
-    def one_of(self, depth: int) -> Schema:
-        """Alternatives told apart by a constant, as for a union of classes."""
-        self._use("oneOf")
-        kinds = self._rng.sample(("cat", "dog", "bird", "fish"), self._rng.randrange(2, 4))
-        return {
-            "oneOf": [
-                {
-                    "type": "object",
-                    "properties": {"kind": {"const": kind}, "value": self.plain(depth)},
-                    "required": ["kind", "value"],
-                    "additionalProperties": False,
-                }
-                for kind in kinds
-            ]
-        }
-
-    def all_of(self, depth: int) -> Schema:
-        self._use("allOf")
-        parts = [
-            {"type": "object", "properties": {name: self.plain(depth)}, "required": [name]}
-            for name in self._rng.sample(("left", "right", "middle"), 2)
-        ]
-        return {"allOf": parts}
+        return self.rng.choice(kinds)(self, depth)
 
     def plain(self, depth: int) -> Schema:
         """A value without others inside."""
-        return self._rng.choice(_PLAIN)(self, depth)
+        return self.rng.choice(_PLAIN)(self, depth)
 
-    def reference(self, depth: int) -> Schema:
-        self._use("$ref")
-        name = f"def{len(self._definitions)}"
-        # In place before it is filled: what it holds may make definitions too.
-        self._definitions[name] = {}
-        self._definitions[name] = self.value(_DEPTH_MAX - 1)
-        return {"$ref": f"#/$defs/{name}"}
 
-    def recursive(self, depth: int) -> Schema:
-        self._use("recursion")
-        name = f"node{len(self._definitions)}"
-        self._definitions[name] = {
-            "type": "object",
-            "properties": {
-                "value": self.plain(depth),
-                "children": {"type": "array", "items": {"$ref": f"#/$defs/{name}"}, "maxItems": 2},
-            },
-            "required": ["value", "children"],
-            "additionalProperties": False,
-        }
-        return {"$ref": f"#/$defs/{name}"}
+def _string(maker: _Maker, depth: int) -> Schema:
+    schema: Schema = {"type": "string"}
+    match maker.rng.randrange(4):
+        case 0:
+            maker.use("length")
+            least = maker.rng.randrange(0, 6)
+            schema |= {"minLength": least, "maxLength": least + maker.rng.randrange(1, 30)}
+        case 1:
+            maker.use("pattern")
+            schema["pattern"] = maker.rng.choice(_PATTERNS)
+        case 2:
+            maker.use("format")
+            schema["format"] = maker.rng.choice(_FORMATS)
+        case _:
+            maker.use("length")
+            schema["maxLength"] = maker.rng.randrange(3, 60)
+    return schema
 
-    def map_of(self, depth: int) -> Schema:
-        self._use("patternProperties")
-        return {
-            "type": "object",
-            "patternProperties": {"^k_[a-z]{1,4}$": self.plain(depth)},
-            "additionalProperties": False,
-            "maxProperties": self._rng.randrange(1, 4),
-        }
+
+def _integer(maker: _Maker, depth: int) -> Schema:
+    maker.use("integer range")
+    least = maker.rng.randrange(-1000, 1000)
+    schema: Schema = {"type": "integer", "minimum": least, "maximum": least + maker.rng.randrange(0, 5000)}
+    if maker.rng.random() < 0.25:
+        schema["exclusiveMaximum"] = schema.pop("maximum") + 1
+    elif maker.rng.random() < 0.25:
+        maker.use("multipleOf")
+        schema = {"type": "integer", "multipleOf": maker.rng.choice((2, 5, 10)), "minimum": 0, "maximum": 1000}
+    return schema
+
+
+def _number(maker: _Maker, depth: int) -> Schema:
+    maker.use("number range")
+    least = round(maker.rng.uniform(-50, 50), 2)
+    return {"type": "number", "minimum": least, "maximum": round(least + maker.rng.uniform(1, 100), 2)}
+
+
+def _boolean(maker: _Maker, depth: int) -> Schema:
+    return {"type": "boolean"}
+
+
+def _enum(maker: _Maker, depth: int) -> Schema:
+    maker.use("enum")
+    values: list[Any] = maker.rng.sample(_WORDS, maker.rng.randrange(1, 6))
+    if maker.rng.random() < 0.4:
+        values += maker.rng.sample([0, 1, -3, 2.5, None, True, [1, "a"], {"k": 1}], 2)
+    return {"enum": values}
+
+
+def _const(maker: _Maker, depth: int) -> Schema:
+    maker.use("const")
+    return {"const": maker.rng.choice([*_WORDS, 42, None, False, ["a", 1], {"deep": {"er": [None]}}])}
+
+
+def _nullable(maker: _Maker, depth: int) -> Schema:
+    maker.use("nullable")
+    kind = maker.rng.choice(("string", "integer", "boolean"))
+    bound: Schema = {"string": {"maxLength": 12}, "integer": {"minimum": -9, "maximum": 99}, "boolean": {}}[kind]
+    return {"type": [kind, "null"], **bound}
+
+
+def _array(maker: _Maker, depth: int) -> Schema:
+    maker.use("array")
+    least = maker.rng.randrange(0, 3)
+    schema: Schema = {"type": "array", "items": maker.value(depth + 1), "minItems": least}
+    return schema | {"maxItems": least + maker.rng.randrange(1, 4)}
+
+
+def _tuple(maker: _Maker, depth: int) -> Schema:
+    maker.use("prefixItems")
+    kinds = [maker.value(depth + 1) for _ in range(maker.rng.randrange(1, 4))]
+    return {"type": "array", "prefixItems": kinds, "items": False, "minItems": len(kinds)}
+
+
+def _object(maker: _Maker, depth: int) -> Schema:
+    maker.use("object")
+    names = maker.rng.sample(_NAMES, maker.rng.randrange(1, 5 if depth else 6))
+    schema: Schema = {"type": "object", "properties": {name: maker.value(depth + 1) for name in names}}
+    schema["required"] = maker.rng.sample(names, maker.rng.randrange(0, len(names) + 1))
+    if maker.rng.random() < 0.7:
+        maker.use("additionalProperties false")
+        schema["additionalProperties"] = False
+    else:
+        maker.use("additionalProperties schema")
+        schema["additionalProperties"] = {"type": "integer", "minimum": 0, "maximum": 9}
+    return schema
+
+
+def _any_of(maker: _Maker, depth: int) -> Schema:
+    maker.use("anyOf")
+    return {"anyOf": [maker.value(depth + 1) for _ in range(maker.rng.randrange(2, 4))]}
+
+
+def _one_of(maker: _Maker, depth: int) -> Schema:
+    """Alternatives told apart by a constant, as for a union of classes."""
+    maker.use("oneOf")
+    kinds = maker.rng.sample(("cat", "dog", "bird", "fish"), maker.rng.randrange(2, 4))
+    return {
+        "oneOf": [
+            {
+                "type": "object",
+                "properties": {"kind": {"const": kind}, "value": maker.plain(depth)},
+                "required": ["kind", "value"],
+                "additionalProperties": False,
+            }
+            for kind in kinds
+        ]
+    }
+
+
+def _all_of(maker: _Maker, depth: int) -> Schema:
+    maker.use("allOf")
+    parts = [
+        {"type": "object", "properties": {name: maker.plain(depth)}, "required": [name]}
+        for name in maker.rng.sample(("left", "right", "middle"), 2)
+    ]
+    return {"allOf": parts}
+
+
+def _reference(maker: _Maker, depth: int) -> Schema:
+    maker.use("$ref")
+    name = f"def{len(maker.definitions)}"
+    # In place before it is filled: what it holds may make definitions too.
+    maker.definitions[name] = {}
+    maker.definitions[name] = maker.value(_DEPTH_MAX - 1)
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _recursive(maker: _Maker, depth: int) -> Schema:
+    maker.use("recursion")
+    name = f"node{len(maker.definitions)}"
+    maker.definitions[name] = {
+        "type": "object",
+        "properties": {
+            "value": maker.plain(depth),
+            "children": {"type": "array", "items": {"$ref": f"#/$defs/{name}"}, "maxItems": 2},
+        },
+        "required": ["value", "children"],
+        "additionalProperties": False,
+    }
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _map_of(maker: _Maker, depth: int) -> Schema:
+    maker.use("patternProperties")
+    return {
+        "type": "object",
+        "patternProperties": {"^k_[a-z]{1,4}$": maker.plain(depth)},
+        "additionalProperties": False,
+        "maxProperties": maker.rng.randrange(1, 4),
+    }
 
 
 _Kind = Callable[[_Maker, int], Schema]
 _PLAIN: Final[tuple[_Kind, ...]] = (
-    _Maker.string, _Maker.string, _Maker.integer, _Maker.number, _Maker.boolean, _Maker.enum, _Maker.const, _Maker.nullable,
+    _string, _string, _integer, _number, _boolean, _enum, _const, _nullable,
 )  # fmt: skip
 _KINDS: Final[tuple[_Kind, ...]] = (
-    _Maker.string, _Maker.integer, _Maker.number, _Maker.boolean, _Maker.enum, _Maker.const, _Maker.nullable, _Maker.array,
-    _Maker.tuple, _Maker.object, _Maker.any_of, _Maker.one_of, _Maker.all_of, _Maker.reference, _Maker.recursive, _Maker.map_of,
+    _string, _integer, _number, _boolean, _enum, _const, _nullable, _array,
+    _tuple, _object, _any_of, _one_of, _all_of, _reference, _recursive, _map_of,
 )  # fmt: skip
