@@ -88,6 +88,38 @@ CONSTRAINED: dict[str, Any] = {"extra_body": {"guided_regex": "([0-9]{2}, ){40}e
 """What a new worker has to match from the outputs there are."""
 
 
+@pytest.mark.parametrize("what", ["services.detokenizer", "services.scheduler"])
+def test_tool_calls_outlive_the_death_of_a_stage(victim: Server, what: str) -> None:
+    """Names come once and arguments without gap or repeat, though the stream is read again from its tokens."""
+    wait_until(lambda: is_serving(victim), 60, "serving before the kill")
+    client = openai.OpenAI(base_url=f"{victim.http}/v1", api_key="none", max_retries=0, timeout=120)
+    text = {"type": "object", "properties": {"text": {"type": "string", "minLength": 200, "maxLength": 300}}, "required": ["text"]}
+    asked: Any = {
+        "messages": [{"role": "user", "content": "Write about mills."}],
+        "tools": [{"type": "function", "function": {"name": "write", "parameters": text}}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_tokens": 400,
+    }
+
+    def calls(*, is_killed: bool) -> list[list[str]]:
+        found: list[list[str]] = []
+        for index, chunk in enumerate(client.chat.completions.create(model=MODEL, stream=True, **asked)):
+            for part in chunk.choices[0].delta.tool_calls or ():
+                if part.id:
+                    found.append([part.id[:5], part.function.name, ""])
+                found[part.index][2] += part.function.arguments
+            if is_killed and index == 20:
+                kill(victim.pid_of(what))
+        return found
+
+    undisturbed = calls(is_killed=False)
+    assert [call[:2] for call in undisturbed] == [["call_", "write"]]
+    assert len(undisturbed[0][2]) > 200
+    assert calls(is_killed=True) == undisturbed
+
+
 @pytest.mark.parametrize(
     ("what", "wants"),
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from headrace.models.model_config import load_tokenizer_config
+from headrace.v1.tokenizer_pb2 import ChatMessage, ChatPrompt
+from services.tokenizer.conversations import template_kwargs_of, tools_of, turns_of
 from services.tokenizer.encoding import Encoder, PromptLimits
 from services.tokenizer.templates import ChatTemplate
 
@@ -69,3 +72,49 @@ def test_renders_and_encodes_as_transformers_does(
     assert rendered == expected
     tokens = encoder.encode(rendered, add_special_tokens=False, field="messages").tolist()
     assert tokens == reference(expected, add_special_tokens=False)["input_ids"]
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "now", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+}
+CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": '{"zone": "Größe"}'}}
+WITH_TOOLS = (
+    "{% if tools %}<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content or '' }}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "{% endfor %}{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+)
+
+
+def test_tools_calls_and_variables_render_as_with_transformers(reference: Any) -> None:
+    parsed = {**CALL, "function": {"name": "now", "arguments": {"zone": "Größe"}}}
+    expected = reference.apply_chat_template(
+        [
+            {"role": "user", "content": "When?"},
+            {"role": "assistant", "content": None, "tool_calls": [parsed], "reasoning_content": "hm"},
+            {"role": "tool", "content": "now", "tool_call_id": "c1"},
+        ],
+        tools=[TOOL],
+        chat_template=WITH_TOOLS,
+        tokenize=False,
+        enable_thinking=False,
+    )
+    chat = ChatPrompt(
+        messages=[
+            ChatMessage(role="user", content="When?"),
+            ChatMessage(role="assistant", tool_calls=json.dumps([CALL]), reasoning="hm"),
+            ChatMessage(role="tool", content="now", tool_call_id="c1"),
+        ],
+        tools=json.dumps([TOOL]),
+        template_kwargs='{"enable_thinking": false}',
+    )
+    template = ChatTemplate(WITH_TOOLS, special_tokens={}, model="m", output_max=100_000, strftime=str)
+    rendered = template.render(
+        turns_of(chat),
+        add_generation_prompt=False,
+        continue_final_message=False,
+        tools=tools_of(chat),
+        kwargs=template_kwargs_of(chat),
+    )
+    assert rendered == expected
