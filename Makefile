@@ -15,7 +15,7 @@ PEERS_ROOT ?= ~/.cache/headrace/peers
 ROUNDS ?= 2
 SCALE ?= 1
 
-.PHONY: help setup up test test-gpu lint typecheck proto check fmt kernels-report bench bench-peers compose-test clean
+.PHONY: help setup up test test-gpu lint typecheck proto check fmt kernels-report bench bench-quality bench-startup bench-peers compose-test clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ kernels-report: setup ## compile every kernel for every GPU architecture and wri
 
 bench: setup ## measure the server at 127.0.0.1:8000: TTFT, ITL, throughput (start it first: make up)
 	@exec $(BIN)/headrace bench serve --model $(MODEL) --concurrency 1,4,16 --num-requests 16 --ignore-eos --worker-metrics http://127.0.0.1:9103/metrics
+
+bench-quality: setup ## how near each way of computing comes to float32: KL, perplexity, greedy agreement on 20,480 tokens (minutes)
+	@exec $(BIN)/python -m bench.quality --model $(MODEL)
+
+bench-startup: setup ## from headrace serve to the first token, and what takes the time
+	@exec $(BIN)/python -m bench.startup --model $(MODEL)
 
 bench-peers: setup ## measure ours beside vLLM, llama.cpp, OpenVINO and transformers, set up first (8 GB; ROUNDS=2 SCALE=1)
 	@$(BIN)/python -m bench.peers setup --root '$(PEERS_ROOT)' --torch-index '$(TORCH_INDEX_URL)'

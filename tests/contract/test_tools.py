@@ -28,6 +28,8 @@ TARGETS = [
     "fmt",
     "kernels-report",
     "bench",
+    "bench-quality",
+    "bench-startup",
     "bench-peers",
     "compose-test",
     "clean",
