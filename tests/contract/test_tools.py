@@ -32,6 +32,7 @@ TARGETS = [
     "bench-startup",
     "bench-peers",
     "compose-test",
+    "node-test",
     "clean",
 ]
 SERVER = """
