@@ -76,3 +76,22 @@ def test_missing_key(short_tmp_path: Path, model_store: Path, default_model_dire
     status, line = serve(short_tmp_path, model_store=str(model_store), wire_keys_directory=str(short_tmp_path / "none"))
     assert status == 2
     assert "headrace keys create" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"worker_device": "rocm"}, "worker.device is rocm, but torch"),
+        (
+            {"worker_device": "cpu", "worker_attention_backend": "triton", "worker_page_size": "128"},
+            "page_size must have or be 1 to 64",
+        ),
+    ],
+    ids=["device", "page-size"],
+)
+def test_what_the_gpu_path_cannot_do_is_refused_at_start(
+    short_tmp_path: Path, model_store: Path, default_model_directory: Path, settings: dict[str, str], said: str
+) -> None:
+    status, line = serve(short_tmp_path, model_store=str(model_store), **settings)
+    assert status == 2
+    assert said in line
