@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.errors import HeadraceError, OverloadedError, ProtocolError, ReplicaDeadError
@@ -29,6 +28,8 @@ from headrace.wire.session import Peer
 from services.scheduler import messages
 from services.scheduler.cache_feed import CacheFeed
 from services.scheduler.config import Settings
+from services.scheduler.deadline_timer import DeadlineTimer
+from services.scheduler.embed_desk import EmbedDesk, WorkerSwitch
 from services.scheduler.gauges import Gauges
 from services.scheduler.lane import Lane
 from services.scheduler.lanes import Lanes
@@ -54,6 +55,7 @@ class _Hub(Protocol):
     core: Scheduler
     context: ServiceContext
     metrics: SchedulerMetrics
+    embeddings: EmbedDesk
     is_draining: bool
     goes_by_priority: bool
 
@@ -77,9 +79,12 @@ class RouterLink:
     def on_peer(self, peer: Peer) -> None:
         """A router accepted us."""
         self._peers[peer.incarnation] = peer
+        self._hub.embeddings.mail.on_peer(peer)
 
     def on_peer_lost(self, peer: Peer, reason: str) -> None:
         """A router is gone, and with it everyone who waited for its requests."""
+        self._hub.embeddings.mail.on_peer_lost(peer)
+        self._hub.embeddings.core.abort_owner(peer.incarnation)
         self._peers.pop(peer.incarnation, None)
         self._unsent.pop(peer.incarnation, None)
         self._hub.core.abort_owner(peer.incarnation, time.monotonic_ns())
@@ -87,7 +92,8 @@ class RouterLink:
         self._hub.wake()
 
     def on_heartbeat(self, peer: Peer) -> None:
-        """Rejections and news of caches that a full queue refused go again."""
+        """Rejections, vectors and news of caches that a full queue refused go again."""
+        self._hub.embeddings.mail.send(peer.incarnation)
         self.tell_caches()
         unsent = self._unsent.pop(peer.incarnation, None)
         while unsent:
@@ -104,6 +110,7 @@ class RouterLink:
             self._on_submit(peer, message.submit, frames)
         elif arm == "abort":
             self._hub.core.abort(message.abort.request_ids, time.monotonic_ns())
+            self._hub.embeddings.core.abort(message.abort.request_ids)
         elif arm == "redirect":
             self._on_redirect(peer, message.redirect)
         elif arm == "flush_cache":
@@ -121,6 +128,11 @@ class RouterLink:
                 self._caches.missed(owner, news.lane_id)
             except (KeyError, ReplicaDeadError):
                 log.debug("cache_events.undelivered", owner=owner)
+
+    def refuse(self, owner: int, request_id: str, error: HeadraceError) -> None:
+        """Tell a router why a request has ended here."""
+        self._hub.metrics.rejections.labels(error.code).inc()
+        self.reject(owner, router.Rejected(request_id=request_id, error=messages.error_detail(error)))
 
     def reject(self, owner: int, rejected: router.Rejected) -> None:
         """Tell a router that a request has ended here. A router that is gone does not need to know."""
@@ -141,8 +153,7 @@ class RouterLink:
         try:
             self._take(peer, submit, frames)
         except HeadraceError as error:
-            self._hub.metrics.rejections.labels(error.code).inc()
-            self.reject(peer.incarnation, router.Rejected(request_id=request_id, error=messages.error_detail(error)))
+            self.refuse(peer.incarnation, request_id, error)
             return
         try:
             peer.send("accepted", router.Accepted(request_id=request_id))
@@ -155,6 +166,9 @@ class RouterLink:
         now_ns, now_unix_ns = time.monotonic_ns(), time.time_ns()
         if hub.is_draining:
             raise ReplicaDeadError("scheduler: it is draining; submit the request elsewhere")
+        if submit.kind == control.WORK_KIND_EMBED:
+            hub.embeddings.submit(peer, submit, frames)
+            return
         tokens = messages.check_submit(submit, frames, vocab_size=hub.core.vocab_size)
         target = self._detokenizers.target(submit.detokenizer, now_ns)
         messages.check_priority(submit, is_ordered=hub.goes_by_priority)
@@ -423,32 +437,6 @@ class DetokenizerLink:
         return control.Register(role=control.ROLE_SCHEDULER, instance=self._hub.context.instance)
 
 
-class DeadlineTimer:
-    """One timer, for the earliest deadline."""
-
-    def __init__(self, on_time: Callable[[], None]) -> None:
-        self._on_time = on_time
-        self._handle: asyncio.TimerHandle | None = None
-        self._deadline_ns: int | None = None
-
-    def set(self, deadline_ns: int | None) -> None:
-        """Wait for this deadline, monotonic, instead of whatever was waited for; None: for nothing."""
-        if deadline_ns == self._deadline_ns:
-            return
-        self._deadline_ns = deadline_ns
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-        if deadline_ns is not None:
-            delay_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
-            self._handle = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
-
-    def _on_timer(self) -> None:
-        # The loop's clock may be a little ahead of ours; then the same deadline is set again.
-        self._handle = self._deadline_ns = None
-        self._on_time()
-
-
 class SchedulerService:
     """The service as its runner sees it."""
 
@@ -475,6 +463,7 @@ class SchedulerService:
         self._workers = WorkerLink(self)
         self._detokenizers = DetokenizerLink(self, settings)
         self._routers = RouterLink(self, self._detokenizers)
+        self.embeddings = EmbedDesk(self, settings, tracer=context.tracer, refuse=self._routers.refuse)
         self._front: Front | FakeFront | None = None
         self._back: Back | FakeBack | None = None
         self._is_stopped = False
@@ -488,21 +477,23 @@ class SchedulerService:
     async def start(self) -> None:
         """Open the links."""
         wire = self.context.wire
-        self._front = wire.bind(
-            topology.SCHEDULER_BACKPLANE, self.context.bind_address(topology.SCHEDULER_BACKPLANE), self._workers
-        )
+        workers = WorkerSwitch(self._workers, self.embeddings)
+        self._front = wire.bind(topology.SCHEDULER_BACKPLANE, self.context.bind_address(topology.SCHEDULER_BACKPLANE), workers)
         targets = self.context.dial_targets(topology.ROUTER_BACKPLANE)
         self._back = wire.dial(topology.ROUTER_BACKPLANE, targets, self._routers, register=self._register)
 
     def not_ready_reason(self) -> str | None:
         """A request needs a lane."""
-        return None if len(self.core.lanes) else "no lanes"
+        return None if len(self.core.lanes) or self.embeddings.core.lanes else "no lanes"
 
     def load(self) -> control.Load:
         """How busy it is. Asked at each tick, so the gauges follow it, and what has waited too long is given up here."""
         self.core.outbox.drop_lingering(time.monotonic_ns())
         self._check_drained()
-        return self._gauges.update(self.core)
+        load = self._gauges.update(self.core)
+        load.num_running += self.embeddings.num_running
+        load.num_waiting += self.embeddings.core.num_waiting
+        return load
 
     def progress(self) -> control.Progress:
         """Whether work moves here. While every lane computes, or there is none, we wait for others and are not stuck."""
@@ -514,19 +505,23 @@ class SchedulerService:
             self._num_looks_elsewhere += 1
         oldest = self.core.queue.peek()
         return control.Progress(
-            num_steps=counts.num_steps + self._num_looks_elsewhere,
+            num_steps=counts.num_steps + self.embeddings.core.num_steps + self._num_looks_elsewhere,
             last_step_unix_ns=self._last_step_unix_ns,
             oldest_waiting_age_ns=max(0, time.monotonic_ns() - oldest.queued_ns) if oldest is not None else 0,
         )
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """The model of the lanes, with the longest context among them; none while there is no lane."""
-        offered = [site.model for site in self._workers.sites.values()]
-        return (max(offered, key=lambda model: model.max_model_len),) if offered else ()
+        """The model of the lanes, with the longest context among them, and those that embed; none while there is no lane."""
+        offered = sorted((site.model for site in self._workers.sites.values()), key=lambda model: model.max_model_len)
+        return (*offered[-1:], *self.embeddings.models())
 
     def health(self) -> dict[str, Any]:
         """Details for /health."""
-        return {"num_lanes": len(self.core.lanes), "num_requests": self.core.num_requests}
+        embedding = self.embeddings.core
+        return {
+            "num_lanes": len(self.core.lanes) + len(embedding.lanes),
+            "num_requests": self.core.num_requests + embedding.num_requests,
+        }
 
     def wake(self) -> None:
         """Plan and carry out, once, after the messages that have arrived together."""
@@ -563,8 +558,10 @@ class SchedulerService:
         self._wake_handle = None
         for site in list(self._workers.sites.values()):
             self._workers.plan(site)
+        self.embeddings.plan()
         self._carry_out()
-        self._deadline_timer.set(self.core.next_deadline_ns())
+        deadlines_ns = (self.core.next_deadline_ns(), self.embeddings.core.next_deadline_ns())
+        self._deadline_timer.set(min((deadline_ns for deadline_ns in deadlines_ns if deadline_ns is not None), default=None))
         self._check_drained()
 
     def _carry_out(self) -> None:
@@ -588,9 +585,12 @@ class SchedulerService:
             self._routers.reject(sequence.owner, router.Rejected(request_id=sequence.request_id, error=detail))
 
     def _on_deadline(self) -> None:
-        self.core.expire(time.monotonic_ns())
+        now_ns = time.monotonic_ns()
+        self.core.expire(now_ns)
+        self.embeddings.core.expire(now_ns)
         self.wake()
 
     def _check_drained(self) -> None:
-        if self.is_draining and not self.core.num_requests and not self.core.outbox.num_kept:
+        num_open = self.core.num_requests + self.embeddings.core.num_requests
+        if self.is_draining and not num_open and not self.core.outbox.num_kept:
             self._drained.set()
