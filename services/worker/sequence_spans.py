@@ -67,6 +67,11 @@ class SequenceSpans:
                 traced.prefill_end_unix_ns = result.finished_unix_ns
                 self._record_prefill(traced, result.finished_unix_ns)
 
+    def on_vectors(self, result: StepResult) -> None:
+        """Texts that were embedded are over with their step."""
+        for slot in result.slots:
+            self._traced.pop(slot, None)
+
     def end_all(self, *, now_unix_ns: int) -> None:
         """Every sequence is over: the scheduler is lost, or this process stops."""
         for slot in list(self._traced):

@@ -26,11 +26,12 @@ import structlog
 
 from headrace.errors import OverloadedError, ProtocolError, ReplicaDeadError
 from headrace.lifecycle import LOADING, State
+from headrace.models.embedding_config import EmbeddingConfig, load_embedding_config
 from headrace.models.model_config import load_model_config
 from headrace.service import ServiceContext
 from headrace.telemetry import logs
 from headrace.telemetry.metrics import WorkerMetrics
-from headrace.v1.common_pb2 import ModelInfo
+from headrace.v1.common_pb2 import EmbeddingInfo, ModelInfo
 from headrace.v1.control_pb2 import Capacity, Load, PagePoolInfo, Progress, Register, Role, WorkKind
 from headrace.v1.scheduler_pb2 import RowError, StepResult
 from headrace.v1.worker_pb2 import StepPlan, WorkerInbox
@@ -42,6 +43,7 @@ from services.worker.backend_choice import DeviceOptions
 from services.worker.batch_inputs import Limits
 from services.worker.config import HOST_KV_CACHE_BYTES, Settings
 from services.worker.drafting.factory import make_speculation
+from services.worker.embed_runner import EmbedRunner, MockEmbedder
 from services.worker.entering import num_entering_tokens
 from services.worker.grammar_compiler import GrammarCompiler, constrain
 from services.worker.launcher import num_compute_threads
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from headrace.supervision.child import Notifier
     from headrace.wire.fake import FakeBack
     from headrace.wire.link import Back
-    from services.worker.loading import LoadReport
+    from services.worker.loading import LoadOptions, LoadReport
 
 log = logs.get_logger()
 
@@ -81,7 +83,7 @@ class ComputeThread:
 
     Args:
         make_runner: Loads; called on the thread.
-        on_result: Called with each job and its result.
+        on_result: Called with each job, its result and its frames.
         on_error: Called with what ended the thread.
     """
 
@@ -89,7 +91,7 @@ class ComputeThread:
         self,
         make_runner: Callable[[], Runner],
         *,
-        on_result: Callable[[_Job, StepResult], None],
+        on_result: Callable[[_Job, StepResult, list[bytes]], None],
         on_error: Callable[[Exception], None],
     ) -> None:
         self.runner: Runner | None = None
@@ -151,7 +153,8 @@ class ComputeThread:
                     result.started_unix_ns = started_unix_ns
                     result.finished_unix_ns = time.time_ns()
                     idle_since_ns = time.monotonic_ns() if self.runner.num_sequences else None
-                    self._call(self._on_result, job, result)
+                    frames = [self.runner.take_vectors()] if isinstance(self.runner, EmbedRunner) else []
+                    self._call(self._on_result, job, result, frames)
                 else:
                     job()
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends the process
@@ -194,12 +197,12 @@ class ResultQueue:
 
     def __init__(self, metrics: WorkerMetrics) -> None:
         self._metrics = metrics
-        self._unsent: deque[tuple[Peer, StepResult]] = deque()
+        self._unsent: deque[tuple[Peer, StepResult, list[bytes]]] = deque()
         self._retry: asyncio.TimerHandle | None = None
 
-    def send(self, scheduler: Peer, result: StepResult) -> None:
+    def send(self, scheduler: Peer, result: StepResult, frames: list[bytes]) -> None:
         """Send after all before it, now or as soon as there is room."""
-        self._unsent.append((scheduler, result))
+        self._unsent.append((scheduler, result, frames))
         if self._retry is None:
             self._send_all()
 
@@ -216,9 +219,9 @@ class ResultQueue:
     def _send_all(self) -> None:
         self._retry = None
         while self._unsent:
-            scheduler, result = self._unsent[0]
+            scheduler, result, frames = self._unsent[0]
             try:
-                scheduler.send("step_result", result)
+                scheduler.send("step_result", result, frames)
             except OverloadedError:
                 self._retry = asyncio.get_running_loop().call_later(RESEND_INTERVAL_S, self._send_all)
                 return
@@ -376,7 +379,7 @@ class WorkerService:
             self._context.fail(error)
             raise
 
-    def _on_result(self, job: _Job, result: StepResult) -> None:
+    def _on_result(self, job: _Job, result: StepResult, frames: list[bytes]) -> None:
         if job.life != self._life or self._scheduler is None:
             self._metrics.dropped_results.inc()
             return
@@ -384,9 +387,11 @@ class WorkerService:
         self._moved.set()
         self._num_steps += 1
         self._last_step_unix_ns = result.finished_unix_ns
-        self._results.send(self._scheduler, result)
+        self._results.send(self._scheduler, result, frames)
         self._spans.on_plan(job.plan, now_unix_ns=result.started_unix_ns)
         self._spans.on_result(result)
+        if result.vector_size:
+            self._spans.on_vectors(result)
         self._count(job.plan, result)
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:
@@ -431,6 +436,13 @@ class WorkerService:
             copies_pages=True,
             max_num_drafts=runner.max_num_drafts,
         )
+        if isinstance(runner, EmbedRunner):
+            vectors = runner.vectors
+            embedding = EmbeddingInfo(size=vectors.size, is_matryoshka=vectors.is_matryoshka, dimensions=vectors.dimensions)
+            self._model.embedding.CopyFrom(embedding)
+            self._capacity.MergeFrom(Capacity(model=self._model))
+            del self._capacity.pools[:]
+            self._capacity.work_kinds[:] = [WorkKind.WORK_KIND_EMBED]
 
     def _make_mock(self) -> Runner:
         settings = self._settings
@@ -446,32 +458,24 @@ class WorkerService:
             vocab_size=config.vocab_size,
         )
         log.warning("model.mocked", model=self._context.settings.model.name_for_clients)
+        if (vectors := load_embedding_config(self._context.model_directory, config)) is not None:
+            return EmbedRunner(MockEmbedder(vectors.size), limits, vectors)
         return MockRunner(limits, step_s=settings.mock_step_s, token_s=settings.mock_token_s, sleep=time.sleep)
 
     def _make_model(self) -> Runner:
         begun_ns = time.monotonic_ns()
         # torch takes a second to import and is not wanted by the mock.
         torch = import_torch()
-        from services.worker.loading import LoadOptions, load_runner
+        from services.worker.loading import load_runner
 
         imported_ns = time.monotonic_ns()
         self._context.end_phase("torch")
         settings = self._settings
         num_threads = num_compute_threads(settings)
-        options = LoadOptions(
-            directory=self._context.model_directory,
-            backend=settings.backend,
-            num_threads=num_threads,
-            dtype=settings.dtype,
-            max_model_len=self._context.settings.model.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            page_size=settings.page_size,
-            kv_cache_bytes=HOST_KV_CACHE_BYTES if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
-            kv_cache_tokens=settings.kv_cache_tokens,
-            external_package=self._context.settings.model.external_package,
-            device=_device_options(settings),
-        )
+        options = _load_options(self._context, settings, num_threads)
+        vectors = load_embedding_config(options.directory, load_model_config(options.directory))
+        if vectors is not None:
+            return _make_embedder(self._context, options, vectors)
         # Loading is thousands of small operations. Shared among threads, each would cost a barrier, which on a busy machine takes
         # longer than the operation; whole layers side by side meet only at the end.
         torch.set_num_threads(1)
@@ -561,3 +565,31 @@ def _log_decisions(loaded: LoadReport, directory: Path) -> None:
         reserve_bytes=report.reserve_bytes,
         graph_batch_sizes=list(report.graph_batch_sizes),
     )
+
+
+def _load_options(context: ServiceContext, settings: Settings, num_threads: int) -> LoadOptions:
+    from services.worker.loading import LoadOptions
+
+    return LoadOptions(
+        directory=context.model_directory,
+        backend=settings.backend,
+        num_threads=num_threads,
+        dtype=settings.dtype,
+        max_model_len=context.settings.model.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        page_size=settings.page_size,
+        kv_cache_bytes=HOST_KV_CACHE_BYTES if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
+        kv_cache_tokens=settings.kv_cache_tokens,
+        external_package=context.settings.model.external_package,
+        device=_device_options(settings),
+    )
+
+
+def _make_embedder(context: ServiceContext, options: LoadOptions, vectors: EmbeddingConfig) -> Runner:
+    from services.worker.embed_loading import load_embed_runner
+
+    runner = load_embed_runner(options, vectors, cpu_flags=machine.cpu_flags())
+    context.end_phase("load")
+    log.info("model.loaded", directory=str(options.directory), vector_size=vectors.size, num_threads=options.num_threads)
+    return runner
