@@ -42,6 +42,7 @@ class Backplane:
             "describe_reply": self._on_tokenizer_reply,
             "accepted": self._on_accepted,
             "rejected": self._on_rejected,
+            "embeddings": self._on_embeddings,
             "output_deltas": self._on_output_deltas,
             "stream_gap": self._on_stream_gap,
             "cache_events": self.caches.on_events,
@@ -138,6 +139,11 @@ class Backplane:
         now_ns = self._note_arrival(rejected.request_id, peer, message)
         error = messages.error_of(rejected.error)
         self._courier.perform(self.streams.on_refused(rejected.request_id, SCHEDULER, peer.incarnation, error=error, now_ns=now_ns))
+
+    def _on_embeddings(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
+        for request_id, vector in messages.vectors(message.embeddings, frames):
+            self._note_arrival(request_id, peer, message)
+            self._courier.perform(self.streams.on_vector(request_id, peer.incarnation, vector))
 
     def _on_output_deltas(self, peer: Peer, message: router.RouterInbox, frames: list[memoryview]) -> None:
         deltas = message.output_deltas

@@ -32,7 +32,7 @@ from services.router.actions import (
 )
 from services.router.directory import Directory
 from services.router.generation import OutputPiece
-from services.router.open_request import OpenRequest
+from services.router.open_request import Kind, OpenRequest
 from services.router.places import DETOKENIZER
 from services.router.streams import Streams
 
@@ -133,6 +133,8 @@ class Courier:
                 return messages.tokenize(request, work)
             case SendOpenStream():
                 return messages.open_stream(request, work)
+            case SendSubmit() if request.kind is Kind.EMBED:
+                return messages.submit_text(request, work)
             case SendSubmit():
                 return messages.submit(request, work, seed=reader.seed, target=self._target(request))
             case SendRedirect():

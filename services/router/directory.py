@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from headrace.errors import InvalidRequestError, NotFoundError, UnavailableError
 from services.router.generation import EngineLoad, ModelOffer
-from services.router.limits import shown
+from services.router.known_models import KnownModels
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, LookUp
 from services.router.policies.choice import Candidate, Policy
 from services.router.prefix_directory import PrefixDirectory
@@ -72,7 +71,7 @@ class Directory:
         self._policy = policy
         self._stuck_after_ns = stuck_after_ns
         self._instances: dict[int, Instance] = {}
-        self._known_models: set[str] = set()
+        self.known_models = KnownModels()
 
     def add(self, instance: Instance, now_ns: int) -> None:
         """An instance registered."""
@@ -81,7 +80,7 @@ class Directory:
         peers = [other.num_taken for other in self._of(instance.role)]
         instance.num_taken = min(peers, default=0)
         self._instances[instance.incarnation] = instance
-        self._known_models.update(instance.models)
+        self.known_models.learn(instance.models.values())
 
     def remove(self, incarnation: int) -> None:
         """An instance is gone."""
@@ -102,7 +101,7 @@ class Directory:
         models = {offer.name: offer for offer in report.models}
         has_more = not models.keys() <= instance.models.keys() or (instance.is_draining and not report.is_draining)
         instance.models, instance.is_draining = models, report.is_draining
-        self._known_models.update(models)
+        self.known_models.learn(report.models)
         return has_more
 
     def get(self, incarnation: int) -> Instance | None:
@@ -137,26 +136,9 @@ class Directory:
         if instance is not None and instance.num_open > 0:
             instance.num_open -= 1
 
-    def resolve_model(self, name: str) -> str:
-        """The model that a request means; an empty name means the only one.
-
-        A model that was ever offered stays known: its absence later is an outage, not the client's mistake.
-
-        Raises:
-            UnavailableError: No instance has offered any model yet.
-            NotFoundError: No instance ever offered this one.
-            InvalidRequestError: No name is given and there are several.
-        """
-        known = sorted(self._known_models)
-        if not known:
-            raise UnavailableError("no model is served yet: no tokenizer, scheduler or detokenizer has offered one")
-        if name in self._known_models:
-            return name
-        if name:
-            raise NotFoundError(f"the model {shown(name)} does not exist; served: {', '.join(known)}", param="model")
-        if len(known) > 1:
-            raise InvalidRequestError(f"model is required when several are served: {', '.join(known)}", param="model")
-        return known[0]
+    def resolve_model(self, name: str, *, embeds: bool | None = None) -> str:
+        """The model that a request means; see `KnownModels.resolve`."""
+        return self.known_models.resolve(name, embeds=embeds)
 
     def incarnations(self, role: int) -> list[int]:
         """Those of a stage's instances."""

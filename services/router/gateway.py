@@ -31,6 +31,7 @@ from services.router.admission import Admission
 from services.router.backplane import Backplane
 from services.router.config import Settings
 from services.router.directory import engine_load
+from services.router.embed_calls import EmbedCalls
 from services.router.generation import (
     Call,
     EncodedPrompt,
@@ -278,16 +279,18 @@ class Gateway:
         self.kv: KvSource = backplane.caches
         self.load: Callable[[], EngineLoad] = partial(engine_load, backplane.directory)
         self.metrics: Callable[[], bytes] = partial(generate_latest, registry)
-        self._settings = settings
+        self.settings = settings
         self._metrics = metrics
         self._streams: set[ClientStream] = set()
-        self._patience = Patience(
+        self.patience = Patience(
             unavailable_wait_ns=_ns(settings.unavailable_wait_s),
             recovery_wait_ns=_ns(settings.recovery_wait_s),
             stall_nudge_ns=_ns(settings.stall_nudge_s),
             move_delay_ns=_ns(settings.move_delay_s),
             max_moves=settings.max_moves,
         )
+        new_request = partial(_new_request, self)
+        self.embed = EmbedCalls(new_request, self.turnstile, backplane, tracer=tracer, metrics=metrics).embed
 
     # Calls.
 
@@ -323,13 +326,13 @@ class Gateway:
         """Start a generation."""
         request = replace(
             with_checked_tools(request),
-            model=self.backplane.directory.resolve_model(request.model),
+            model=self.backplane.directory.resolve_model(request.model, embeds=False),
             tenant=call.tenant,
-            cache_namespace=cache_namespace(request.cache_salt, call.tenant if self._settings.isolate_tenants else None),
+            cache_namespace=cache_namespace(request.cache_salt, call.tenant if self.settings.isolate_tenants else None),
         )
         opened = self._admit(Kind.GENERATE, request, call)
         observation = Observation(call, request, tracer=self.tracer, metrics=self._metrics)
-        stream = ClientStream(self, opened, call, observation, OutputBuffer(self._settings.client_buffer_bytes))
+        stream = ClientStream(self, opened, call, observation, OutputBuffer(self.settings.client_buffer_bytes))
         self._streams.add(stream)
         self.num_online_requests += len(opened) if call.is_online else 0
         stream.open_first()
@@ -400,33 +403,15 @@ class Gateway:
 
     def cut_off_slow_clients(self) -> None:
         """Look for readers that took something long ago and have not come back."""
-        now_ns, timeout_ns = time.monotonic_ns(), _ns(self._settings.slow_client_timeout_s)
+        now_ns, timeout_ns = time.monotonic_ns(), _ns(self.settings.slow_client_timeout_s)
         for stream in [stream for stream in self._streams if stream.buffer.is_reader_stuck(now_ns, timeout_ns)]:
             self.cut_off(stream)
 
     def _admit(self, kind: Kind, generation: GenerationRequest, call: Call) -> list[OpenRequest]:
         """One request for each choice."""
-        if self.is_draining:
-            raise UnavailableError("router: it is draining and takes no new requests; send this to another", retry_after_s=5.0)
-        timeout_s = self._settings.default_timeout_s if call.timeout_s is None else call.timeout_s
-        if not 0 < timeout_s <= self._settings.max_timeout_s:
-            limit = self._settings.max_timeout_s
-            raise InvalidRequestError(f"the deadline must be in (0, {limit:g}] seconds; got {timeout_s:g}", param="timeout")
-        num_choices = generation.num_choices
-        self.turnstile.enter(time.monotonic_ns(), num_choices)
-        return [
-            OpenRequest(
-                f"{call.request_id}-{choice}" if choice else call.request_id,
-                kind=kind,
-                generation=generation,
-                stream_id=secrets.randbits(64),
-                deadline_ns=call.started_ns + _ns(timeout_s),
-                placement=self.backplane.directory,
-                patience=self._patience,
-                fork_group=call.request_id if num_choices > 1 else "",
-            )
-            for choice in range(num_choices)
-        ]
+        requests = [_new_request(self, kind, generation, call, choice) for choice in range(generation.num_choices)]
+        self.turnstile.enter(time.monotonic_ns(), generation.num_choices)
+        return requests
 
     # Questions.
 
@@ -444,6 +429,31 @@ class Gateway:
         """What the router knows of every stage."""
         stages = self.backplane.directory.stages(time.monotonic_ns(), time.time_ns())
         return {"draining": self.is_draining, "open_requests": self.turnstile.num_open, "stages": stages}
+
+
+def _new_request(gateway: Gateway, kind: Kind, generation: GenerationRequest, call: Call, index: int) -> OpenRequest:
+    """The open request of that number of a call, not yet counted in.
+
+    Raises:
+        UnavailableError: The router is draining.
+        InvalidRequestError: The call's deadline is out of range.
+    """
+    if gateway.is_draining:
+        raise UnavailableError("router: it is draining and takes no new requests; send this to another", retry_after_s=5.0)
+    timeout_s = gateway.settings.default_timeout_s if call.timeout_s is None else call.timeout_s
+    if not 0 < timeout_s <= gateway.settings.max_timeout_s:
+        limit = gateway.settings.max_timeout_s
+        raise InvalidRequestError(f"the deadline must be in (0, {limit:g}] seconds; got {timeout_s:g}", param="timeout")
+    return OpenRequest(
+        f"{call.request_id}-{index}" if index else call.request_id,
+        kind=kind,
+        generation=generation,
+        stream_id=secrets.randbits(64),
+        deadline_ns=call.started_ns + _ns(timeout_s),
+        placement=gateway.backplane.directory,
+        patience=gateway.patience,
+        fork_group=call.request_id if generation.num_choices > 1 else "",
+    )
 
 
 def _ns(seconds: float) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from services.router.kv_mirror import KvReader
 
 TokenArray = npt.NDArray[np.int32]
+VectorArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,15 +288,58 @@ class OutputPiece:
     tool_calls: tuple[ToolCallDelta, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    vector: VectorArray | None = None
+    """Of a text that was embedded; there is no other output then."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOffer:
+    """What vectors a model makes.
+
+    Attributes:
+        size: Numbers in a vector.
+        is_matryoshka: Vectors can be cut.
+        dimensions: Sizes to which they can be cut; empty for any.
+    """
+
+    size: int
+    is_matryoshka: bool = False
+    dimensions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOffer:
-    """A model that can be asked for now."""
+    """A model that can be asked for now. `embedding` is None for one that generates text."""
 
     name: str
     max_model_len: int
     loaded_unix_s: int
+    embedding: EmbeddingOffer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """A checked request for one vector a text.
+
+    Attributes:
+        inputs: The texts, as text or as tokens.
+        dimensions: Numbers in each vector; None for all.
+        param: The field of the client's request that the texts came from, for errors.
+    """
+
+    model: str
+    inputs: tuple[TextPrompt | TokenPrompt, ...]
+    dimensions: int | None = None
+    param: str = "input"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedAnswer:
+    """Vectors, float32 `[num_inputs, size]`, in the order of the texts; tokens of each text, special tokens included."""
+
+    model: str
+    vectors: VectorArray
+    num_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,6 +473,17 @@ class Engine(Protocol):
 
     async def describe(self, model: str, call: Call, *, with_files: bool = False) -> ModelDescription:
         """What a model is, with the files of its tokenizer where they are asked for."""
+        ...
+
+    async def embed(self, request: EmbedRequest, call: Call) -> EmbedAnswer:
+        """One vector a text.
+
+        Raises:
+            InvalidRequestError: The model makes no vectors, not of that size, or not of such a text.
+            NotFoundError: No such model.
+            OverloadedError: Too many requests are open.
+            UnavailableError: The router is draining, or a stage is missing.
+        """
         ...
 
     async def flush_cache(self, call: Call) -> int:

@@ -12,16 +12,18 @@ from google.protobuf.message import Message
 from headrace.errors import HeadraceError, ProtocolError, error_from_code
 from headrace.telemetry.traces import Context
 from headrace.v1 import common_pb2 as common
+from headrace.v1 import control_pb2 as control
 from headrace.v1 import detokenizer_pb2 as detokenizer
 from headrace.v1 import router_pb2 as router
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import tokenizer_pb2 as tokenizer
-from headrace.wire.envelope import int32_array
+from headrace.wire.envelope import float32_array, int32_array
 from services.router import logprobs
 from services.router.generation import (
     ChatTurn,
     Constraint,
     ConversationPrompt,
+    EmbeddingOffer,
     EncodedPrompt,
     GenerationRequest,
     ModelDescription,
@@ -34,6 +36,7 @@ from services.router.generation import (
     TokenPrompt,
     Tool,
     ToolCallDelta,
+    VectorArray,
 )
 from services.router.limits import seed_bits
 from services.router.open_request import Kind, OpenRequest, Output
@@ -82,7 +85,7 @@ def tokenize(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
     if request.kind in {Kind.DESCRIBE, Kind.DESCRIBE_WITH_FILES}:
         with_files = request.kind is Kind.DESCRIBE_WITH_FILES
         return "describe", tokenizer.Describe(work=work, model=generation.model, with_files=with_files), []
-    body = tokenizer.Tokenize(work=work, model=generation.model, skip_length_check=request.kind is Kind.TOKENIZE)
+    body = tokenizer.Tokenize(work=work, model=generation.model, skip_length_check=request.kind is not Kind.GENERATE)
     if generation.stopping.max_tokens is not None:
         body.max_tokens = generation.stopping.max_tokens
     if generation.constraint is not None:
@@ -191,6 +194,25 @@ def _reading(generation: GenerationRequest, formats: OutputFormats, *, has_budge
         holds_reasoning=not options.is_streamed,
         reasoning_budget=options.budget_tokens if has_budget and formats.reasoning_end_token_ids else None,
     )
+
+
+def submit_text(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
+    """The tokens of a text that is to be embedded, for a scheduler."""
+    tokens = _encoded(request).token_ids
+    kind = control.WORK_KIND_EMBED
+    return "submit", scheduler.Submit(work=work, model=request.generation.model, num_tokens=tokens.size, kind=kind), [tokens]
+
+
+def vectors(body: router.Embeddings, frames: Sequence[memoryview]) -> Iterator[tuple[str, VectorArray]]:
+    """The requests of a message and their vectors.
+
+    Raises:
+        ProtocolError: The frame does not hold them.
+    """
+    num = len(body.request_ids)
+    values = float32_array(frames[0] if frames else None, count=num * body.vector_size).reshape(num, body.vector_size)
+    # A copy: the frame is the socket's.
+    yield from zip(body.request_ids, np.array(values), strict=True)
 
 
 def submit(request: OpenRequest, work: common.WorkHeader, *, seed: int, target: scheduler.DetokenizerTarget) -> WorkMessage:
@@ -420,12 +442,21 @@ def _readings(deltas: router.OutputDeltas, num: int) -> list[_Reading] | None:
 
 def offers(models: tuple[common.ModelInfo, ...]) -> tuple[ModelOffer, ...]:
     """Models as the directory keeps them."""
-    return tuple(ModelOffer(model.name, model.max_model_len, model.loaded_unix_s) for model in models)
+    return tuple(ModelOffer(model.name, model.max_model_len, model.loaded_unix_s, _embedding(model)) for model in models)
+
+
+def _embedding(model: common.ModelInfo) -> EmbeddingOffer | None:
+    told = model.embedding
+    return EmbeddingOffer(told.size, told.is_matryoshka, tuple(told.dimensions)) if model.HasField("embedding") else None
 
 
 def model_info(offer: ModelOffer) -> common.ModelInfo:
     """A model as heartbeats and gRPC answers carry it."""
-    return common.ModelInfo(name=offer.name, max_model_len=offer.max_model_len, loaded_unix_s=offer.loaded_unix_s)
+    info = common.ModelInfo(name=offer.name, max_model_len=offer.max_model_len, loaded_unix_s=offer.loaded_unix_s)
+    if (embedding := offer.embedding) is not None:
+        info.embedding.size, info.embedding.is_matryoshka = embedding.size, embedding.is_matryoshka
+        info.embedding.dimensions.extend(embedding.dimensions)
+    return info
 
 
 def error_of(detail: common.ErrorDetail) -> HeadraceError:

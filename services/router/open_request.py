@@ -52,6 +52,7 @@ from services.router.generation import (
     OutputPiece,
     TokenLogprob,
     ToolCallDelta,
+    VectorArray,
 )
 from services.router.places import DETOKENIZER, SCHEDULER, STAGE_NAMES, TOKENIZER, Placement, Places
 from services.router.prefix_directory import CachePrompt
@@ -73,6 +74,7 @@ class Kind(Enum):
     GENERATE = "generate"
     TOKENIZE = "tokenize"
     DETOKENIZE = "detokenize"
+    EMBED = "embed"
     DESCRIBE = "describe"
     DESCRIBE_WITH_FILES = "describe_with_files"
 
@@ -205,6 +207,9 @@ class OpenRequest:
         if self.stage is Stage.TOKENIZING:
             if TOKENIZER not in self._held and places.take(TOKENIZER, now_ns):
                 actions.append(SendTokenize(self, self._held[TOKENIZER]))
+        elif self.kind is Kind.EMBED:
+            if SCHEDULER not in self._held and places.take(SCHEDULER, now_ns):
+                actions.append(SendSubmit(self, self._held[SCHEDULER]))
         else:
             if DETOKENIZER not in self._held:
                 if not places.take(DETOKENIZER, now_ns):
@@ -249,7 +254,7 @@ class OpenRequest:
             self.description = answer
             return self.end(None)
         self.encoded = answer
-        if self.kind is not Kind.GENERATE:
+        if self.kind not in {Kind.GENERATE, Kind.EMBED}:
             return self.end(None)
         self.stage = Stage.SUBMITTED
         actions = self.advance(now_ns)
@@ -372,6 +377,8 @@ class OpenRequest:
         if self.stage is Stage.TOKENIZING:
             self.places.leave(TOKENIZER, now_ns)
             return self.advance(now_ns)
+        if self.kind is Kind.EMBED:
+            return [SendSubmit(self, self._held[SCHEDULER])] if SCHEDULER in self._held else []
         if DETOKENIZER not in self._held:
             return []
         self._reopened_ns = None
@@ -428,6 +435,13 @@ def _piece(output: Output, finish_reason: str | None) -> OutputPiece:
         logprobs=output.logprobs,
         prompt_logprobs=output.prompt_logprobs,
     )
+
+
+def take_vector(request: OpenRequest, peer: int, vector: VectorArray) -> list[Action]:
+    """A scheduler sent the vector of a text, which is all there is to come."""
+    if request.is_finished or request.places.held.get(SCHEDULER) != peer:
+        return []
+    return [Deliver(request, OutputPiece("", (), "stop", vector=vector)), *request.end(None)]
 
 
 def begin_beside(request: OpenRequest, first: OpenRequest) -> None:

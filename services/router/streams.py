@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from headrace.errors import HeadraceError
 from services.router.actions import Action, SendWork
-from services.router.generation import EncodedPrompt, ModelDescription
-from services.router.open_request import OpenRequest, Output
+from services.router.generation import EncodedPrompt, ModelDescription, VectorArray
+from services.router.open_request import OpenRequest, Output, take_vector
 
 
 class Streams:
@@ -45,6 +45,11 @@ class Streams:
         """A tokenizer sent a prompt's tokens, the text of tokens, or what its model is."""
         request = self._by_id.get(request_id)
         return [] if request is None else self._after(request, request.on_tokenized(peer, answer, now_ns))
+
+    def on_vector(self, request_id: str, peer: int, vector: VectorArray) -> list[Action]:
+        """A scheduler sent the vector of a text."""
+        request = self._by_id.get(request_id)
+        return [] if request is None else self._after(request, take_vector(request, peer, vector))
 
     def on_refused(self, request_id: str, role: int, peer: int, *, error: HeadraceError, now_ns: int) -> list[Action]:
         """A stage will not serve a request, or serve it no further."""

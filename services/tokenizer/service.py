@@ -31,6 +31,7 @@ from headrace.errors import (
     RequestFailedError,
     UnavailableError,
 )
+from headrace.models.embedding_config import load_embedding_config
 from headrace.models.model_config import TOKENIZER_FILE, load_generation_defaults, load_model_config, load_tokenizer_config
 from headrace.output_formats import REASONING_FORMATS
 from headrace.service import ServiceContext
@@ -295,6 +296,9 @@ class TokenizerService:
         defaults = sampling_defaults(load_generation_defaults(directory))
         self._description = describe(directory, config, max_model_len=max_model_len, defaults=defaults)
         self._model = ModelInfo(name=name, max_model_len=max_model_len, loaded_unix_s=int(time.time()))
+        if (vectors := load_embedding_config(directory, config)) is not None:
+            self._model.embedding.size, self._model.embedding.is_matryoshka = vectors.size, vectors.is_matryoshka
+            self._model.embedding.dimensions.extend(vectors.dimensions)
 
     def _admit(self, job: _Job) -> None:
         if self._is_draining:

@@ -30,6 +30,7 @@ from services.router.generation import (
     ChatTurn,
     Constraint,
     ConversationPrompt,
+    EmbedRequest,
     GenerationRequest,
     OutputStream,
     Prompt,
@@ -44,6 +45,7 @@ from services.router.generation import (
 )
 from services.router.grpc.tool_fields import calls_of, template_kwargs_of, tool_choice, tools_of
 from services.router.limits import (
+    MAX_INPUTS,
     MAX_MESSAGES,
     check_cache_salt,
     check_logprobs,
@@ -169,6 +171,25 @@ def tokenize_prompt(message: inference.TokenizeRequest) -> Prompt:
     if kind == "text":
         return TextPrompt(message.text, _optional(message, "add_special_tokens", True))
     raise InvalidRequestError("one of text and chat is required", param="prompt")
+
+
+def embed_request(message: inference.EmbedRequest) -> EmbedRequest:
+    """An Embed call, checked as over HTTP."""
+    if not 1 <= len(message.inputs) <= MAX_INPUTS:
+        refuse("inputs", f"1 to {MAX_INPUTS} texts", f"{len(message.inputs)} of them")
+    inputs: list[TextPrompt | TokenPrompt] = []
+    for index, one in enumerate(message.inputs):
+        name = f"inputs.{index}"
+        if one.WhichOneof("input") == "token_ids":
+            inputs.append(TokenPrompt(check_token_ids(name, list(one.token_ids.ids))))
+        elif one.text:
+            inputs.append(TextPrompt(one.text))
+        else:
+            raise InvalidRequestError(f"{name} must be a text or token_ids, not empty", param=name)
+    dimensions: int | None = _optional(message, "dimensions", None)
+    if dimensions == 0:
+        refuse("dimensions", "at least 1", dimensions)
+    return EmbedRequest(message.model, tuple(inputs), dimensions, param="inputs")
 
 
 def conversation(chat: tokenizer.ChatPrompt, path: str) -> ConversationPrompt:

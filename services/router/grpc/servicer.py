@@ -75,6 +75,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return inference.DetokenizeResponse(text=text)
         raise AssertionError("an error ends the call")
 
+    async def Embed(self, request: inference.EmbedRequest, context: Context) -> inference.EmbedResponse:
+        """Texts to vectors."""
+        async with self._call("Embed", context) as call:
+            answer = await self._engine.embed(conversions.embed_request(request), call)
+            return inference.EmbedResponse(
+                request_id=call.request_id,
+                embeddings=[inference.Embedding(values=vector) for vector in answer.vectors],
+                num_prompt_tokens=sum(answer.num_tokens),
+            )
+        raise AssertionError("an error ends the call")
+
     async def ListModels(self, request: inference.ListModelsRequest, context: Context) -> inference.ListModelsResponse:
         """The models that can be asked for."""
         return inference.ListModelsResponse(models=[model_info(offer) for offer in self._engine.list_models()])

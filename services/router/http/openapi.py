@@ -13,7 +13,7 @@ import orjson
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from services.router.http import anthropic, generate, ollama, openai
+from services.router.http import anthropic, embeddings, generate, ollama, openai
 from services.router.http.batches import shapes as batches
 from services.router.http.responses import shapes as responses
 
@@ -48,6 +48,9 @@ _OPENAI, _ANTHROPIC, _OLLAMA, _NATIVE, _OPERATOR = "OpenAI", "Anthropic", "Ollam
 OPERATIONS: tuple[Operation, ...] = (
     Operation("POST", "/v1/chat/completions", _OPENAI, "Answer a conversation.", openai.SHAPES["chat"], stream=_EVENTS),
     Operation("POST", "/v1/completions", _OPENAI, "Continue a prompt, or several.", openai.SHAPES["completion"], stream=_EVENTS),
+    Operation("POST", "/v1/embeddings", _OPENAI, "Make one vector a text.", embeddings.EmbeddingsBody),
+    Operation("POST", "/v1/score", _NATIVE, "Cosines between texts, as vLLM gives them.", embeddings.ScoreBody),
+    Operation("POST", "/v1/rerank", _NATIVE, "Documents by their nearness to a query.", embeddings.RerankBody),
     Operation("GET", "/v1/models", _OPENAI, "List models; in Anthropic's shape where anthropic-version is sent."),
     Operation("GET", "/v1/models/{model}", _OPENAI, "Tell of one model."),
     Operation("POST", "/v1/responses", _OPENAI, "Make a response, now or in the background.", responses.CreateBody, stream=_EVENTS),

@@ -13,6 +13,7 @@ from services.router.http.batches.routes import BatchesRoutes, FilesRoutes
 from services.router.http.batches.runner import BatchRunner, BatchSettings
 from services.router.http.batches.storage import FileLimits
 from services.router.http.describing import DescribingRoutes
+from services.router.http.embeddings_routes import EmbeddingsRoutes
 from services.router.http.exchange import Application
 from services.router.http.generate_routes import GenerateRoutes
 from services.router.http.ollama_routes import OllamaRoutes
@@ -44,6 +45,7 @@ class Protocols:
         self._history_thread = StorageThread("the history of responses")
         self._history = _open_history(storage)
         self._stateless = [
+            *EmbeddingsRoutes(engine).routes(),
             *GenerateRoutes(engine).routes(),
             *AnthropicRoutes(engine).routes(),
             *OllamaRoutes(engine).routes(),

@@ -252,3 +252,14 @@ async def test_the_caches_are_told_first_whole_and_then_as_they_change(protocol:
         assert list((await call.read()).events[0].removed.block_hashes) == [-1]
         call.cancel()
         await until(lambda: not engine.mirror.has_readers)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+async def test_tokens_are_embedded(protocol: str) -> None:
+    engine = FakeEngine()
+    pb = sglang_scheduler_pb2 if protocol == "sglang" else vllm_engine_pb2
+    async with serving(engine, protocol) as stub:
+        answer = await stub.Embed(pb.EmbedRequest(request_id="r", tokenized=pb.TokenizedInput(input_ids=[5, 6, 7])))
+        assert (list(answer.embedding), answer.prompt_tokens, answer.embedding_dim) == ([3.0, 1.0], 3, 2)
+        with pytest.raises(grpc.aio.AioRpcError, match="input_ids must be 1 to"):
+            await stub.Embed(pb.EmbedRequest(request_id="r"))

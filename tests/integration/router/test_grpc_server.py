@@ -176,3 +176,18 @@ async def test_a_busy_port_stops_the_start_and_names_the_setting() -> None:
         )
         with pytest.raises(ConfigError, match=rf"port {server.port} .* router.grpc_port"):
             await second.start()
+
+
+async def test_embed_gives_a_vector_a_text_and_names_bad_ones() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as (_, channel):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        inputs = [inference_pb2.EmbedInput(text="ab"), inference_pb2.EmbedInput(token_ids={"ids": [4, 5, 6]})]
+        answer = await stub.Embed(inference_pb2.EmbedRequest(model="e", inputs=inputs, dimensions=2))
+        assert [list(one.values) for one in answer.embeddings] == [[2.0, 1.0], [3.0, 1.0]]
+        assert (answer.num_prompt_tokens, engine.embed_requests[0].dimensions) == (5, 2)
+        for bad, words in (([], "inputs must be 1 to 2048 texts"), ([inference_pb2.EmbedInput()], "inputs.0 must be a text")):
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await stub.Embed(inference_pb2.EmbedRequest(inputs=bad))
+            assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert words in (refusal.value.details() or "")

@@ -10,6 +10,8 @@ import numpy as np
 from headrace.errors import HeadraceError, NotFoundError, RequestAbortedError
 from services.router.generation import (
     Call,
+    EmbedAnswer,
+    EmbedRequest,
     EncodedPrompt,
     EngineLoad,
     GenerationRequest,
@@ -18,6 +20,7 @@ from services.router.generation import (
     OutputPiece,
     Prompt,
     Sampling,
+    TextPrompt,
 )
 from services.router.kv_mirror import KvMirror, KvReader
 
@@ -79,6 +82,7 @@ class FakeEngine:
     def __init__(self, *script: Step) -> None:
         self.script: Sequence[Step] = script or [OutputPiece("Hel", (1,)), OutputPiece("lo", (2,)), OutputPiece("!", (3,), "stop")]
         self.requests: list[GenerationRequest] = []
+        self.embed_requests: list[EmbedRequest] = []
         self.streams: list[FakeStream] = []
         self.calls: list[Call] = []
         self.ended: list[tuple[str, str | None]] = []
@@ -112,6 +116,15 @@ class FakeEngine:
 
     async def detokenize(self, model: str, token_ids: Sequence[int], call: Call, *, skip_special_tokens: bool) -> str:
         return "-".join(map(str, token_ids)) + str(skip_special_tokens)
+
+    async def embed(self, request: EmbedRequest, call: Call) -> EmbedAnswer:
+        """Vectors of two numbers: the length of the text, and 1."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.embed_requests.append(request)
+        sizes = [len(one.text) if isinstance(one, TextPrompt) else int(one.token_ids.size) for one in request.inputs]
+        vectors = np.array([[size, 1.0] for size in sizes], dtype=np.float32)
+        return EmbedAnswer(request.model or "e", vectors, tuple(sizes))
 
     async def flush_cache(self, call: Call) -> int:
         if self.refusal is not None:

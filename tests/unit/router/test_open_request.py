@@ -32,7 +32,7 @@ from services.router.actions import (
 )
 from services.router.directory import Directory, Instance
 from services.router.generation import EncodedPrompt, GenerationRequest, ModelOffer, OutputPiece, TextPrompt
-from services.router.open_request import Kind, OpenRequest, Output, Patience, begin_beside
+from services.router.open_request import Kind, OpenRequest, Output, Patience, begin_beside, take_vector
 from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import least_loaded
 
@@ -341,3 +341,33 @@ def test_tokenize_and_detokenize_end_with_the_tokenizers_answer() -> None:
         Deliver(detokenize.request, OutputPiece("hello", (), "stop")),
         End(detokenize.request, None),
     ]
+
+
+def test_a_text_to_embed_passes_no_detokenizer_and_ends_with_its_vector() -> None:
+    bench = Bench(10, 20, kind=Kind.EMBED)
+    assert kinds(bench.request.advance(SECOND)) == [SendTokenize]
+    assert kinds(bench.request.on_tokenized(10, PROMPT, SECOND)) == [SendSubmit]
+    vector = np.ones(4, dtype=np.float32)
+    assert take_vector(bench.request, 21, vector) == [], "of a scheduler that does not hold it"
+    deliver, end = take_vector(bench.request, 20, vector)
+    assert isinstance(deliver, Deliver)
+    assert deliver.piece.vector is vector
+    assert end == End(bench.request, None)
+    assert take_vector(bench.request, 20, vector) == []
+
+
+def test_a_text_to_embed_goes_to_another_scheduler_when_its_own_is_lost() -> None:
+    bench = Bench(kind=Kind.EMBED)
+    bench.request.advance(SECOND)
+    bench.request.on_tokenized(10, PROMPT, SECOND)
+    assert bench.lose(20) == [SendSubmit(bench.request, 21)]
+    assert kinds(take_vector(bench.request, 21, np.ones(4, dtype=np.float32))) == [Deliver, SendAbort, End]
+
+
+def test_a_text_to_embed_is_asked_for_again_after_a_long_silence() -> None:
+    bench = Bench(kind=Kind.EMBED)
+    bench.request.advance(SECOND)
+    bench.request.on_tokenized(10, PROMPT, SECOND)
+    assert bench.request.on_time(15 * SECOND) == []
+    assert bench.request.on_time(17 * SECOND) == [SendSubmit(bench.request, 20)]
+    assert isinstance(end_error(bench.request.on_time(100 * SECOND)), DeadlineExceededError)

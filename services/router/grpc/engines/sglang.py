@@ -36,6 +36,7 @@ from services.router.grpc.engines.shared import (
     not_here,
     now_text,
     refuse_set,
+    token_embedding,
     tokenizer_chunks,
 )
 from services.router.limits import check_logprobs, check_num_choices, check_sampling, check_stopping, check_token_ids, refuse
@@ -287,7 +288,15 @@ class SglangServicer:
         async for batch in kv_batches(self._engine, request):
             yield batch
 
-    Embed = not_here("this engine serves a model that generates text and has no embeddings")
+    async def Embed(self, request: sglang.EmbedRequest, context: Context) -> sglang.EmbedResponse:
+        """The vector of one text, by the one model that makes vectors."""
+        async with self._call("Embed", context) as call:
+            refuse_set(request, ("mm_inputs", "texts", "is_cross_encoder"), "this engine embeds tokens")
+            answer = await self._engine.embed(token_embedding(request.tokenized.input_ids), call)
+            (vector,), (num_tokens,) = answer.vectors, answer.num_tokens
+            return sglang.EmbedResponse(embedding=vector, prompt_tokens=num_tokens, embedding_dim=vector.size)
+        raise AssertionError("an error ends the call")
+
     StartProfile = StopProfile = not_here("there is no profiler over gRPC")
     LoadLoRAAdapter = UnloadLoRAAdapter = ListLoadedLoRAAdapters = not_here("adapters are not served")
 

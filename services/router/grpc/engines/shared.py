@@ -20,10 +20,10 @@ import orjson
 from smg_grpc_proto.generated import common_pb2 as public
 
 from headrace.errors import InvalidRequestError
-from services.router.generation import Call, Engine, ModelDescription, Sampling
+from services.router.generation import Call, EmbedRequest, Engine, ModelDescription, Sampling, TokenPrompt
 from services.router.grpc.calls import Context
 from services.router.kv_mirror import AllCleared, BlockRemoved, BlockStored, Change
-from services.router.limits import refuse
+from services.router.limits import check_token_ids, refuse
 
 VERSION: Final = version("headrace")
 _CHUNK_BYTES: Final = 256 * 1024
@@ -50,8 +50,8 @@ class Descriptions:
 
 
 def model_name(engine: Engine) -> str:
-    """The name clients know the model by; empty while none is served."""
-    offers = engine.list_models()
+    """The name clients know the model by, of several one that generates; empty while none is served."""
+    offers = sorted(engine.list_models(), key=lambda offer: offer.embedding is not None)
     return offers[0].name if offers else ""
 
 
@@ -89,6 +89,15 @@ def not_here(message: str) -> Callable[[object, object, Context], Awaitable[NoRe
         raise AssertionError("abort raises")
 
     return answer
+
+
+def token_embedding(token_ids: Iterable[int]) -> EmbedRequest:
+    """The request for the vector of some tokens.
+
+    Raises:
+        InvalidRequestError: There are none, or one is no token id.
+    """
+    return EmbedRequest("", (TokenPrompt(check_token_ids("input_ids", list(token_ids))),), param="input_ids")
 
 
 def refuse_set(message: Any, fields: Iterable[str], why: str) -> None:

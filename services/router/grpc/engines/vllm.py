@@ -40,6 +40,7 @@ from services.router.grpc.engines.shared import (
     not_here,
     now_text,
     refuse_set,
+    token_embedding,
     tokenizer_chunks,
 )
 from services.router.limits import check_logprobs, check_num_choices, check_sampling, check_stopping, check_token_ids, refuse
@@ -280,7 +281,14 @@ class VllmServicer:
         async for batch in kv_batches(self._engine, request):
             yield batch
 
-    Embed = not_here("this engine serves a model that generates text and has no embeddings")
+    async def Embed(self, request: vllm.EmbedRequest, context: Context) -> vllm.EmbedResponse:
+        """The vector of one text, by the one model that makes vectors."""
+        async with self._call("Embed", context) as call:
+            answer = await self._engine.embed(token_embedding(request.tokenized.input_ids), call)
+            (vector,), (num_tokens,) = answer.vectors, answer.num_tokens
+            return vllm.EmbedResponse(embedding=vector, prompt_tokens=num_tokens, embedding_dim=vector.size)
+        raise AssertionError("an error ends the call")
+
     StartProfile = StopProfile = not_here("there is no profiler over gRPC")
 
     def _call(self, method: str, context: Context, **options: bool) -> AbstractAsyncContextManager[Call]:
