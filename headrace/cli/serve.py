@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -29,7 +30,8 @@ def serve_all(settings: Settings, environment: Mapping[str, str]) -> int:
     """
     from headrace.models.store import resolve
 
-    resolve(settings.model.name, Path(settings.model.store).expanduser())
+    for name in filter(None, (settings.model.name, settings.embedding_model.name)):
+        resolve(name, Path(settings.model.store).expanduser())
     specs = local_specs(settings, environment)
     return _supervise("serve", settings, specs, on_state=StateLines(), run_directory=default_run_directory(settings))
 
@@ -64,8 +66,30 @@ def local_specs(settings: Settings, environment: Mapping[str, str]) -> list[Proc
                 own[env_name(f"telemetry.{service}_metrics_port")] = "0"
             specs.append(_spec(service, name, settings, own, start_after=before))
         before = names if service != "worker" else ()
+    if settings.embedding_model.name:
+        specs += _embedding_specs(settings, environment, start_after=before)
     router = _spec("router", "router-0", settings, environment, start_after=before, stop_before=tuple(spec.name for spec in specs))
     return [*specs, router]
+
+
+def _embedding_specs(settings: Settings, environment: Mapping[str, str], *, start_after: tuple[str, ...]) -> list[ProcessSpec]:
+    """A worker and a tokenizer for the model that makes vectors. They know it as their only model, and join the same links."""
+    model = settings.embedding_model
+    own = {
+        **environment,
+        env_name("model.name"): model.name,
+        env_name("model.served_name"): model.name_for_clients,
+        # Said of the other model.
+        env_name("model.max_model_len"): "null",
+    }
+    specs = []
+    for service in ("worker", "tokenizer"):
+        # The chat model's has the port of the settings.
+        own[env_name(f"telemetry.{service}_metrics_port")] = "0"
+        spec = _spec(service, f"embedding-{service}-0", settings, own, start_after=start_after)
+        # Its model is small: loaded again in the time that a second process would save.
+        specs.append(replace(spec, has_standby=False))
+    return specs
 
 
 def _spec(

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from headrace.config.settings import (
     COMMON_SECTIONS,
+    EmbeddingModelSettings,
     ModelSettings,
     ServeSettings,
     SupervisionSettings,
@@ -56,6 +57,11 @@ class Settings:
     def model(self) -> ModelSettings:
         """The model that is served."""
         return typing.cast(ModelSettings, self.sections["model"])
+
+    @property
+    def embedding_model(self) -> EmbeddingModelSettings:
+        """The model that makes vectors beside it."""
+        return typing.cast(EmbeddingModelSettings, self.sections["embedding_model"])
 
     @property
     def wire(self) -> WireSettings:

@@ -35,6 +35,20 @@ class ModelSettings(Section):
         return self.served_name or Path(self.name).name
 
 
+class EmbeddingModelSettings(Section):
+    """A model that makes vectors, served by a worker and a tokenizer of its own beside the model that generates."""
+
+    name: str = Field(
+        "", description="Name of a pulled model, or the path of a model directory, for /v1/embeddings; empty serves none."
+    )
+    served_name: str | None = Field(None, description="Name that clients use; null means the model's own name.")
+
+    @property
+    def name_for_clients(self) -> str:
+        """What `model` must be in a request."""
+        return self.served_name or Path(self.name).name
+
+
 class WireSettings(Section):
     """Addresses, keys and leases of the links. Empty addresses mean ipc sockets in the run directory."""
 
@@ -104,6 +118,7 @@ class ServeSettings(Section):
 
 COMMON_SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,
+    "embedding_model": EmbeddingModelSettings,
     "wire": WireSettings,
     "telemetry": TelemetrySettings,
     "supervision": SupervisionSettings,

@@ -81,6 +81,16 @@ def test_serve_starts_what_was_asked_for_and_stops_the_router_first() -> None:
     assert "HEADRACE_TELEMETRY_TOKENIZER_METRICS_PORT" not in specs["tokenizer-0"].env
 
 
+def test_serve_starts_a_worker_and_a_tokenizer_for_an_embedding_model() -> None:
+    settings = load_settings(flags={"embedding_model.name": "/models/mini", "model.max_model_len": 4096})
+    specs = {spec.name: spec for spec in local_specs(settings, {"HEADRACE_MODEL_MAX_MODEL_LEN": "4096"})}
+    assert {"embedding-worker-0", "embedding-tokenizer-0"} <= set(specs["router-0"].stop_before)
+    for name in ("embedding-worker-0", "embedding-tokenizer-0"):
+        own = load_settings(environment={key: value for key, value in specs[name].env.items() if key.startswith("HEADRACE_")})
+        assert (own.model.name, own.model.name_for_clients, own.model.max_model_len) == ("/models/mini", "mini", None)
+    assert "HEADRACE_MODEL_NAME" not in specs["worker-0"].env
+
+
 def test_supervision_settings_and_limits_have_the_same_names_and_defaults() -> None:
     settings = load_settings().supervision
     assert vars(supervision_limits(settings)) == settings.model_dump()
