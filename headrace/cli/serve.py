@@ -13,6 +13,7 @@ import uvloop
 
 from headrace.config.load import Settings, env_name
 from headrace.config.settings import SupervisionSettings
+from headrace.errors import ModelError
 from headrace.lifecycle import LOADING, State
 from headrace.service import default_run_directory
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
@@ -26,14 +27,28 @@ def serve_all(settings: Settings, environment: Mapping[str, str]) -> int:
     """Run all five services; returns the exit status.
 
     Raises:
-        ModelError: The model has not been pulled; nothing was started.
+        ModelError: A model has not been pulled, or is of the other kind than its place is for; nothing was started.
     """
-    from headrace.models.store import resolve
-
-    for name in filter(None, (settings.model.name, settings.embedding_model.name)):
-        resolve(name, Path(settings.model.store).expanduser())
+    _check_models(settings)
     specs = local_specs(settings, environment)
     return _supervise("serve", settings, specs, on_state=StateLines(), run_directory=default_run_directory(settings))
+
+
+def _check_models(settings: Settings) -> None:
+    from headrace.models.embedding_config import load_embedding_config
+    from headrace.models.model_config import load_model_config
+    from headrace.models.store import resolve
+
+    store = Path(settings.model.store).expanduser()
+    for key, name in (("model.name", settings.model.name), ("embedding_model.name", settings.embedding_model.name)):
+        if not name and key != "model.name":
+            continue
+        directory = resolve(name, store)
+        makes_vectors = load_embedding_config(directory, load_model_config(directory)) is not None
+        if makes_vectors and key == "model.name":
+            raise ModelError(f"model.name {name!r} makes vectors and generates no text: set embedding_model.name to it", param=key)
+        if not makes_vectors and key != "model.name":
+            raise ModelError(f"embedding_model.name {name!r} generates text and makes no vectors: set model.name to it", param=key)
 
 
 def serve_one(service: str, settings: Settings, environment: Mapping[str, str]) -> int:

@@ -74,12 +74,6 @@ def served(server: Server, texts: Any, **fields: Any) -> Vectors:
     return np.array([item.embedding for item in answer.data])
 
 
-def ranks(server: Server) -> list[int]:
-    """Processes that compute vectors."""
-    marked = processes_marked(f"HEADRACE_MODEL_NAME={MODEL}")
-    return [pid for pid, command in server.tree().items() if pid in marked and command.endswith("-m services.worker.rank")]
-
-
 def test_served_vectors_are_those_of_transformers_in_both_formats(embedding_server: Server, embedding_directory: Path) -> None:
     expected = reference(embedding_directory, TEXTS)
     # Without a format OpenAI's client asks for base64, and unpacks it.
@@ -120,17 +114,19 @@ def test_documents_are_ranked_by_what_they_mean(embedding_server: Server) -> Non
     assert (results[0]["index"], len(results)) == (0, 2)
 
 
-def test_texts_survive_the_worker_that_has_them(embedding_server: Server) -> None:
+@pytest.mark.parametrize("what", ["services.worker.rank", "services.scheduler", "services.tokenizer"])
+def test_texts_survive_whatever_has_them(embedding_server: Server, what: str) -> None:
     server = embedding_server
-    texts = [f"text number {index} " + "word " * 60 for index in range(300)]
+    texts = [f"text number {index} " + "word " * 40 for index in range(150)]
     expected = served(server, texts[:3])
     found: list[Vectors] = []
     asking = threading.Thread(target=lambda: found.append(served(server, texts)))
     asking.start()
     time.sleep(0.3)
-    (rank,) = ranks(server)
-    kill(rank)
+    victims = server.tree() if what == "services.scheduler" else processes_marked(f"HEADRACE_MODEL_NAME={MODEL}")
+    (victim,) = [pid for pid, command in server.tree().items() if pid in victims and command.endswith(f"-m {what}")]
+    kill(victim)
     asking.join(120)
     assert found, "the request ended with an error"
     np.testing.assert_allclose(found[0][:3], expected, atol=1e-5)
-    assert ranks(server) != [rank], "another life of the worker made them"
+    assert victim not in server.tree()

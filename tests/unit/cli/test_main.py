@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from headrace.cli.main import main
-from headrace.cli.serve import local_specs, supervision_limits
+from headrace.cli.serve import local_specs, serve_all, supervision_limits
 from headrace.config.load import load_settings
+from headrace.errors import ModelError
 
 
 def run(*arguments: str, **environment: str | None) -> Result:
@@ -89,6 +91,24 @@ def test_serve_starts_a_worker_and_a_tokenizer_for_an_embedding_model() -> None:
         own = load_settings(environment={key: value for key, value in specs[name].env.items() if key.startswith("HEADRACE_")})
         assert (own.model.name, own.model.name_for_clients, own.model.max_model_len) == ("/models/mini", "mini", None)
     assert "HEADRACE_MODEL_NAME" not in specs["worker-0"].env
+
+
+@pytest.mark.parametrize(
+    ("place", "architecture", "words"),
+    [
+        ("model.name", "BertModel", "model.name 'm' makes vectors and generates no text"),
+        ("embedding_model.name", "LlamaForCausalLM", "embedding_model.name 'm' generates text and makes no vectors"),
+    ],
+)
+def test_a_model_in_the_place_of_the_other_kind_stops_the_start(tmp_path: Path, place: str, architecture: str, words: str) -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for name, made_of in (("m", architecture), ("chat", "LlamaForCausalLM")):
+        (tmp_path / name).mkdir()
+        config = {"architectures": [made_of], "max_position_embeddings": 8, "rms_norm_eps": 1e-5, **sizes}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    flags = {"model.store": str(tmp_path), "model.name": "chat", place: "m"}
+    with pytest.raises(ModelError, match=words):
+        serve_all(load_settings(flags=flags), {})
 
 
 def test_supervision_settings_and_limits_have_the_same_names_and_defaults() -> None:
