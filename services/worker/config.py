@@ -54,6 +54,11 @@ class Settings(Section):
         "auto",
         description="Memory for KV pages; auto is 256 MiB on a CPU, and all that is free on a GPU but for the reserve.",
     )
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = Field(
+        "auto",
+        description="Type of KV pages; auto is that of the computation. fp8_e4m3 holds twice the tokens of bfloat16 in the same "
+        "memory, loses some quality (docs/quality.md), and is torch's on a CPU: for contexts that do not fit otherwise.",
+    )
     kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens that the KV pages hold; leads over kv_cache_bytes.")
     grammar_cache_bytes: int = Field(
         256 * 1024 * 1024, ge=1, description="Most memory for compiled grammars of constrained outputs; those in use come on top."

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+KV_FORMATS: Final[dict[str, torch.dtype | None]] = {"auto": None, "fp8_e4m3": torch.float8_e4m3fn}
+"""8-bit type of the pages by `worker.kv_cache_dtype`; None where they are of the computation's type."""
+
 NATIVE_BFLOAT16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """CPU flags, as /proc/cpuinfo names them, that say that bfloat16 is multiplied natively."""
 
@@ -54,6 +57,7 @@ class LoadOptions:
         dtype: `auto`, `float32` or `bfloat16`.
         max_model_len: Longest sequence in tokens; None for the model's own.
         kv_cache_tokens: Leads over `kv_cache_bytes` where it is given.
+        kv_cache_dtype: `auto` or `fp8_e4m3`.
         external_package: A package with further model families; empty for none.
         device: Where it is computed, and what that needs.
     """
@@ -68,6 +72,7 @@ class LoadOptions:
     page_size: int
     kv_cache_bytes: int
     kv_cache_tokens: int | None
+    kv_cache_dtype: str = "auto"
     external_package: str = ""
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -171,6 +176,7 @@ def load_runner(
     dtype = _DTYPES[dtype_name]
     chosen = choose_backend(device=device.name, backend=options.backend, attention_backend=options.device.attention_backend)
     if chosen == TRITON:
+        _check_kv_dtype(options, chosen)
         weights = open_weights(dtype=dtype)
         loaded = _load_triton(options, config, weights, device, device_reason, max_model_len=max_model_len, on_capped=on_capped)
         runner = ModelRunner(loaded.network, loaded.limits, draw=loaded.draw)
@@ -185,9 +191,9 @@ def load_runner(
             unpacked_names=tuple(weights.unpacked_names),
             device=loaded.report,
         )
-    options = replace(options, backend=chosen)
+    options = replace(options, backend=_check_kv_dtype(options, chosen))
     # Native kernels keep bfloat16, so no fewer pages than these can be needed.
-    smallest = _page_shape(options, config, dtype if options.backend == "torch" else torch.bfloat16)
+    smallest = _page_shape(options, config, _torch_kv_dtype(options, dtype) if options.backend == "torch" else torch.bfloat16)
     count_pages(
         smallest, kv_cache_bytes=options.kv_cache_bytes, kv_cache_tokens=options.kv_cache_tokens, max_model_len=max_model_len
     )
@@ -234,6 +240,28 @@ def _page_shape(options: LoadOptions, config: ModelConfig, dtype: torch.dtype) -
     )
 
 
+def _check_kv_dtype(options: LoadOptions, chosen: str) -> str:
+    """The backend for the type of the pages: those of 8 bits are torch's.
+
+    Raises:
+        ConfigError: Another one is asked for.
+    """
+    if options.kv_cache_dtype == "auto":
+        return chosen
+    if chosen not in ("auto", "torch"):
+        raise ConfigError(
+            f"worker.kv_cache_dtype is {options.kv_cache_dtype}, which torch computes on a CPU, and the backend is {chosen}: "
+            "set worker.backend to torch, or worker.kv_cache_dtype to auto",
+            param="worker.kv_cache_dtype",
+        )
+    return "torch"
+
+
+def _torch_kv_dtype(options: LoadOptions, dtype: torch.dtype) -> torch.dtype:
+    """Type of torch's pages; those of an 8-bit format are kept as bytes, which every operation of torch can copy."""
+    return dtype if KV_FORMATS[options.kv_cache_dtype] is None else torch.uint8
+
+
 def _load_backend(
     options: LoadOptions, config: ModelConfig, dtype: torch.dtype, *, max_model_len: int, open_weights: Callable[..., WeightLoader]
 ) -> _Backend:
@@ -247,14 +275,16 @@ def _load_backend(
                 raise ConfigError(f"worker.backend is native: {error}", param="worker.backend") from error
             reason = str(error)
     weights = open_weights(dtype=dtype)
-    ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype))
+    kv_format = KV_FORMATS[options.kv_cache_dtype]
+    ops = TorchOps(weights, TorchCpuAttention(page_size=options.page_size, dtype=dtype, kv_format=kv_format))
     model = build_model(config, ops, max_model_len=max_model_len, external_package=options.external_package)
     weights.check_all_taken()
 
     def make_network(num_pages: int, shape: PageShape) -> Network:
         return TorchNetwork(model, ops, KvCache(shape, num_pages=num_pages))
 
-    return _Backend("torch", reason, weights.num_bytes, dtype, tuple(weights.unpacked_names), make_network)
+    kv_dtype = _torch_kv_dtype(options, dtype)
+    return _Backend("torch", reason, weights.num_bytes, kv_dtype, tuple(weights.unpacked_names), make_network)
 
 
 def _load_native(

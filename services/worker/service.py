@@ -581,6 +581,7 @@ def _load_options(context: ServiceContext, settings: Settings, num_threads: int)
         page_size=settings.page_size,
         kv_cache_bytes=HOST_KV_CACHE_BYTES if settings.kv_cache_bytes == "auto" else settings.kv_cache_bytes,
         kv_cache_tokens=settings.kv_cache_tokens,
+        kv_cache_dtype=settings.kv_cache_dtype,
         external_package=context.settings.model.external_package,
         device=_device_options(settings),
     )

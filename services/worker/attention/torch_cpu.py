@@ -5,6 +5,9 @@ product (three times faster here than `enable_gqa`). A row is padded to a length
 equal padded length form a group, so what a row computes does not depend on its neighbours: attention is batch-invariant. The
 linear layers round it need not be (see `layers/linear.py`).
 
+Pages of 8 bits hold keys and values as float8 codes without scales of their own: their magnitudes lie within its range. What a
+step adds is rounded before anything attends to it, so chunks, batches and preemption change nothing.
+
 Extend rows are computed one by one. A row without cached tokens attends over its own keys directly; one with cached tokens
 gathers its pages and uses a mask.
 
@@ -143,11 +146,13 @@ class TorchCpuAttention:
     Args:
         page_size: Tokens a page.
         dtype: Type of queries, keys and values.
+        kv_format: 8-bit type as which the pages' bytes are read; None for pages of `dtype`.
     """
 
-    def __init__(self, *, page_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, *, page_size: int, dtype: torch.dtype, kv_format: torch.dtype | None = None) -> None:
         self._page_size = page_size
         self._dtype = dtype
+        self._kv_format = kv_format
 
     def prepare(self, step: StepTensors) -> PreparedStep:
         """See `AttentionBackend.prepare`."""
@@ -164,7 +169,11 @@ class TorchCpuAttention:
         """Store, then attend; see `AttentionBackend.attend`."""
         num_tokens, num_heads, head_dim = queries.shape
         num_pages, page_size, _, num_kv_heads, _ = layer_pages.shape
-        layer_pages.view(num_pages * page_size, 2, num_kv_heads, head_dim).index_copy_(0, prepared.slot_mapping, keys_values)
+        stored = keys_values
+        if self._kv_format is not None:
+            stored = _as_codes(keys_values, self._kv_format)
+            keys_values = self._read(stored)
+        layer_pages.view(num_pages * page_size, 2, num_kv_heads, head_dim).index_copy_(0, prepared.slot_mapping, stored)
         outputs = queries.new_empty((num_tokens, num_heads, head_dim))
         rows = prepared.rows(spec.window)
         for group in rows.groups:
@@ -173,12 +182,16 @@ class TorchCpuAttention:
             self._extend(extend, layer_pages, queries, keys_values, outputs, spec)
         return outputs.view(num_tokens, num_heads * head_dim)
 
+    def _read(self, pages: torch.Tensor) -> torch.Tensor:
+        """Pages, or parts of them, as keys and values to compute with."""
+        return pages if self._kv_format is None else pages.view(self._kv_format).to(self._dtype)
+
     def _decode(
         self, group: _DecodeGroup, layer_pages: torch.Tensor, queries: torch.Tensor, outputs: torch.Tensor, spec: AttentionSpec
     ) -> None:
         num_kv_heads, head_dim = layer_pages.shape[3:]
         selected = queries if group.rows is None else queries.index_select(0, group.rows)
-        gathered = layer_pages.view(layer_pages.shape[0], -1).index_select(0, group.pages)
+        gathered = self._read(layer_pages.view(layer_pages.shape[0], -1).index_select(0, group.pages))
         # [rows, length, 2, num_kv_heads, head_dim] → keys and values [rows, num_kv_heads, length, head_dim], without a copy.
         gathered = gathered.view(group.num_rows, -1, 2, num_kv_heads, head_dim)
         keys, values = gathered[:, :, 0].transpose(1, 2), gathered[:, :, 1].transpose(1, 2)
@@ -209,7 +222,7 @@ class TorchCpuAttention:
         if extend.pages is None:
             context = keys_values[tokens]
         else:
-            pages = layer_pages.index_select(0, extend.pages)
+            pages = self._read(layer_pages.index_select(0, extend.pages))
             context = pages.view(-1, *pages.shape[2:])[: extend.num_keys]
         num_repeats = queries.shape[1] // context.shape[2]
         # [tokens, 2, num_kv_heads, head_dim] → keys and values [1, num_heads, tokens, head_dim].
@@ -223,6 +236,12 @@ class TorchCpuAttention:
             sinks = None if spec.sinks is None else spec.sinks.view(1, -1, 1, 1)
             attended = _attend(selected, keys, values, extend.mask, sinks, spec)
         outputs[tokens] = attended.squeeze(0).transpose(0, 1)
+
+
+def _as_codes(keys_values: torch.Tensor, kv_format: torch.dtype) -> torch.Tensor:
+    """Round to the nearest value of an 8-bit type, as bytes; what is out of its range becomes its largest."""
+    largest = torch.finfo(kv_format).max
+    return keys_values.float().clamp(-largest, largest).to(kv_format).view(torch.uint8)
 
 
 def _mask(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

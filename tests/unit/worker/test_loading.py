@@ -263,3 +263,14 @@ def test_what_needs_no_weights_is_refused_before_they_are_read(tmp_path: Path, s
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, **settings)
+
+
+def test_twice_as_many_pages_of_8_bits_fit_and_only_torch_has_them(tmp_path: Path) -> None:
+    directory = write(tmp_path, tensors())
+    plain = load(directory, backend="torch", dtype="bfloat16")[1]
+    eight = load(directory, backend="auto", dtype="bfloat16", kv_cache_dtype="fp8_e4m3")[1]
+    assert eight.backend == "torch"
+    assert eight.memory.num_pages == 2 * plain.memory.num_pages
+    with pytest.raises(ConfigError, match=r"worker\.kv_cache_dtype is fp8_e4m3, .* the backend is native") as refused:
+        load(directory, backend="native", kv_cache_dtype="fp8_e4m3")
+    assert refused.value.param == "worker.kv_cache_dtype"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.worker.attention.torch_cpu import TorchCpuAttention
+from services.worker.attention.torch_cpu import TorchCpuAttention, _as_codes
 from services.worker.layers.ops import AttentionSpec, StepTensors
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -31,6 +31,7 @@ class Pages:
 
     def __init__(self, rows: list[tuple[int, int]], page_size: int) -> None:
         self.rows, self.page_size = rows, page_size
+        self.kv_format: torch.dtype | None = None
         generator = torch.Generator().manual_seed(1)
         counts = [-(-(start + count) // page_size) for start, count in rows]
         order = torch.randperm(sum(counts), generator=generator).tolist()
@@ -56,7 +57,7 @@ class Pages:
         none = torch.zeros(0, dtype=torch.int64)
         starts, counts = (torch.tensor(column) for column in zip(*rows, strict=True))
         step = StepTensors(none, none, torch.tensor(slots), starts, counts, tables, num_decode_rows, none)
-        attention = TorchCpuAttention(page_size=self.page_size, dtype=torch.float32)
+        attention = TorchCpuAttention(page_size=self.page_size, dtype=torch.float32, kv_format=self.kv_format)
         queries = torch.cat([self.queries[index] for index in chosen])
         keys_values = torch.cat([self.context[index][self.rows[index][0] :] for index in chosen])
         outputs = attention.attend(attention.prepare(step), self.layer.clone(), queries, keys_values, spec)
@@ -98,3 +99,41 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_stands_beside_it(name: str) 
     together = pages.attend(list(range(len(ROWS))), spec)
     for index in range(len(ROWS)):
         assert torch.equal(pages.attend([index], spec)[0], together[index]), ROWS[index]
+
+
+def to_float8(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_pages_of_8_bits_attend_over_rounded_keys_and_values(name: str) -> None:
+    spec = AttentionSpec(0, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, scale=0.6, **SPECS[name])
+    plain, expected = Pages(ROWS, 4), Pages(ROWS, 4)
+    expected.context = [to_float8(context).float() for context in plain.context]
+    plain.layer = _as_codes(plain.layer, torch.float8_e4m3fn)
+    plain.kv_format = torch.float8_e4m3fn
+    # New tokens come unrounded, and are rounded before they are stored and attended to.
+    for index, output in enumerate(plain.attend(list(range(len(ROWS))), spec)):
+        torch.testing.assert_close(output.double(), expected.expected(index, spec), rtol=1e-4, atol=1e-5)
+
+
+def test_a_chunked_row_over_8_bit_pages_is_the_whole_one() -> None:
+    spec = AttentionSpec(0, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, scale=0.6)
+    whole = Pages([(0, 30)], 4)
+    whole.kv_format = torch.float8_e4m3fn
+    whole.layer = torch.zeros(whole.layer.shape, dtype=torch.uint8)
+    (expected,) = whole.attend([0], spec)
+    later = Pages([(19, 11)], 4)
+    later.kv_format = torch.float8_e4m3fn
+    later.context, later.queries = whole.context, [whole.queries[0][19:]]
+    later.layer = torch.zeros(later.layer.shape, dtype=torch.uint8)
+    for position in range(19):
+        codes = to_float8(whole.context[0][position]).view(torch.uint8)
+        later.layer[later.tables[0][position // 4], position % 4] = codes
+    (found,) = later.attend([0], spec)
+    torch.testing.assert_close(found, expected[19:], rtol=1e-5, atol=1e-6)
+
+
+def test_values_out_of_an_8_bit_type_become_its_largest() -> None:
+    codes = _as_codes(torch.tensor([1e6, -1e6, 0.0, 448.0]), torch.float8_e4m3fn)
+    assert codes.view(torch.float8_e4m3fn).float().tolist() == [448.0, -448.0, 0.0, 448.0]
