@@ -2,6 +2,7 @@
 
     HeadraceError
     ├── InvalidRequestError      the caller must change the request (4xx)
+    │   ├── ContextLengthError   does not fit the model's context (400)
     │   ├── NotFoundError        names something that does not exist (404)
     │   └── RequestTooLargeError the body is over its limit (413)
     ├── UnauthenticatedError     the caller must send a key that is taken (401)
@@ -41,6 +42,12 @@ class InvalidRequestError(HeadraceError):
 
     code = "invalid_request"
     http_status = 400
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt, or the prompt with the answer asked for, is too long here. The code is OpenAI's: agents shorten on it."""
+
+    code = "context_length_exceeded"
 
 
 class NotFoundError(InvalidRequestError):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from headrace.errors import InvalidRequestError, ModelError
+from headrace.errors import ContextLengthError, InvalidRequestError, ModelError
 
 TokenIds = npt.NDArray[np.int32]
 """Token ids, int32, shape [num_tokens]."""
@@ -51,7 +51,7 @@ class PromptLimits:
                 param=field,
             ) from error
         if num_bytes > self.prompt_bytes_max:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 f"{field}: {num_bytes} bytes of text, the limit is {self.prompt_bytes_max}; the model's context length is "
                 f"{self.max_model_len} tokens",
                 param=field,
@@ -76,19 +76,19 @@ class PromptLimits:
         """Refuse a prompt that leaves no room for an answer, or not for the answer asked for.
 
         Raises:
-            InvalidRequestError: Names the context length, what was asked for, and what would fit.
+            ContextLengthError: Names the context length, what was asked for, and what would fit.
         """
         limit = self.max_model_len
         if num_tokens == 0:
             raise InvalidRequestError(f"{field}: has no tokens; at least 1 is needed", param=field)
         if num_tokens >= limit:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 f"{field}: this model's maximum context length is {limit} tokens, but the {field} resulted in {num_tokens} tokens, "
                 f"and an answer needs at least 1; shorten the {field} to at most {limit - 1} tokens",
                 param=field,
             )
         if max_tokens is not None and num_tokens + max_tokens > limit:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 f"max_tokens: this model's maximum context length is {limit} tokens, but you requested {num_tokens + max_tokens} "
                 f"({num_tokens} in the {field}, {max_tokens} as max_tokens); shorten the {field} or set max_tokens to at most "
                 f"{limit - num_tokens}",

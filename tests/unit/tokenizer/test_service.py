@@ -174,9 +174,9 @@ async def test_tokens_become_text(make: Make) -> None:
 @pytest.mark.parametrize(
     ("fields", "frame", "code", "param", "pattern"),
     [
-        ({"text": "x" * 70}, None, "invalid_request", "prompt", "resulted in 71 tokens"),
-        ({"text": "x", "max_tokens": 63}, None, "invalid_request", "max_tokens", "requested 65"),
-        ({"chat": _chat("x" * 70)}, None, "invalid_request", "messages", "maximum context length is 64"),
+        ({"text": "x" * 70}, None, "context_length_exceeded", "prompt", "resulted in 71 tokens"),
+        ({"text": "x", "max_tokens": 63}, None, "context_length_exceeded", "max_tokens", "requested 65"),
+        ({"chat": _chat("x" * 70)}, None, "context_length_exceeded", "messages", "maximum context length is 64"),
         ({"chat": ChatPrompt()}, None, "invalid_request", "messages", "at least 1"),
         ({"num_token_ids": 1}, [300], "invalid_request", "prompt", "token id 300 at index 0"),
         ({"num_token_ids": 2}, [1], "protocol_error", "", "holds 1, 2 were announced"),
