@@ -71,8 +71,9 @@ bench-peers: setup ## measure ours beside vLLM, llama.cpp, OpenVINO and transfor
 
 structured: setup ## 500 schemas through a whole system, every output checked by jsonschema (several minutes)
 	@STRUCTURED_SCHEMAS=500 $(BIN)/python -m pytest -s tests/e2e/test_structured.py -k every_output
-node-test: setup ## build the Node client, test it, and run its example against a real server (needs Node.js 20 with npm)
+node-test: setup ## build and test the Node client, its example, and OpenAI's Node client against a real server (needs Node.js 20 with npm)
 	cd clients/node && npm ci --no-audit --no-fund --loglevel=error && npm test
+	cd tests/node && npm ci --no-audit --no-fund --loglevel=error
 	$(BIN)/pytest -m node tests/node
 
 compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs Docker)
