@@ -206,6 +206,10 @@ def test_tools_that_may_be_called_leave_an_answer(client: openai.OpenAI) -> None
         message = client.chat.completions.create(**ASKED, tools=[WEATHER], tool_choice=choice).choices[0].message
         assert message.content or message.tool_calls
         assert choice == "auto" or not message.tool_calls
+        with client.chat.completions.stream(**ASKED, tools=[WEATHER], tool_choice=choice) as stream:
+            streamed = stream.get_final_completion().choices[0].message
+        assert (streamed.content or "") == (message.content or "")
+        assert len(streamed.tool_calls or []) == len(message.tool_calls or [])
 
 
 def test_fields_of_reasoning_and_of_a_callers_own_books_are_taken(client: openai.OpenAI) -> None:
@@ -278,3 +282,21 @@ def test_a_stream_that_is_closed_frees_its_place(client: openai.OpenAI, server: 
     wait_until(lambda: server.metric("headrace_router_open_requests") == 1, 5, "the request is counted")
     stream.close()
     wait_until(lambda: server.metric("headrace_router_open_requests") == 0, 5, "the request is forgotten")
+
+
+def test_fields_that_other_servers_know_are_taken(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(**ASKED, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    )
+    # All but the first, which only opens the message.
+    said = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+    assert len(said) == len(chunks) - 1
+    assert said == sorted(said)
+    whole = client.chat.completions.create(**ASKED, extra_body={"prompt_logprobs": 1, "cache_salt": "a"}).model_dump()
+    assert len(whole["prompt_logprobs"]) == whole["usage"]["prompt_tokens"]
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    stopped = client.chat.completions.create(**ASKED, extra_body={"stop_token_ids": [7042], "skip_special_tokens": False}).choices[
+        0
+    ]
+    assert stopped.finish_reason == "stop"
+    assert "Paris" not in (stopped.message.content or "")
