@@ -15,7 +15,7 @@ PEERS_ROOT ?= ~/.cache/headrace/peers
 ROUNDS ?= 2
 SCALE ?= 1
 
-.PHONY: help setup up test test-gpu lint typecheck proto check fmt kernels-report bench bench-quality bench-startup bench-peers compose-test clean
+.PHONY: help setup up test test-gpu lint typecheck proto check fmt kernels-report bench bench-quality bench-startup bench-peers lm-eval compose-test clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,16 @@ node-test: setup ## build and test the Node client, its example, and OpenAI's No
 	cd clients/node && npm ci --no-audit --no-fund --loglevel=error && npm test
 	cd tests/node && npm ci --no-audit --no-fund --loglevel=error
 	$(BIN)/pytest -m node tests/node
+
+lm-eval: setup build/lm-eval/.setup ## lm-eval scores our completions as it scores transformers; set up first (some 50 packages)
+	LM_EVAL_PYTHON=$(CURDIR)/build/lm-eval/bin/python $(BIN)/pytest -s -m lm_eval tests/lm_eval
+
+# It sees .venv's packages, torch and transformers among them, and adds its own, which .venv shall not have.
+build/lm-eval/.setup: .venv/.setup tests/lm_eval/requirements.txt
+	$(BIN)/python -m venv --clear build/lm-eval
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$(build/lm-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headrace-venv.pth"
+	build/lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -r tests/lm_eval/requirements.txt -c constraints.txt
+	@touch $@
 
 compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs Docker)
 	@tools/docker_engine.sh

@@ -39,8 +39,8 @@ LIMITS_S = {
 REQUIRED = LIMITS_S.keys() - {"chaos"}
 """Suites that must hold a test."""
 
-NOT_HERE = {"compose", "node"}
-"""Need a Docker engine, or Node.js: `make compose-test`, `make node-test`."""
+NOT_HERE = {"compose", "lm_eval", "node"}
+"""Need a Docker engine, lm-eval's own environment, or Node.js: `make compose-test`, `make lm-eval`, `make node-test`."""
 
 MEASURED = {"unit", "contract"}
 """Suites under coverage; the others spend their time in child processes."""
