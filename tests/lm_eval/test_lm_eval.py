@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,10 @@ from tests.lm_eval.half_known import NAME, write_task
 
 pytestmark = [pytest.mark.lm_eval, pytest.mark.timeout(600)]
 
-DIFFERENCE_MAX = 0.005
-"""Of accuracy, as a fraction."""
+FLOAT32 = {"worker_backend": "torch", "worker_dtype": "float32", "worker_kv_cache_bytes": "536870912"}
+DIFFERENCES_MAX = {"float32": 0.005, "default": 0.0125}
+"""Of accuracy, as a fraction. The native kernels round activations to 8 bits, which can turn an answer that is nearly tied: one of
+243 where this was measured. Three are allowed, since which ones are nearly tied depends on the reference's machine too."""
 RUN_TIMEOUT_S = 240
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -85,32 +86,31 @@ def expected(harness: Harness, default_model_directory: Path, tmp_path_factory: 
     return score
 
 
-@pytest.fixture(scope="module")
-def server(default_model_directory: Path, model_store: Path) -> Iterator[Server]:
-    with Server(model_store) as running:
-        yield running
-
-
 def test_the_task_is_large_and_repeats(harness: Harness, tmp_path: Path) -> None:
     assert harness.num_items >= 200
     write_task(tmp_path)
     assert (tmp_path / f"{NAME}.jsonl").read_bytes() == (harness._folder / f"{NAME}.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("tokenized", [True, False], ids=["token_ids", "text"])
+@pytest.mark.parametrize(("computed", "tokenized"), [("default", True), ("float32", False)])
 def test_the_score_is_that_of_transformers(
-    harness: Harness, expected: float, server: Server, default_model_directory: Path, tokenized: bool
+    harness: Harness, expected: float, model_store: Path, default_model_directory: Path, computed: str, tokenized: bool
 ) -> None:
+    with Server(model_store, **(FLOAT32 if computed == "float32" else {})) as server:
+        score = _score(harness, server, default_model_directory, tokenized=tokenized)
+    assert abs(score - expected) <= DIFFERENCES_MAX[computed]
+
+
+def _score(harness: Harness, server: Server, directory: Path, *, tokenized: bool) -> float:
     arguments = {
         "model": MODEL_NAME,
         "base_url": f"{server.http}/v1/completions",
-        "tokenizer": default_model_directory,
+        "tokenizer": directory,
         "tokenized_requests": tokenized,
         "num_concurrent": 2,
     }
-    score = harness.accuracy(
-        f"tokenized_{tokenized}",
+    return harness.accuracy(
+        "tokens" if tokenized else "text",
         *("--model", "local-completions", "--batch_size", "8"),
         *("--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())),
     )
-    assert abs(score - expected) <= DIFFERENCE_MAX
