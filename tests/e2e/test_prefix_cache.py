@@ -191,6 +191,7 @@ def test_choices_fork_from_one_prefill(small_server: Server, scheduler_metrics: 
     assert chunks[-1].usage.prompt_tokens == alone.usage.prompt_tokens
 
 
+@pytest.mark.usefixtures("native_library")
 def test_an_answer_given_before_is_drafted_from_the_cache_and_is_the_same(small_server: Server, worker_metrics: int) -> None:
     client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=60)
 

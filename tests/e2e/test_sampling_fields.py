@@ -59,6 +59,7 @@ def test_min_tokens_keeps_the_end_away(server: Server) -> None:
     assert longer.usage.completion_tokens > 40
 
 
+@pytest.mark.usefixtures("native_library")
 def test_logprobs_are_the_same_streamed_whole_echoed_and_over_grpc(server: Server) -> None:
     whole = complete(server, logprobs=3).choices[0]
     stream = complete(server, logprobs=3, stream=True)

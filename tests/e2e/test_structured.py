@@ -96,6 +96,7 @@ def test_every_kind_of_constraint_holds(server: Server, fields: dict[str, Any], 
     assert finish == "length" or re.fullmatch(pattern, text), text
 
 
+@pytest.mark.usefixtures("native_library")
 def test_a_stream_gives_the_same_as_a_whole_answer_and_others_are_as_they_were(server: Server) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}

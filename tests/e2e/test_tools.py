@@ -112,6 +112,7 @@ def think(server: Server, **fields: Any) -> Any:
     return client(server).chat.completions.create(**fields)
 
 
+@pytest.mark.usefixtures("native_library")
 def test_a_reasoning_budget_ends_the_block_and_an_answer_follows(thinker: Server) -> None:
     answer = think(thinker, extra_body={"reasoning_budget_tokens": 12})
     message = answer.choices[0].message
@@ -126,6 +127,7 @@ def test_a_reasoning_budget_ends_the_block_and_an_answer_follows(thinker: Server
     assert "".join(delta.content or "" for delta in deltas) == message.content
 
 
+@pytest.mark.usefixtures("native_library")
 def test_reasoning_stays_in_the_text_or_comes_whole_when_asked(thinker: Server) -> None:
     budget = {"reasoning_budget_tokens": 12}
     message = think(thinker, extra_body=budget).choices[0].message
