@@ -6,7 +6,7 @@ Source: sglang_scheduler.proto of the package smg-grpc-proto. Part of the shell.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
@@ -21,7 +21,6 @@ from services.router.generation import (
     OutputStream,
     Sampling,
     Stopping,
-    TokenLogprob,
     TokenPrompt,
 )
 from services.router.grpc.calls import Context, client_call
@@ -29,12 +28,15 @@ from services.router.grpc.engines.generations import Choice, Generations, Step
 from services.router.grpc.engines.shared import (
     VERSION,
     Descriptions,
-    default_sampling_json,
+    input_logprobs,
     kv_batches,
+    load_fields,
     logit_bias,
+    model_info_fields,
     model_name,
     not_here,
     now_text,
+    output_logprobs,
     refuse_set,
     token_embedding,
     tokenizer_chunks,
@@ -111,37 +113,13 @@ def _constraint(asked: sglang.SamplingParams) -> Constraint | None:
     return Constraint(kind, getattr(asked, field), field)
 
 
-def _output_logprobs(known: Sequence[TokenLogprob]) -> sglang.OutputLogProbs | None:
-    if not known:
-        return None
-    return sglang.OutputLogProbs(
-        token_logprobs=[token.logprob or 0.0 for token in known],
-        token_ids=[token.token_id for token in known],
-        top_logprobs=[_top(token) for token in known],
-    )
-
-
-def _input_logprobs(known: Sequence[TokenLogprob]) -> sglang.InputLogProbs | None:
-    if not known:
-        return None
-    return sglang.InputLogProbs(
-        token_logprobs=[sglang.InputTokenLogProb(value=token.logprob) for token in known],
-        token_ids=[token.token_id for token in known],
-        top_logprobs=[_top(token) for token in known],
-    )
-
-
-def _top(token: TokenLogprob) -> sglang.TopLogProbs:
-    return sglang.TopLogProbs(values=[top.logprob for top in token.top], token_ids=[top.token_id for top in token.top])
-
-
 def _chunk(request_id: str, choice: Choice, new: Step, stream: OutputStream) -> sglang.GenerateResponse:
     return sglang.GenerateResponse(
         request_id=request_id,
         chunk=sglang.GenerateStreamChunk(
             token_ids=new.token_ids,
-            output_logprobs=_output_logprobs(new.logprobs),
-            input_logprobs=_input_logprobs(new.prompt_logprobs),
+            output_logprobs=output_logprobs(sglang, new.logprobs),
+            input_logprobs=input_logprobs(sglang, new.prompt_logprobs),
             prompt_tokens=stream.num_prompt_tokens,
             completion_tokens=choice.num_tokens,
             cached_tokens=stream.num_cached_tokens,
@@ -153,8 +131,8 @@ def _chunk(request_id: str, choice: Choice, new: Step, stream: OutputStream) -> 
 def _complete(request_id: str, choice: Choice, stream: OutputStream) -> sglang.GenerateResponse:
     complete = sglang.GenerateComplete(
         output_ids=choice.token_ids,
-        output_logprobs=_output_logprobs(choice.logprobs),
-        input_logprobs=_input_logprobs(choice.prompt_logprobs),
+        output_logprobs=output_logprobs(sglang, choice.logprobs),
+        input_logprobs=input_logprobs(sglang, choice.prompt_logprobs),
         finish_reason=choice.finish_reason or "",
         prompt_tokens=stream.num_prompt_tokens,
         completion_tokens=choice.num_tokens,
@@ -202,21 +180,7 @@ class SglangServicer:
         """What the model is."""
         async with self._call("GetModelInfo", context) as call:
             found = await self._descriptions.get(call)
-            return sglang.GetModelInfoResponse(
-                model_path=found.path,
-                tokenizer_path=found.path,
-                is_generation=True,
-                served_model_name=model_name(self._engine),
-                max_context_length=found.max_model_len,
-                max_req_input_len=found.max_model_len - 1,
-                vocab_size=found.vocab_size,
-                model_type=found.model_type,
-                architectures=found.architectures,
-                eos_token_ids=found.eos_token_ids,
-                bos_token_id=found.bos_token_id or 0,
-                pad_token_id=found.pad_token_id or 0,
-                default_sampling_params_json=default_sampling_json(found.defaults),
-            )
+            return sglang.GetModelInfoResponse(**model_info_fields(found, model_name(self._engine)))
         raise AssertionError("an error ends the call")
 
     async def GetServerInfo(self, request: sglang.GetServerInfoRequest, context: Context) -> sglang.GetServerInfoResponse:
@@ -236,19 +200,8 @@ class SglangServicer:
     async def GetLoads(self, request: sglang.GetLoadsRequest, context: Context) -> sglang.GetLoadsResponse:
         """How busy all schedulers together are; to a gateway they are one engine."""
         load = self._engine.load()
-        usage = load.num_used_tokens / load.num_kv_tokens if load.num_kv_tokens else 0.0
-        rate = self._generations.tokens_per_s()
         one = sglang.SchedulerLoad(
-            num_running_reqs=load.num_running,
-            num_waiting_reqs=load.num_waiting,
-            num_total_reqs=load.num_running + load.num_waiting,
-            num_used_tokens=load.num_used_tokens,
-            max_total_num_tokens=load.num_kv_tokens,
-            token_usage=usage,
-            gen_throughput=rate,
-            utilization=load.num_running / load.max_num_seqs if load.max_num_seqs else 0.0,
-            max_running_requests=load.max_num_seqs,
-            num_waiting_uncached_tokens=load.num_waiting_tokens,
+            **load_fields(load, self._generations.tokens_per_s()),
             memory=sglang.MemoryMetrics(token_capacity=load.num_kv_tokens),
             queues=sglang.QueueMetrics(waiting=load.num_waiting),
         )
@@ -260,9 +213,9 @@ class SglangServicer:
             aggregate=sglang.AggregateMetrics(
                 total_running_reqs=load.num_running,
                 total_waiting_reqs=load.num_waiting,
-                total_reqs=load.num_running + load.num_waiting,
-                avg_token_usage=usage,
-                avg_throughput=rate,
+                total_reqs=one.num_total_reqs,
+                avg_token_usage=one.token_usage,
+                avg_throughput=one.gen_throughput,
                 avg_utilization=one.utilization,
             ),
         )

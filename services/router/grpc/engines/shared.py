@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -20,7 +20,7 @@ import orjson
 from smg_grpc_proto.generated import common_pb2 as public
 
 from headrace.errors import InvalidRequestError
-from services.router.generation import Call, EmbedRequest, Engine, ModelDescription, Sampling, TokenPrompt
+from services.router.generation import Call, EmbedRequest, Engine, EngineLoad, ModelDescription, Sampling, TokenLogprob, TokenPrompt
 from services.router.grpc.calls import Context
 from services.router.kv_mirror import AllCleared, BlockRemoved, BlockStored, Change
 from services.router.limits import check_token_ids, refuse
@@ -68,6 +68,67 @@ def logit_bias(asked: Mapping[Any, float]) -> tuple[tuple[int, float], ...]:
             refuse("logit_bias", "by token id", token_id)
         found.append((int(text), bias))
     return tuple(sorted(found))
+
+
+def model_info_fields(found: ModelDescription, name: str) -> dict[str, Any]:
+    """What either protocol says of a model, by its fields' names, which are the same."""
+    return {
+        "model_path": found.path,
+        "tokenizer_path": found.path,
+        "is_generation": True,
+        "served_model_name": name,
+        "max_context_length": found.max_model_len,
+        "max_req_input_len": found.max_model_len - 1,
+        "vocab_size": found.vocab_size,
+        "model_type": found.model_type,
+        "architectures": found.architectures,
+        "eos_token_ids": found.eos_token_ids,
+        "bos_token_id": found.bos_token_id or 0,
+        "pad_token_id": found.pad_token_id or 0,
+        "default_sampling_params_json": default_sampling_json(found.defaults),
+    }
+
+
+def load_fields(load: EngineLoad, tokens_per_s: float) -> dict[str, Any]:
+    """How busy all schedulers together are, by the names of either protocol's `SchedulerLoad`."""
+    return {
+        "num_running_reqs": load.num_running,
+        "num_waiting_reqs": load.num_waiting,
+        "num_total_reqs": load.num_running + load.num_waiting,
+        "num_used_tokens": load.num_used_tokens,
+        "max_total_num_tokens": load.num_kv_tokens,
+        "token_usage": load.num_used_tokens / load.num_kv_tokens if load.num_kv_tokens else 0.0,
+        "gen_throughput": tokens_per_s,
+        "utilization": load.num_running / load.max_num_seqs if load.max_num_seqs else 0.0,
+        "max_running_requests": load.max_num_seqs,
+        "num_waiting_uncached_tokens": load.num_waiting_tokens,
+    }
+
+
+def output_logprobs(protocol: Any, known: Sequence[TokenLogprob]) -> Any:
+    """Logprobs of outputs as messages of a protocol's module; None where there are none."""
+    if not known:
+        return None
+    return protocol.OutputLogProbs(
+        token_logprobs=[token.logprob or 0.0 for token in known],
+        token_ids=[token.token_id for token in known],
+        top_logprobs=[_top(protocol, token) for token in known],
+    )
+
+
+def input_logprobs(protocol: Any, known: Sequence[TokenLogprob]) -> Any:
+    """The same of a prompt."""
+    if not known:
+        return None
+    return protocol.InputLogProbs(
+        token_logprobs=[protocol.InputTokenLogProb(value=token.logprob) for token in known],
+        token_ids=[token.token_id for token in known],
+        top_logprobs=[_top(protocol, token) for token in known],
+    )
+
+
+def _top(protocol: Any, token: TokenLogprob) -> Any:
+    return protocol.TopLogProbs(values=[top.logprob for top in token.top], token_ids=[top.token_id for top in token.top])
 
 
 def default_sampling_json(defaults: Sampling) -> str:

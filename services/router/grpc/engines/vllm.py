@@ -6,7 +6,7 @@ Source: vllm_engine.proto of the package smg-grpc-proto. Part of the shell.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
@@ -25,7 +25,6 @@ from services.router.generation import (
     Sampling,
     Stopping,
     TextPrompt,
-    TokenLogprob,
     TokenPrompt,
 )
 from services.router.grpc.calls import Context, client_call
@@ -33,12 +32,15 @@ from services.router.grpc.engines.generations import Choice, Generations, Step
 from services.router.grpc.engines.shared import (
     VERSION,
     Descriptions,
-    default_sampling_json,
+    input_logprobs,
     kv_batches,
+    load_fields,
     logit_bias,
+    model_info_fields,
     model_name,
     not_here,
     now_text,
+    output_logprobs,
     refuse_set,
     token_embedding,
     tokenizer_chunks,
@@ -126,35 +128,11 @@ def _prompt(message: vllm.GenerateRequest) -> Prompt:
             raise InvalidRequestError("one of tokenized and text is required", param="tokenized")
 
 
-def _output_logprobs(known: Sequence[TokenLogprob]) -> vllm.OutputLogProbs | None:
-    if not known:
-        return None
-    return vllm.OutputLogProbs(
-        token_logprobs=[token.logprob or 0.0 for token in known],
-        token_ids=[token.token_id for token in known],
-        top_logprobs=[_top(token) for token in known],
-    )
-
-
-def _input_logprobs(known: Sequence[TokenLogprob]) -> vllm.InputLogProbs | None:
-    if not known:
-        return None
-    return vllm.InputLogProbs(
-        token_logprobs=[vllm.InputTokenLogProb(value=token.logprob) for token in known],
-        token_ids=[token.token_id for token in known],
-        top_logprobs=[_top(token) for token in known],
-    )
-
-
-def _top(token: TokenLogprob) -> vllm.TopLogProbs:
-    return vllm.TopLogProbs(values=[top.logprob for top in token.top], token_ids=[top.token_id for top in token.top])
-
-
 def _chunk(choice: Choice, new: Step, stream: OutputStream) -> vllm.GenerateResponse:
     chunk = vllm.GenerateStreamChunk(
         token_ids=new.token_ids,
-        output_logprobs=_output_logprobs(new.logprobs),
-        input_logprobs=_input_logprobs(new.prompt_logprobs),
+        output_logprobs=output_logprobs(vllm, new.logprobs),
+        input_logprobs=input_logprobs(vllm, new.prompt_logprobs),
         prompt_tokens=stream.num_prompt_tokens,
         completion_tokens=choice.num_tokens,
         cached_tokens=stream.num_cached_tokens,
@@ -166,8 +144,8 @@ def _chunk(choice: Choice, new: Step, stream: OutputStream) -> vllm.GenerateResp
 def _complete(choice: Choice, stream: OutputStream) -> vllm.GenerateResponse:
     complete = vllm.GenerateComplete(
         output_ids=choice.token_ids,
-        output_logprobs=_output_logprobs(choice.logprobs),
-        input_logprobs=_input_logprobs(choice.prompt_logprobs),
+        output_logprobs=output_logprobs(vllm, choice.logprobs),
+        input_logprobs=input_logprobs(vllm, choice.prompt_logprobs),
         finish_reason=choice.finish_reason or "",
         prompt_tokens=stream.num_prompt_tokens,
         completion_tokens=choice.num_tokens,
@@ -216,21 +194,7 @@ class VllmServicer:
         """What the model is."""
         async with self._call("GetModelInfo", context) as call:
             found = await self._descriptions.get(call)
-            return vllm.GetModelInfoResponse(
-                model_path=found.path,
-                tokenizer_path=found.path,
-                is_generation=True,
-                served_model_name=model_name(self._engine),
-                max_context_length=found.max_model_len,
-                max_req_input_len=found.max_model_len - 1,
-                vocab_size=found.vocab_size,
-                model_type=found.model_type,
-                architectures=found.architectures,
-                eos_token_ids=found.eos_token_ids,
-                bos_token_id=found.bos_token_id or 0,
-                pad_token_id=found.pad_token_id or 0,
-                default_sampling_params_json=default_sampling_json(found.defaults),
-            )
+            return vllm.GetModelInfoResponse(**model_info_fields(found, model_name(self._engine)))
         raise AssertionError("an error ends the call")
 
     async def GetServerInfo(self, request: vllm.GetServerInfoRequest, context: Context) -> vllm.GetServerInfoResponse:
@@ -245,19 +209,7 @@ class VllmServicer:
 
     async def GetLoads(self, request: vllm.GetLoadsRequest, context: Context) -> vllm.GetLoadsResponse:
         """How busy all schedulers together are; to a gateway they are one engine."""
-        load = self._engine.load()
-        one = vllm.SchedulerLoad(
-            num_running_reqs=load.num_running,
-            num_waiting_reqs=load.num_waiting,
-            num_total_reqs=load.num_running + load.num_waiting,
-            num_used_tokens=load.num_used_tokens,
-            max_total_num_tokens=load.num_kv_tokens,
-            token_usage=load.num_used_tokens / load.num_kv_tokens if load.num_kv_tokens else 0.0,
-            gen_throughput=self._generations.tokens_per_s(),
-            utilization=load.num_running / load.max_num_seqs if load.max_num_seqs else 0.0,
-            max_running_requests=load.max_num_seqs,
-            num_waiting_uncached_tokens=load.num_waiting_tokens,
-        )
+        one = vllm.SchedulerLoad(**load_fields(self._engine.load(), self._generations.tokens_per_s()))
         return vllm.GetLoadsResponse(timestamp=now_text(), version=VERSION, dp_rank_count=1, loads=[one])
 
     async def FlushCache(self, request: public.FlushCacheRequest, context: Context) -> public.FlushCacheResponse:
