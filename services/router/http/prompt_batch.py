@@ -113,7 +113,10 @@ class PromptBatch:
         if not self._reads:
             raise RequestAbortedError("the output was read to its end")
         await asyncio.wait(self._reads.values(), return_when=asyncio.FIRST_COMPLETED)
-        index = next(index for index, read in self._reads.items() if read.done())
+        done = [index for index, read in self._reads.items() if read.done()]
+        if not done:
+            raise RequestAbortedError("the client went away")
+        index = done[0]
         piece = self._reads.pop(index).result()
         self._num_unfinished[index] -= piece.finish_reason is not None
         return replace(piece, choice=index * self._num_choices + piece.choice)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from headrace.errors import RequestAbortedError
+from services.router.generation import OutputPiece
+from services.router.http.prompt_batch import PromptBatch
+from tests.unit.router.fake_engine import FakeStream
+
+
+async def test_choices_are_numbered_prompt_by_prompt() -> None:
+    scripts = [[OutputPiece("a", (1,), "stop", 1), OutputPiece("b", (2,), "stop", 0)] for _ in range(2)]
+    batch = PromptBatch([FakeStream(script) for script in scripts], num_choices=2)
+    assert sorted([(await batch.next()).choice for _ in range(4)]) == [0, 1, 2, 3]
+    with pytest.raises(RequestAbortedError):
+        await batch.next()
+
+
+async def test_a_reader_that_waits_is_told_when_the_client_leaves() -> None:
+    streams = [FakeStream([30.0]), FakeStream([30.0])]
+    batch = PromptBatch(streams, num_choices=1)
+    reader = asyncio.create_task(batch.next())
+    await asyncio.sleep(0)
+    batch.close()
+    with pytest.raises(RequestAbortedError):
+        await reader
+    assert [stream.num_closes for stream in streams] == [1, 1]
