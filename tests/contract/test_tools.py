@@ -21,6 +21,7 @@ TARGETS = [
     "setup",
     "up",
     "test",
+    "test-gpu",
     "lint",
     "typecheck",
     "proto",

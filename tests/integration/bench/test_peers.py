@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from bench.peers import compare, servers
+from bench.peers import compare, proc, servers
 from bench.peers.__main__ import main
 from bench.peers.block import Block, Target, Turn, play, play_scripts
 from bench.peers.running import RunningServer, ServerError, free_ports, running
@@ -75,11 +76,9 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.fixture
-def busy() -> Iterator[None]:
-    """Something else that uses a core."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
-        yield
-        process.kill()
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which something else uses a core, by the clock: a real one need not get that core while others want it too."""
+    monkeypatch.setattr(proc, "machine_cpu_s", lambda: time.process_time() + time.monotonic())
 
 
 async def played(block: Block) -> list[dict[str, Any]]:
@@ -157,7 +156,7 @@ async def test_a_measurement_waits_for_a_busy_machine_no_longer_than_it_may_and_
     result, _ = await played(replace(block(base_url, "ok", sleeper.pid, tokenizer_file), calm_wait_s=1.0, num_retries=1))
     assert result["num_attempts"] == 2
     assert result["took_s"] >= 1.0
-    assert result["remarks"][-1].startswith("disturbed: something else on the machine used")
+    assert any(remark.startswith("disturbed: something else on the machine used") for remark in result["remarks"])
 
 
 async def test_answers_become_part_of_the_next_prompt(base_url: str, fake: FakeOpenAI) -> None:
