@@ -99,7 +99,7 @@ class ModelRunner:
             sampled, is_finite = sample(
                 logits[:num_sampled], step.sampled, best, (self._adjuster,), masks=constraints, draw=self._draw
             )
-            if constraints is not None and constraints.num_held:
+            if constraints is not None and constraints.failed_slots:
                 is_finite &= ~constraints.has_failed(step.sampled.slots)
             told = self._logprobs.of_sampled(kept, step.sampled, sampled, is_finite)
             told_of_prompts = self._logprobs.of_prompts(logits[num_sampled:], spans)
@@ -111,7 +111,7 @@ class ModelRunner:
             self.speculation.finish(tokens, num_tokens=len(step.token_ids))
         broken = constraints.failed_slots if constraints is not None else frozenset()
         result = step_result(plan, tokens, step.unknown_slots, broken)
-        if constraints is not None and constraints.num_held:
+        if constraints is not None:
             result.ended_slots.extend(constraints.commit(tokens))
         if told is not None:
             result.logprobs.CopyFrom(told)

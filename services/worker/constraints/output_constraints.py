@@ -42,17 +42,19 @@ class Grammars(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Held:
-    """A constrained sequence; its matcher is made when it first samples."""
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """A constrained sequence that has not sampled yet."""
 
     grammar: str
     output_tokens: list[int]
-    matcher: Matcher | None = None
 
 
 class OutputConstraints:
     """State of all slots. Implements `TokenMasks`.
+
+    A constrained sequence waits until it first samples and its grammar is there; from then on it has a matcher, until it leaves or
+    cannot be followed further.
 
     Args:
         grammars: Where compiled grammars come from.
@@ -61,15 +63,15 @@ class OutputConstraints:
 
     def __init__(self, grammars: Grammars, vocab_size: int) -> None:
         self._grammars = grammars
-        self._vocab_size = vocab_size
-        self._held: dict[int, _Held] = {}
+        self._waiting: dict[int, _Entered] = {}
+        self._matchers: dict[int, Matcher] = {}
         self._failed: set[int] = set()
-        self._bitmask = np.zeros((0, -(-vocab_size // 32)), dtype=np.int32)
+        self._mask = np.zeros(-(-vocab_size // 32), dtype=np.int32)
 
     @property
     def num_held(self) -> int:
         """Constrained sequences."""
-        return len(self._held)
+        return len(self._waiting) + len(self._matchers) + len(self._failed)
 
     @property
     def failed_slots(self) -> frozenset[int]:
@@ -82,33 +84,32 @@ class OutputConstraints:
         self.leave((slot,))
         if not sequence.HasField("constrained"):
             return
-        num_outputs = min(sequence.constrained.num_output_tokens, len(tokens))
-        outputs = tokens[len(tokens) - num_outputs :].tolist()
-        self._held[slot] = _Held(sequence.constrained.constraint.source, outputs)
         if sequence.constrained.constraint.kind != ConstraintKind.CONSTRAINT_KIND_GRAMMAR:
             self._failed.add(slot)
+            return
+        num_outputs = min(sequence.constrained.num_output_tokens, len(tokens))
+        outputs = tokens[len(tokens) - num_outputs :].tolist()
+        self._waiting[slot] = _Entered(sequence.constrained.constraint.source, outputs)
 
     def leave(self, slots: Iterable[int]) -> None:
         """Forget the sequences of some slots, where there are any."""
         for slot in slots:
-            self._held.pop(slot, None)
+            self._waiting.pop(slot, None)
+            self._matchers.pop(slot, None)
             self._failed.discard(slot)
 
     def reset(self) -> None:
         """Forget every sequence."""
-        self._held.clear()
+        self._waiting.clear()
+        self._matchers.clear()
         self._failed.clear()
 
     def withheld(self, slots: Int64Array) -> BoolArray | None:
         """Whether each of some slots, which are to sample, must not, its grammar not being there yet; None for none of them."""
-        if not self._held:
+        if not self._waiting:
             return None
-        is_withheld = np.zeros(len(slots), dtype=np.bool_)
-        for index, slot in enumerate(slots.tolist()):
-            one = self._held.get(slot)
-            if one is not None and one.matcher is None and slot not in self._failed:
-                is_withheld[index] = not self._has_begun(slot, one)
-        return is_withheld if is_withheld.any() else None
+        is_withheld = [slot in self._waiting and not self._has_begun(slot) for slot in slots.tolist()]
+        return np.array(is_withheld, dtype=np.bool_) if any(is_withheld) else None
 
     def has_failed(self, slots: Int64Array) -> BoolArray:
         """Whether each of some slots' constraints cannot be followed further; what is sampled there means nothing."""
@@ -116,65 +117,57 @@ class OutputConstraints:
 
     def rule_out(self, logits: torch.Tensor, rows: SampledRows, likeliest: Int64Array) -> None:
         """Rule out what the grammars do not allow, see `TokenMasks`."""
-        found = self._matchers_of(rows.slots.tolist()) if self._held else []
-        if not found:
+        if not self._matchers:
             return
-        if len(found) > len(self._bitmask):
-            self._bitmask = np.zeros((len(found), self._bitmask.shape[1]), dtype=np.int32)
-        bitmask = self._bitmask[: len(found)]
-        for (index, matcher), mask in zip(found, bitmask, strict=True):
+        mask = self._mask
+        wanted, temperatures = likeliest.tolist(), rows.temperature.tolist()
+        for index, slot in enumerate(rows.slots.tolist()):
+            matcher = self._matchers.get(slot)
+            if matcher is None:
+                continue
+            # Where what a greedy row would take anyway is allowed, and it mostly is, nothing else matters: to try one token costs
+            # a tenth of a mask.
+            if temperatures[index] == 0 and matcher.validate_tokens([wanted[index]]) == 1:
+                continue
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             if matcher.is_error():
                 # What is sampled for it means nothing.
-                self._failed.add(int(rows.slots[index]))
-                mask[:] = -1
-        indices = np.array([index for index, _ in found], dtype=np.int64)
-        words, bits = np.divmod(likeliest[indices], 32)
-        is_allowed = (bitmask[np.arange(len(found)), words] >> bits) & 1 == 1
-        # What a greedy row would take anyway is mostly allowed; then nothing else matters.
-        is_drawn = rows.temperature[indices] > 0
-        for place in np.flatnonzero(is_drawn | ~is_allowed).tolist():
-            index = int(indices[place])
-            if is_drawn[place]:
-                mask_row(logits[index], bitmask[place])
+                self._fail(slot)
+            elif temperatures[index] == 0:
+                likeliest[index] = likeliest_allowed(logits[index], mask)
             else:
-                likeliest[index] = likeliest_allowed(logits[index], bitmask[place])
-
-    def _matchers_of(self, slots: list[int]) -> list[tuple[int, Matcher]]:
-        """Rows that are to keep to a grammar, by their index."""
-        return [
-            (index, one.matcher)
-            for index, slot in enumerate(slots)
-            if (one := self._held.get(slot)) is not None and one.matcher is not None and slot not in self._failed
-        ]
+                mask_row(logits[index], mask)
 
     def commit(self, tokens: StepTokens) -> list[int]:
         """Take in what a step gave; gives the slots whose sequence has ended: nothing may follow."""
         ended: list[int] = []
-        for slot, token_ids in tokens if self._held else ():
-            one = self._held.get(slot)
-            if one is None or one.matcher is None or not token_ids:
+        for slot, token_ids in tokens if self._matchers else ():
+            matcher = self._matchers.get(slot)
+            if matcher is None or not token_ids:
                 continue
-            if not one.matcher.consume_tokens(token_ids):
+            if not matcher.consume_tokens(token_ids):
                 # Never seen: only what the mask allows is sampled. Its next row fails.
-                self._failed.add(slot)
-            elif one.matcher.is_stopped():
+                self._fail(slot)
+            elif matcher.is_stopped():
                 ended.append(slot)
         return ended
 
-    def _has_begun(self, slot: int, one: _Held) -> bool:
-        """Make the sequence's matcher, if its grammar is there; False while it is not."""
-        prototype = self._grammars.find(one.grammar)
+    def _fail(self, slot: int) -> None:
+        del self._matchers[slot]
+        self._failed.add(slot)
+
+    def _has_begun(self, slot: int) -> bool:
+        """Make the matcher of a sequence that waits, if its grammar is there; False while it is not."""
+        entered = self._waiting[slot]
+        prototype = self._grammars.find(entered.grammar)
         if prototype is None:
             return False
-        if isinstance(prototype, str):
-            self._failed.add(slot)
-            return True
-        matcher = prototype.deep_copy()
-        if one.output_tokens and not matcher.consume_tokens(one.output_tokens):
+        del self._waiting[slot]
+        matcher = prototype.deep_copy() if not isinstance(prototype, str) else None
+        if matcher is None or (entered.output_tokens and not matcher.consume_tokens(entered.output_tokens)):
             self._failed.add(slot)
         else:
-            one.matcher = matcher
+            self._matchers[slot] = matcher
         return True
 
 
@@ -196,8 +189,13 @@ def mask_row(logits: torch.Tensor, mask: Int32Array) -> None:
 
 
 def likeliest_allowed(logits: torch.Tensor, mask: Int32Array) -> int:
-    """The likeliest token that a mask allows; arguments are those of `mask_row`."""
-    allowed = torch.from_numpy(np.flatnonzero(_bits(mask, len(logits)))).to(logits.device)
+    """The likeliest token that a mask allows; arguments are those of `mask_row`, and the logits may be changed as it does."""
+    is_allowed = _bits(mask, len(logits))
+    num_allowed = np.count_nonzero(is_allowed)
+    if num_allowed > max(len(logits) // 2, _FEW_TOKENS):
+        logits[torch.from_numpy(np.flatnonzero(~is_allowed)).to(logits.device)] = -torch.inf
+        return int(logits.argmax())
+    allowed = torch.from_numpy(np.flatnonzero(is_allowed)).to(logits.device)
     return int(allowed[logits[allowed].argmax()])
 
 

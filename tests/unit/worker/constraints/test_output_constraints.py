@@ -141,15 +141,33 @@ def test_penalties_count_no_token_that_was_withheld(bench: Bench) -> None:
     assert text(bench.step(), 0) == "b"
 
 
-@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 100])
-def test_masks_rule_out_exactly_the_tokens_without_a_bit(vocab_size: int) -> None:
+@pytest.mark.parametrize("pattern", ["(x|b)[0-9]{2}", "0*", "b+(c|d)?", "[a-c]{0,3}", ".*"])
+def test_a_token_tried_alone_is_allowed_where_its_bit_is_set(pattern: str) -> None:
+    """Greedy rows try one token, others take a mask; both must be of one mind, about ends too."""
+    random = np.random.default_rng(len(pattern))
+    matcher = AlphabetGrammars().find(regex(pattern))
+    assert matcher is not None and not isinstance(matcher, str)
+    for _ in range(12):
+        mask = np.zeros(4, dtype=np.int32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        allowed = [token for token in range(100) if mask[token // 32] >> (token % 32) & 1]
+        assert [token for token in range(100) if matcher.validate_tokens([token]) == 1] == allowed
+        assert matcher.consume_tokens([int(random.choice(allowed))])
+        if matcher.is_stopped():
+            break
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 100, 1000])
+def test_masks_rule_out_exactly_the_tokens_without_a_bit(vocab_size: int, share: float) -> None:
     random = np.random.default_rng(vocab_size)
     logits = torch.from_numpy(random.standard_normal((4, vocab_size)).astype(np.float32))
-    bitmask = random.integers(-(2**31), 2**31, (2, -(-vocab_size // 32))).astype(np.int32)
-    bitmask[:, 0] |= 1
+    bits = random.random((2, -(-vocab_size // 32) * 32)) < share
+    bits[:, 0] = True
+    bitmask = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
     before = logits.clone()
     for index, mask in ((3, bitmask[0]), (1, bitmask[1])):
-        best = likeliest_allowed(logits[index], mask)
+        best = likeliest_allowed(logits[index].clone(), mask)
         mask_row(logits[index], mask)
         assert best == logits[index].argmax()
     for row, mask in ((0, None), (2, None), (3, bitmask[0]), (1, bitmask[1])):
