@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry
 
 from headrace.config.load import FILE_ENV, Settings, load_settings
 from headrace.errors import ConfigError, HeadraceError, ModelError
+from headrace.heap import trim_heap
 from headrace.lifecycle import State
 from headrace.startup import StartPhases, spawned_ns
 from headrace.supervision.child import Notifier, attach
@@ -178,6 +179,7 @@ def run_service(name: str, *, prepare: Callable[[Settings], None] | None = None)
         logs.configure(service=name, instance=instance, level=settings.telemetry.log_level, output=settings.telemetry.log_output)
         if attachment.standby_fd is not None and prepare is not None:
             prepare(settings)
+            trim_heap()
             log.info("service.standing_by", process_pid=os.getpid())
         if attachment.standby_fd is not None:
             attachment.wait_turn()
@@ -335,6 +337,7 @@ class _Runner:
         if state is State.READY and not self._is_start_told:
             self._is_start_told = True
             self._context.end_phase("peers")
+            trim_heap()
             log.info("start.measured", **{f"{name}_s": seconds for name, seconds in self._context.phases.seconds().items()})
 
     def _fail(self, error: BaseException) -> None:

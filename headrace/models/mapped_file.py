@@ -17,6 +17,8 @@ from headrace.errors import ModelError
 
 _PIECE_BYTES: Final = 1 << 19
 """Size of a piece that is copied before its pages are let go of: small enough for a core's cache."""
+_AROUND_BYTES: Final = max(1 << 16, mmap.PAGESIZE)
+"""Linux's fault_around_bytes unless set otherwise."""
 
 
 class MappedFile:
@@ -54,6 +56,7 @@ class MappedFile:
         return copied
 
     def _let_go(self, offset: int, num_bytes: int) -> None:
-        # Whole pages, the first one perhaps shared with what lies before: to be read again, it is mapped again.
-        first = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self.data.madvise(mmap.MADV_DONTNEED, first, offset + num_bytes - first)
+        # With the page that is read the system maps those around it; what of them is still to be read is mapped again then.
+        first = offset // _AROUND_BYTES * _AROUND_BYTES
+        end = min(-(-(offset + num_bytes) // _AROUND_BYTES) * _AROUND_BYTES, len(self))
+        self.data.madvise(mmap.MADV_DONTNEED, first, end - first)
