@@ -13,6 +13,7 @@ from headrace.errors import ConfigError, UnauthenticatedError
 
 KEY_CHARACTERS_MIN: Final = 16
 _SCHEME: Final = "bearer "
+_NAME_CHARACTERS: Final = 32
 
 
 class ApiKeys:
@@ -21,21 +22,27 @@ class ApiKeys:
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = {_digest(key) for key in keys}
 
-    def check(self, authorization: str) -> None:
+    def check(self, authorization: str) -> str:
         """Let a client pass, or not.
 
         Args:
             authorization: The header or metadata of that name: `Bearer KEY`.
 
+        Returns:
+            The name of the client's key, which tells what it stores from what others store: a part of the key's digest, the
+            same however the key was sent. Empty where everybody may ask.
+
         Raises:
             UnauthenticatedError: There is no key, or one that is not taken.
         """
         if not self._digests:
-            return
+            return ""
         if not authorization:
             raise UnauthenticatedError("a key is required: send it as `Authorization: Bearer KEY`", param="authorization")
-        if not authorization.lower().startswith(_SCHEME) or _digest(authorization[len(_SCHEME) :].strip()) not in self._digests:
+        digest = _digest(authorization[len(_SCHEME) :].strip())
+        if not authorization.lower().startswith(_SCHEME) or digest not in self._digests:
             raise UnauthenticatedError("the key is not one of those that are taken here", param="authorization")
+        return digest.hex()[:_NAME_CHARACTERS]
 
 
 def parse_keys(text: str, source: str) -> list[str]:

@@ -100,7 +100,7 @@ class HttpApp:
             self._begin(exchange, route.template)
         # A request of a batch was let in with its batch.
         if not route.is_open and exchange.tenant is None:
-            self._keys.check(serving.authorization(exchange))
+            exchange.key_name = self._keys.check(serving.authorization(exchange))
         await handler(exchange)
 
     def _begin(self, exchange: Exchange, route: str) -> None:

@@ -50,6 +50,8 @@ class Exchange:
         extensions = scope.get("extensions") or {}
         self.cut: Callable[[], object] | None = extensions.get(CUT_EXTENSION)
         self.tenant: str | None = extensions.get(TENANT_EXTENSION)
+        self.key_name = ""
+        """Name of the client's key; empty where none is asked for. What it stores is seen by the same key only."""
         self.query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         self.path_values: dict[str, str] = {}
         """What stands in the path where its route has a name in braces."""

@@ -13,14 +13,15 @@ KEY = "sk-0123456789abcdef"
 
 
 def test_without_keys_everybody_may_ask() -> None:
-    ApiKeys().check("")
-    ApiKeys().check("Bearer anything")
+    assert ApiKeys().check("") == ApiKeys().check("Bearer anything") == ""
 
 
 def test_only_keys_that_are_taken_pass() -> None:
-    keys = ApiKeys([KEY])
-    keys.check(f"Bearer {KEY}")
-    keys.check(f"bearer  {KEY} ")
+    keys = ApiKeys([KEY, KEY + "2"])
+    name = keys.check(f"Bearer {KEY}")
+    assert keys.check(f"bearer  {KEY} ") == name
+    assert name not in ("", keys.check(f"Bearer {KEY}2"))
+    assert KEY not in name
     for wrong in ("", KEY, "Bearer ", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer \udcff"):
         with pytest.raises(UnauthenticatedError) as caught:
             keys.check(wrong)

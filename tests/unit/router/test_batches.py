@@ -251,7 +251,9 @@ async def test_requests_of_a_batch_need_no_key_of_their_own(service: Any) -> Non
     async with asyncio.timeout(10):
         while found.get("status") != "completed":
             await asyncio.sleep(0.01)
-            found = await here.protocols._storage.run(lambda storage: storage.batches.get(made["id"]))
+            found = await here.protocols._storage.run(
+                lambda storage: storage.batches.get(made["id"], key_name=ApiKeys(["secret"]).check("Bearer secret"))
+            )
     assert found["request_counts"]["completed"] == 1
 
 

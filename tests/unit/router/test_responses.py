@@ -415,38 +415,41 @@ def response(name: str, size: int = 10, **fields: Any) -> dict[str, Any]:
 
 def test_the_oldest_entries_go_when_there_are_too_many_or_they_are_too_big() -> None:
     history = History(":memory:", HistoryLimits(max_entries=3, max_bytes=2000, ttl_s=100))
+    responses = history.of("").responses
     for index in range(4):
-        history.responses.put(response(f"r{index}"), [], now_s=index)
+        responses.put(response(f"r{index}"), [], now_s=index)
     with pytest.raises(NotFoundError):
-        history.responses.get("r0", 4)
-    assert history.responses.get("r1", 4)["id"] == "r1"
-    history.responses.put(response("big", 1500), [], now_s=5)
+        responses.get("r0", 4)
+    assert responses.get("r1", 4)["id"] == "r1"
+    responses.put(response("big", 1500), [], now_s=5)
     with pytest.raises(NotFoundError):
-        history.responses.get("r1", 5)
-    assert history.responses.get("big", 5)
+        responses.get("r1", 5)
+    assert responses.get("big", 5)
     with pytest.raises(RequestTooLargeError):
-        history.responses.put(response("too big", 2500), [], now_s=6)
-    assert history.responses.get("big", 6)
+        responses.put(response("too big", 2500), [], now_s=6)
+    assert responses.get("big", 6)
     history.close()
 
 
 def test_an_entry_goes_when_its_time_is_over() -> None:
     history = History(":memory:", HistoryLimits(max_entries=3, max_bytes=2000, ttl_s=100))
-    history.responses.put(response("r"), [], now_s=0)
-    assert history.responses.get("r", 99)
+    responses = history.of("").responses
+    responses.put(response("r"), [], now_s=0)
+    assert responses.get("r", 99)
     with pytest.raises(NotFoundError):
-        history.responses.get("r", 100)
+        responses.get("r", 100)
     history.close()
 
 
 def test_a_chain_has_a_bound_and_needs_finished_responses() -> None:
     history = History(":memory:", HistoryLimits(max_entries=10_000, max_bytes=10**8, ttl_s=100))
+    responses = history.of("").responses
     for index in range(1026):
-        history.responses.put(response(f"r{index}", previous_response_id=f"r{index - 1}" if index else None), [], now_s=0)
-    assert history.responses.transcript("r1023", 1) == []
+        responses.put(response(f"r{index}", previous_response_id=f"r{index - 1}" if index else None), [], now_s=0)
+    assert responses.transcript("r1023", 1) == []
     with pytest.raises(InvalidRequestError, match="at most 1024"):
-        history.responses.transcript("r1025", 1)
-    history.responses.put(response("open", status="in_progress"), [], now_s=0)
+        responses.transcript("r1025", 1)
+    responses.put(response("open", status="in_progress"), [], now_s=0)
     with pytest.raises(InvalidRequestError, match="finished"):
-        history.responses.transcript("open", 1)
+        responses.transcript("open", 1)
     history.close()

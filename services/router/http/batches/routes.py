@@ -13,6 +13,7 @@ from services.router.http import serving
 from services.router.http.batches import shapes
 from services.router.http.batches.opening import OpeningStorage
 from services.router.http.batches.runner import BatchRunner
+from services.router.http.batches.storage import Row
 from services.router.http.batches.upload import Upload, boundary_of
 from services.router.http.exchange import Exchange
 from services.router.http.routing import Route
@@ -52,7 +53,7 @@ class FilesRoutes:
                 file_id, filename=upload.filename, purpose=purpose, num_bytes=upload.num_bytes, created_s=now_s, expires_s=expires_s
             )
             await self._storage.run(lambda storage: storage.files.check_room(now_s, upload.num_bytes))
-            await self._storage.run(lambda storage: storage.files.add(made))
+            await self._storage.run(lambda storage: storage.files.add(made, key_name=exchange.key_name))
         except BaseException:
             await self._storage.run(lambda storage: storage.files.discard(file_id))
             raise
@@ -74,23 +75,31 @@ class FilesRoutes:
         asked = validate(shapes.FilesQuery, dict(exchange.query))
         page = await self._storage.run(
             lambda storage: storage.files.page(
-                time.time(), purpose=asked.purpose, after=asked.after, limit=asked.limit, is_ascending=asked.order == "asc"
+                time.time(),
+                key_name=exchange.key_name,
+                purpose=asked.purpose,
+                after=asked.after,
+                limit=asked.limit,
+                is_ascending=asked.order == "asc",
             )
         )
         await exchange.respond(200, shapes.page_bytes(page))
 
     async def _show(self, exchange: Exchange) -> None:
         file_id = exchange.path_values["file_id"]
-        await exchange.respond(200, orjson.dumps(await self._storage.run(lambda storage: storage.files.get(file_id, time.time()))))
+        await exchange.respond(200, orjson.dumps(await self._get(exchange, file_id)))
+
+    async def _get(self, exchange: Exchange, file_id: str) -> Row:
+        return await self._storage.run(lambda storage: storage.files.get(file_id, time.time(), key_name=exchange.key_name))
 
     async def _delete(self, exchange: Exchange) -> None:
         file_id = exchange.path_values["file_id"]
-        await self._storage.run(lambda storage: storage.files.delete(file_id, time.time()))
+        await self._storage.run(lambda storage: storage.files.delete(file_id, time.time(), key_name=exchange.key_name))
         await exchange.respond(200, orjson.dumps({"id": file_id, "object": "file", "deleted": True}))
 
     async def _content(self, exchange: Exchange) -> None:
         file_id = exchange.path_values["file_id"]
-        found = await self._storage.run(lambda storage: storage.files.get(file_id, time.time()))
+        found = await self._get(exchange, file_id)
         num_left: int = found["bytes"]
         head = [(b"content-type", b"application/octet-stream"), (b"content-length", b"%d" % num_left)]
         await exchange.start(200, head)
@@ -123,28 +132,33 @@ class BatchesRoutes:
     async def _create(self, exchange: Exchange) -> None:
         asked = shapes.parse_batch(await exchange.read_body())
         now_s = time.time()
-        source = await self._storage.run(lambda storage: storage.files.get(asked.input_file_id, now_s))
+        source = await self._storage.run(lambda storage: storage.files.get(asked.input_file_id, now_s, key_name=exchange.key_name))
         if source["purpose"] != "batch":
             message = f"input_file_id must name a file whose purpose is batch; {source['id']} has {source['purpose']}"
             raise InvalidRequestError(message, param="input_file_id")
         tenant = tenant_of(None, serving.authorization(exchange))
         made = shapes.batch_object(f"batch_{exchange.open_call.request_id}", asked, now_s)
-        await self._storage.run(lambda storage: storage.batches.add(made, tenant))
+        await self._storage.run(lambda storage: storage.batches.add(made, tenant, key_name=exchange.key_name))
         self._runner.wake()
         await exchange.respond(200, orjson.dumps(made))
 
     async def _list(self, exchange: Exchange) -> None:
         asked = validate(shapes.BatchesQuery, dict(exchange.query))
-        page = await self._storage.run(lambda storage: storage.batches.page(after=asked.after, limit=asked.limit))
+        page = await self._storage.run(
+            lambda storage: storage.batches.page(key_name=exchange.key_name, after=asked.after, limit=asked.limit)
+        )
         await exchange.respond(200, shapes.page_bytes(page))
 
     async def _show(self, exchange: Exchange) -> None:
         batch_id = exchange.path_values["batch_id"]
-        await exchange.respond(200, orjson.dumps(await self._storage.run(lambda storage: storage.batches.get(batch_id))))
+        await exchange.respond(200, orjson.dumps(await self._get(exchange, batch_id)))
+
+    async def _get(self, exchange: Exchange, batch_id: str) -> Row:
+        return await self._storage.run(lambda storage: storage.batches.get(batch_id, key_name=exchange.key_name))
 
     async def _cancel(self, exchange: Exchange) -> None:
         batch_id = exchange.path_values["batch_id"]
-        found = await self._storage.run(lambda storage: storage.batches.get(batch_id))
+        found = await self._get(exchange, batch_id)
         if found["status"] in ("validating", "in_progress"):
             found = {**found, "status": "cancelling", "cancelling_at": int(time.time())}
             await self._storage.run(lambda storage: storage.batches.update(found))

@@ -21,7 +21,7 @@ from services.router.http.batches.in_process import InProcessAnswer, InProcessRe
 from services.router.http.batches.lines import Line
 from services.router.http.batches.opening import OpeningStorage
 from services.router.http.batches.shapes import file_object
-from services.router.http.batches.storage import Row, Storage
+from services.router.http.batches.storage import Row, Storage, Unfinished
 from services.router.http.exchange import Application
 
 log = logs.get_logger()
@@ -75,7 +75,7 @@ class BatchRunner:
             try:
                 found = await self._next()
                 if found is not None:
-                    await self._work_off(*found)
+                    await self._work_off(found)
                     continue
             except HeadraceError as error:
                 log.warning("batches.failed", error=error.message)
@@ -87,7 +87,7 @@ class BatchRunner:
                 async with asyncio.timeout(_POLL_S):
                     await self._wake.wait()
 
-    async def _next(self) -> tuple[Row, str] | None:
+    async def _next(self) -> Unfinished | None:
         if not self._storage.is_there or not self._has_lock():
             return None
         return await self._storage.run(lambda storage: storage.batches.next_unfinished())
@@ -104,9 +104,9 @@ class BatchRunner:
             self._lock = handle
         return True
 
-    async def _work_off(self, batch: Row, tenant: str) -> None:
+    async def _work_off(self, found: Unfinished) -> None:
         assert self._app is not None
-        work = _Work(self._app, self._storage, self._settings, self._num_online, batch, tenant)
+        work = _Work(self._app, self._storage, self._settings, self._num_online, found)
         try:
             await work.run()
         except NotFoundError as error:
@@ -116,9 +116,11 @@ class BatchRunner:
 class _Results:
     """The two files that a batch makes: what was answered, and what went wrong. Each name is the id that its file will have."""
 
-    def __init__(self, batch: Row) -> None:
+    def __init__(self, batch: Row, key_name: str) -> None:
+        """`key_name` is that of the key that sees them."""
         tail = batch["id"].removeprefix("batch_")
         self._batch = batch
+        self._key_name = key_name
         self._names = (f"file-{tail}-output", f"file-{tail}-error")
 
     def told_already(self, storage: Storage) -> tuple[set[str], set[str]]:
@@ -149,7 +151,7 @@ class _Results:
                 created_s=now_s,
                 expires_s=None if expiry is None else int(now_s) + expiry["seconds"],
             )
-            storage.files.replace(made)
+            storage.files.replace(made, key_name=self._key_name)
             ids.append(name)
         return ids
 
@@ -168,16 +170,16 @@ class _Work:
         storage: OpeningStorage,
         settings: BatchSettings,
         num_online: Callable[[], int],
-        batch: Row,
-        tenant: str,
+        found: Unfinished,
     ) -> None:
         self._app = app
         self._storage = storage
         self._settings = settings
         self._num_online = num_online
-        self._batch = batch
-        self._results = _Results(batch)
-        self._tenant = tenant
+        self._batch = found.batch
+        self._key_name = found.key_name
+        self._results = _Results(found.batch, found.key_name)
+        self._tenant = found.tenant
         self._asking: dict[asyncio.Task[None], InProcessRequest] = {}
         self._ending = asyncio.Event()
 
@@ -243,7 +245,7 @@ class _Work:
         return "expired" if time.time() >= self._batch["expires_at"] else None
 
     async def _is_cancelling(self) -> bool:
-        found = await self._storage.run(lambda storage: storage.batches.get(self._batch["id"]))
+        found = await self._storage.run(lambda storage: storage.batches.get(self._batch["id"], key_name=self._key_name))
         if found["status"] == "cancelling":
             self._batch |= {"status": "cancelling", "cancelling_at": found["cancelling_at"]}
         return bool(found["status"] == "cancelling")

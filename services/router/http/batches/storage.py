@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from headrace.errors import InvalidRequestError, NotFoundError, OverloadedError, RequestFailedError
+from services.router.key_column import VISIBLE, add_key_column
 
 DATABASE = "batches.sqlite"
 _ABANDONED_S = 86400
@@ -23,11 +24,11 @@ UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, purpose TEXT NOT NULL, num_bytes INTEGER NOT NULL,
-    expires_s REAL, body BLOB NOT NULL
+    expires_s REAL, body BLOB NOT NULL, key_name TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS batches (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL, input_file_id TEXT NOT NULL,
-    tenant TEXT NOT NULL, body BLOB NOT NULL
+    tenant TEXT NOT NULL, body BLOB NOT NULL, key_name TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX IF NOT EXISTS batches_by_status ON batches (status);
 """
@@ -51,6 +52,15 @@ class Page:
     has_more: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A batch to work off, whom its requests are counted to, and the key that its results are for."""
+
+    batch: Row
+    tenant: str
+    key_name: str
+
+
 class Database:
     """The two tables, and the directory."""
 
@@ -67,14 +77,18 @@ class Database:
             self.connection = sqlite3.connect(directory / DATABASE, isolation_level=None, check_same_thread=False, timeout=10)
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.executescript(_SCHEMA)
+            for table in ("files", "batches"):
+                add_key_column(self.connection, table)
         except (OSError, sqlite3.Error) as error:
             raise RequestFailedError(f"router.data_directory {directory} cannot be used ({error})") from error
 
-    def page(self, table: str, where: str, values: Sequence[object], *, after: str | None, limit: int, is_ascending: bool) -> Page:
-        """Rows of a table in the order in which they came, or against it."""
-        condition, arguments = f"({where})", list(values)
+    def page(
+        self, table: str, where: str, values: Sequence[object], *, key_name: str, after: str | None, limit: int, is_ascending: bool
+    ) -> Page:
+        """Rows of a table that a key sees, in the order in which they came, or against it."""
+        condition, arguments = f"({where}) AND {VISIBLE}", [*values, key_name]
         if after is not None:
-            row = self.connection.execute(f"SELECT seq FROM {table} WHERE id = ?", (after,)).fetchone()
+            row = self.connection.execute(f"SELECT seq FROM {table} WHERE id = ? AND {VISIBLE}", (after, key_name)).fetchone()
             if row is None:
                 raise InvalidRequestError(f"after must be the id of an entry of the list; got {after[:100]!r}", param="after")
             condition += f" AND seq {'>' if is_ascending else '<'} ?"
@@ -123,26 +137,26 @@ class Files:
                 retry_after_s=60,
             )
 
-    def add(self, body: Row) -> None:
-        """Make a content that is there known."""
+    def add(self, body: Row, *, key_name: str) -> None:
+        """Make a content that is there known, to those who ask with this key."""
         with self.path(body["id"]).open("rb") as content:
             os.fsync(content.fileno())
-        row = (body["id"], body["purpose"], body["bytes"], body["expires_at"], orjson.dumps(body))
-        self._db.execute("INSERT INTO files (id, purpose, num_bytes, expires_s, body) VALUES (?, ?, ?, ?, ?)", row)
+        row = (body["id"], body["purpose"], body["bytes"], body["expires_at"], orjson.dumps(body), key_name)
+        self._db.execute("INSERT INTO files (id, purpose, num_bytes, expires_s, body, key_name) VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def replace(self, body: Row) -> None:
+    def replace(self, body: Row, *, key_name: str) -> None:
         """The same for a content that may be known already."""
         self._db.execute("DELETE FROM files WHERE id = ?", (body["id"],))
-        self.add(body)
+        self.add(body, key_name=key_name)
 
-    def get(self, file_id: str, now_s: float) -> Row:
+    def get(self, file_id: str, now_s: float, *, key_name: str) -> Row:
         """A file's object.
 
         Raises:
-            NotFoundError: There is none of that id, or it has expired.
+            NotFoundError: There is none of that id that this key sees, or it has expired.
         """
-        query = "SELECT body FROM files WHERE id = ? AND (expires_s IS NULL OR expires_s > ?)"
-        row = self._db.execute(query, (file_id, now_s)).fetchone()
+        query = f"SELECT body FROM files WHERE id = ? AND (expires_s IS NULL OR expires_s > ?) AND {VISIBLE}"
+        row = self._db.execute(query, (file_id, now_s, key_name)).fetchone()
         if row is None:
             raise NotFoundError(f"there is no file {file_id[:100]!r}; it may have expired", param="file_id")
         found: Row = orjson.loads(row[0])
@@ -157,28 +171,32 @@ class Files:
         except FileNotFoundError:
             raise NotFoundError(f"the file {file_id[:100]!r} was deleted", param="file_id") from None
 
-    def page(self, now_s: float, *, purpose: str | None, after: str | None, limit: int, is_ascending: bool) -> Page:
-        """A part of the list of files."""
+    def page(self, now_s: float, *, key_name: str, purpose: str | None, after: str | None, limit: int, is_ascending: bool) -> Page:
+        """A part of the list of the files that a key sees."""
         where = "(expires_s IS NULL OR expires_s > ?)"
         arguments: list[object] = [now_s]
         if purpose is not None:
             where += " AND purpose = ?"
             arguments.append(purpose)
-        return self._database.page("files", where, arguments, after=after, limit=limit, is_ascending=is_ascending)
+        return self._database.page(
+            "files", where, arguments, key_name=key_name, after=after, limit=limit, is_ascending=is_ascending
+        )
 
-    def delete(self, file_id: str, now_s: float) -> None:
+    def delete(self, file_id: str, now_s: float, *, key_name: str) -> None:
         """Forget a file.
 
         Raises:
             InvalidRequestError: A batch that is not finished needs it.
         """
-        self.get(file_id, now_s)
+        self.get(file_id, now_s, key_name=key_name)
         marks = ", ".join("?" * len(UNFINISHED))
-        query = f"SELECT id FROM batches WHERE input_file_id = ? AND status IN ({marks})"
+        query = f"SELECT id, key_name FROM batches WHERE input_file_id = ? AND status IN ({marks})"
         row = self._db.execute(query, (file_id, *UNFINISHED)).fetchone()
         if row is not None:
+            # Everybody's file may be the input of a batch that this key does not see.
+            name = row[0] if row[1] in ("", key_name) else "a batch"
             raise InvalidRequestError(
-                f"the file {file_id} is the input of {row[0]}, which is not finished: cancel that first", param="file_id"
+                f"the file {file_id} is the input of {name}, which is not finished: cancel that first", param="file_id"
             )
         self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
         self.discard(file_id)
@@ -205,8 +223,13 @@ class Batches:
         self._db = database.connection
         self._limits = limits
 
-    def add(self, body: Row, tenant: str) -> None:
+    def add(self, body: Row, tenant: str, *, key_name: str) -> None:
         """Keep a new batch; a finished one goes where there are too many.
+
+        Args:
+            body: The batch's object.
+            tenant: Whom its requests are counted to.
+            key_name: Of the key that sees it, and its results.
 
         Raises:
             OverloadedError: Too many are not finished.
@@ -215,18 +238,18 @@ class Batches:
         (count,) = self._db.execute(f"SELECT count(*) FROM batches WHERE status IN ({marks})", UNFINISHED).fetchone()
         if count >= self._limits.max_batches:
             raise OverloadedError(f"{count} batches are not finished, the limit router.max_batches; retry later", retry_after_s=60)
-        row = (body["id"], body["status"], body["input_file_id"], tenant, orjson.dumps(body))
-        self._db.execute("INSERT INTO batches (id, status, input_file_id, tenant, body) VALUES (?, ?, ?, ?, ?)", row)
+        row = (body["id"], body["status"], body["input_file_id"], tenant, orjson.dumps(body), key_name)
+        self._db.execute("INSERT INTO batches (id, status, input_file_id, tenant, body, key_name) VALUES (?, ?, ?, ?, ?, ?)", row)
         query = f"DELETE FROM batches WHERE status NOT IN ({marks}) AND seq <= (SELECT max(seq) FROM batches) - ?"
         self._db.execute(query, (*UNFINISHED, self._limits.max_files))
 
-    def get(self, batch_id: str) -> Row:
+    def get(self, batch_id: str, *, key_name: str) -> Row:
         """A batch's object.
 
         Raises:
-            NotFoundError: There is none of that id.
+            NotFoundError: There is none of that id that this key sees.
         """
-        row = self._db.execute("SELECT body FROM batches WHERE id = ?", (batch_id,)).fetchone()
+        row = self._db.execute(f"SELECT body FROM batches WHERE id = ? AND {VISIBLE}", (batch_id, key_name)).fetchone()
         if row is None:
             raise NotFoundError(f"there is no batch {batch_id[:100]!r}", param="batch_id")
         found: Row = orjson.loads(row[0])
@@ -239,16 +262,16 @@ class Batches:
             query += " AND status != 'cancelling'"
         self._db.execute(query, (body["status"], orjson.dumps(body), body["id"]))
 
-    def page(self, *, after: str | None, limit: int) -> Page:
-        """A part of the list of batches, the newest first."""
-        return self._database.page("batches", "1", (), after=after, limit=limit, is_ascending=False)
+    def page(self, *, key_name: str, after: str | None, limit: int) -> Page:
+        """A part of the list of the batches that a key sees, the newest first."""
+        return self._database.page("batches", "1", (), key_name=key_name, after=after, limit=limit, is_ascending=False)
 
-    def next_unfinished(self) -> tuple[Row, str] | None:
-        """The oldest batch that is not finished, with its tenant."""
+    def next_unfinished(self) -> Unfinished | None:
+        """The oldest batch that is not finished, whoever made it."""
         marks = ", ".join("?" * len(UNFINISHED))
-        query = f"SELECT body, tenant FROM batches WHERE status IN ({marks}) ORDER BY seq LIMIT 1"
+        query = f"SELECT body, tenant, key_name FROM batches WHERE status IN ({marks}) ORDER BY seq LIMIT 1"
         row = self._db.execute(query, UNFINISHED).fetchone()
-        return None if row is None else (orjson.loads(row[0]), row[1])
+        return None if row is None else Unfinished(orjson.loads(row[0]), tenant=row[1], key_name=row[2])
 
 
 class Storage:

@@ -30,8 +30,12 @@ Keep = Callable[[ResponseAnswer], Awaitable[None]]
 class Run:
     """One response on its way, and its events so far; the place of an event is its sequence number."""
 
-    def __init__(self, engine: Engine, call: Call, stream: OutputStream, answer: ResponseAnswer, keep: Keep) -> None:
+    def __init__(
+        self, engine: Engine, call: Call, stream: OutputStream, answer: ResponseAnswer, keep: Keep, *, key_name: str
+    ) -> None:
+        """`key_name` is that of the key whose it is."""
         self.answer = answer
+        self.key_name = key_name
         self.events: list[bytes] = answer.queued()
         self.is_over = False
         self.is_cancelled = False
@@ -129,9 +133,10 @@ class BackgroundRuns:
             _, oldest = self._ended.popitem(last=False)
             self._ended_bytes -= oldest.num_bytes
 
-    def running(self, response_id: str) -> Run | None:
-        """The run of a response that is still being made."""
-        return self._running.get(response_id)
+    def running(self, response_id: str, key_name: str) -> Run | None:
+        """The run of this key's response, while that is still being made."""
+        run = self._running.get(response_id)
+        return run if run is not None and run.key_name == key_name else None
 
     def forget(self, response_id: str) -> None:
         """Drop the events of a run that has ended."""

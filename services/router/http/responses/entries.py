@@ -1,7 +1,7 @@
 """Entries and their items in SQLite, bounded in number, bytes and time. Pure, and told the time.
 
-An entry is a JSON object with an id, and owns items, in order. When a new entry does not fit any more, the oldest go first. All
-calls are blocking, and come from one thread.
+An entry is a JSON object with an id, and owns items, in order. Those see it who ask with the key that it was kept with. When a new
+entry does not fit any more, the oldest go first, whosever they are. All calls are blocking, and come from one thread.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import orjson
 
 from headrace.errors import InvalidRequestError, NotFoundError, RequestTooLargeError
 from services.router.http.responses.items import Item
+from services.router.key_column import VISIBLE, add_key_column
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     id TEXT PRIMARY KEY, kind TEXT NOT NULL, status TEXT NOT NULL, previous_id TEXT, conversation_id TEXT,
-    created_s REAL NOT NULL, expires_s REAL NOT NULL, num_bytes INTEGER NOT NULL, body BLOB NOT NULL
+    created_s REAL NOT NULL, expires_s REAL NOT NULL, num_bytes INTEGER NOT NULL, body BLOB NOT NULL,
+    key_name TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX IF NOT EXISTS entries_by_expiry ON entries (expires_s, id, num_bytes);
 CREATE TABLE IF NOT EXISTS items (
@@ -51,6 +53,7 @@ class Entries:
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.executescript(_SCHEMA)
+        add_key_column(self._db, "entries")
 
     def close(self) -> None:
         """Close the file."""
@@ -62,6 +65,7 @@ class Entries:
         kind: str,
         items: Sequence[Item],
         *,
+        key_name: str,
         status: str,
         now_s: float,
         previous_id: str | None = None,
@@ -79,8 +83,9 @@ class Entries:
         try:
             self._db.execute("DELETE FROM entries WHERE id = ?", (body["id"],))
             self._make_room(num_bytes, 1, now_s, keep=conversation_id or "")
-            row = (body["id"], kind, status, previous_id, conversation_id, now_s, now_s + self._limits.ttl_s, num_bytes, blob)
-            self._db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            expires_s = now_s + self._limits.ttl_s
+            row = (body["id"], kind, status, previous_id, conversation_id, now_s, expires_s, num_bytes, blob, key_name)
+            self._db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._insert_items(body["id"], 0, items, blobs)
             # What it gave is found by its ids too.
             output = body.get("output", ())
@@ -90,14 +95,14 @@ class Entries:
             raise
         self._db.execute("COMMIT")
 
-    def body(self, entry_id: str, kind: str, now_s: float) -> dict[str, Any]:
+    def body(self, entry_id: str, kind: str, now_s: float, *, key_name: str) -> dict[str, Any]:
         """An entry.
 
         Raises:
-            NotFoundError: There is none of that id and kind, or it has expired.
+            NotFoundError: There is none of that id and kind that this key sees, or it has expired.
         """
-        query = "SELECT body FROM entries WHERE id = ? AND kind = ? AND expires_s > ?"
-        row = self._db.execute(query, (entry_id, kind, now_s)).fetchone()
+        query = f"SELECT body FROM entries WHERE id = ? AND kind = ? AND expires_s > ? AND {VISIBLE}"
+        row = self._db.execute(query, (entry_id, kind, now_s, key_name)).fetchone()
         if row is None:
             raise NotFoundError(f"there is no {kind} {entry_id[:100]!r}; it may have expired", param=f"{kind}_id")
         found: dict[str, Any] = orjson.loads(row[0])
@@ -112,9 +117,8 @@ class Entries:
         """Another body for an entry that keeps its items."""
         self._db.execute("UPDATE entries SET status = ?, body = ? WHERE id = ?", (status, orjson.dumps(body), body["id"]))
 
-    def delete(self, entry_id: str, kind: str, now_s: float) -> None:
+    def delete(self, entry_id: str) -> None:
         """Forget an entry, with its items."""
-        self.body(entry_id, kind, now_s)
         self._db.execute("DELETE FROM entries WHERE id = ?", (entry_id,))
 
     def items(self, owner: str) -> list[Item]:
@@ -123,14 +127,16 @@ class Entries:
         rows = self._db.execute("SELECT body FROM items WHERE owner = ? AND position >= 0 ORDER BY position", (owner,))
         return [orjson.loads(body) for (body,) in rows]
 
-    def item(self, item_id: str, now_s: float) -> Item:
-        """An item of any entry.
+    def item(self, item_id: str, now_s: float, *, key_name: str) -> Item:
+        """An item of any entry that this key sees.
 
         Raises:
             InvalidRequestError: There is none of that id.
         """
-        query = "SELECT items.body FROM items JOIN entries ON entries.id = owner WHERE items.id = ? AND expires_s > ?"
-        row = self._db.execute(query, (item_id, now_s)).fetchone()
+        query = (
+            f"SELECT items.body FROM items JOIN entries ON entries.id = owner WHERE items.id = ? AND expires_s > ? AND {VISIBLE}"
+        )
+        row = self._db.execute(query, (item_id, now_s, key_name)).fetchone()
         if row is None:
             raise InvalidRequestError(f"input refers to the item {item_id[:100]!r}, which is not kept", param="input")
         found: Item = orjson.loads(row[0])

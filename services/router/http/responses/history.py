@@ -15,10 +15,11 @@ UNFINISHED = ("queued", "in_progress")
 
 
 class Responses:
-    """Responses, with what they were given."""
+    """Responses of one key, with what they were given."""
 
-    def __init__(self, entries: Entries) -> None:
+    def __init__(self, entries: Entries, key_name: str) -> None:
         self._entries = entries
+        self._key_name = key_name
 
     def put(self, response: dict[str, Any], input_items: Sequence[Item], now_s: float) -> None:
         """Keep a response as it stands, in place of how it stood before."""
@@ -27,6 +28,7 @@ class Responses:
             response,
             "response",
             input_items,
+            key_name=self._key_name,
             status=response["status"],
             previous_id=response["previous_response_id"],
             conversation_id=None if conversation is None else conversation["id"],
@@ -39,11 +41,11 @@ class Responses:
         Raises:
             NotFoundError: There is none of that id, or it has expired.
         """
-        return self._entries.body(response_id, "response", now_s)
+        return self._entries.body(response_id, "response", now_s, key_name=self._key_name)
 
     def input_items(self, response_id: str, now_s: float) -> list[Item]:
         """What a response was given, oldest first."""
-        self._entries.body(response_id, "response", now_s)
+        self.get(response_id, now_s)
         return self._entries.items(response_id)
 
     def transcript(self, response_id: str, now_s: float) -> list[Item]:
@@ -59,7 +61,7 @@ class Responses:
                 message = f"previous_response_id must follow on at most {CHAIN_MAX} responses; begin a new conversation"
                 raise InvalidRequestError(message, param="previous_response_id")
             try:
-                body = self._entries.body(following, "response", now_s)
+                body = self.get(following, now_s)
             except NotFoundError as error:
                 raise InvalidRequestError(
                     f"{error.message}; previous_response_id leads there", param="previous_response_id"
@@ -74,29 +76,24 @@ class Responses:
 
     def delete(self, response_id: str, now_s: float) -> None:
         """Forget a response."""
-        self._entries.delete(response_id, "response", now_s)
-
-    def fail_unfinished(self, message: str) -> int:
-        """Responses that a former life of the router left unfinished have failed; gives their number."""
-        found = self._entries.unfinished(UNFINISHED)
-        for response in found:
-            self._entries.replace({**response, "status": "failed", "error": {"code": "server_error", "message": message}}, "failed")
-        return len(found)
+        self.get(response_id, now_s)
+        self._entries.delete(response_id)
 
 
 class Conversations:
-    """Conversations, with what was said in them."""
+    """Conversations of one key, with what was said in them."""
 
-    def __init__(self, entries: Entries) -> None:
+    def __init__(self, entries: Entries, key_name: str) -> None:
         self._entries = entries
+        self._key_name = key_name
 
     def put(self, conversation: dict[str, Any], items: Sequence[Item], now_s: float) -> None:
         """Keep a new conversation."""
-        self._entries.put(conversation, "conversation", items, status="completed", now_s=now_s)
+        self._entries.put(conversation, "conversation", items, key_name=self._key_name, status="completed", now_s=now_s)
 
     def get(self, conversation_id: str, now_s: float) -> dict[str, Any]:
         """A conversation without its items."""
-        return self._entries.body(conversation_id, "conversation", now_s)
+        return self._entries.body(conversation_id, "conversation", now_s, key_name=self._key_name)
 
     def update(self, conversation_id: str, metadata: dict[str, str], now_s: float) -> dict[str, Any]:
         """Give a conversation other metadata."""
@@ -116,7 +113,8 @@ class Conversations:
 
     def delete(self, conversation_id: str, now_s: float) -> None:
         """Forget a conversation, with its items."""
-        self._entries.delete(conversation_id, "conversation", now_s)
+        self.get(conversation_id, now_s)
+        self._entries.delete(conversation_id)
 
     def delete_item(self, conversation_id: str, item_id: str, now_s: float) -> None:
         """Take an item out of a conversation."""
@@ -125,14 +123,14 @@ class Conversations:
             raise NotFoundError(f"there is no item {item_id[:100]!r} in this conversation", param="item_id")
 
 
-class History:
-    """Both, in one file or in memory."""
+class KeyHistory:
+    """What is remembered of one key; what others have stored is as if it were not there."""
 
-    def __init__(self, path: str, limits: HistoryLimits) -> None:
-        """`path` is a file's, or ":memory:"."""
-        self._entries = Entries(path, limits)
-        self.responses = Responses(self._entries)
-        self.conversations = Conversations(self._entries)
+    def __init__(self, entries: Entries, key_name: str) -> None:
+        self._entries = entries
+        self._key_name = key_name
+        self.responses = Responses(entries, key_name)
+        self.conversations = Conversations(entries, key_name)
 
     def resolve(self, items: Sequence[Item], now_s: float) -> list[Item]:
         """Items with references replaced by what they name.
@@ -140,7 +138,29 @@ class History:
         Raises:
             InvalidRequestError: A reference names nothing that is kept.
         """
-        return [self._entries.item(item["id"], now_s) if item["type"] == "item_reference" else item for item in items]
+        return [
+            self._entries.item(item["id"], now_s, key_name=self._key_name) if item["type"] == "item_reference" else item
+            for item in items
+        ]
+
+
+class History:
+    """Everybody's, in one file or in memory."""
+
+    def __init__(self, path: str, limits: HistoryLimits) -> None:
+        """`path` is a file's, or ":memory:"."""
+        self._entries = Entries(path, limits)
+
+    def of(self, key_name: str) -> KeyHistory:
+        """That of a key; "" where none are asked for."""
+        return KeyHistory(self._entries, key_name)
+
+    def fail_unfinished(self, message: str) -> int:
+        """Responses that a former life of the router left unfinished have failed; gives their number."""
+        found = self._entries.unfinished(UNFINISHED)
+        for response in found:
+            self._entries.replace({**response, "status": "failed", "error": {"code": "server_error", "message": message}}, "failed")
+        return len(found)
 
     def close(self) -> None:
         """Close the file."""

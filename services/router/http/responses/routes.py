@@ -15,7 +15,7 @@ from services.router.http.exchange import Exchange
 from services.router.http.rendering import Usage
 from services.router.http.responses import answers, shapes
 from services.router.http.responses.background import BackgroundRuns, Run
-from services.router.http.responses.history import History
+from services.router.http.responses.history import History, KeyHistory
 from services.router.http.responses.items import UNIONS, Item, listed, named_messages
 from services.router.http.routing import Route
 from services.router.http.validation import load_object, validate
@@ -43,9 +43,12 @@ class ResponsesRoutes:
             Route("/v1/responses/{response_id}/input_items", {"GET": self._list_input}),
         ]
 
+    def _of(self, exchange: Exchange) -> KeyHistory:
+        return self._history.of(exchange.key_name)
+
     async def start(self) -> None:
         """Responses of a former life that it could not finish have failed."""
-        await self._thread.run(self._history.responses.fail_unfinished, RESTARTED)
+        await self._thread.run(self._history.fail_unfinished, RESTARTED)
 
     async def stop(self) -> None:
         """Keep what ends now."""
@@ -53,8 +56,9 @@ class ResponsesRoutes:
 
     async def _create(self, exchange: Exchange) -> None:
         call = shapes.parse_create(await exchange.read_body())
+        history = self._of(exchange)
         items = listed(call.items, exchange.open_call.request_id)
-        before, items = await self._thread.run(self._read_before, call, items)
+        before, items = await self._thread.run(_read_before, history, call, items)
         generation = call.generation([*before, *items])
         if call.body.background is True:
             await self._create_background(exchange, call, generation, items)
@@ -65,35 +69,18 @@ class ResponsesRoutes:
 
         async def keep(usage: Usage) -> None:
             answer.end(usage)
-            await self._keep(call, answer, items)
+            await _keep(self._thread, history, call, answer, items)
 
         await serving.send_answer(exchange, stream, answer, is_streaming=is_streaming, before_end=keep)
 
     def _answer(self, call: shapes.ResponseCall, request_id: str, model: str) -> answers.ResponseAnswer:
         return answers.ResponseAnswer(call, request_id, model=model, created_unix_s=int(time.time()))
 
-    def _read_before(self, call: shapes.ResponseCall, items: list[Item]) -> tuple[list[Item], list[Item]]:
-        """What came before this call, and its items with references resolved. Runs on the history's thread."""
-        now_s = time.time()
-        before: list[Item] = []
-        if call.body.previous_response_id is not None:
-            before = self._history.responses.transcript(call.body.previous_response_id, now_s)
-        elif call.conversation_id is not None:
-            before = self._history.conversations.items(call.conversation_id, now_s)
-        return before, self._history.resolve(items, now_s)
-
-    async def _keep(self, call: shapes.ResponseCall, answer: answers.ResponseAnswer, items: Sequence[Item]) -> None:
-        if call.is_stored:
-            await self._thread.run(self._history.responses.put, answer.response(), items, time.time())
-        if call.conversation_id is not None and answer.status in ("completed", "incomplete"):
-            added = [*items, *answer.output]
-            await self._thread.run(self._history.conversations.append, call.conversation_id, added, time.time())
-
     async def _create_background(
         self, exchange: Exchange, call: shapes.ResponseCall, generation: GenerationRequest, items: list[Item]
     ) -> None:
         """Begin a run that has a call of its own: the client's ends with this answer."""
-        headers = exchange.headers
+        headers, history = exchange.headers, self._of(exchange)
         own = self._engine.begin_call(
             protocol="http",
             endpoint=BACKGROUND_ENDPOINT,
@@ -109,11 +96,11 @@ class ResponsesRoutes:
         answer = self._answer(call, own.request_id, stream.model)
 
         async def keep(ended: answers.ResponseAnswer) -> None:
-            await self._keep(call, ended, items)
+            await _keep(self._thread, history, call, ended, items)
 
-        await self._thread.run(self._history.responses.put, answer.response(), items, time.time())
+        await self._thread.run(history.responses.put, answer.response(), items, time.time())
         queued = orjson.dumps(answer.response())
-        self._runs.start(Run(self._engine, own, stream, answer, keep))
+        self._runs.start(Run(self._engine, own, stream, answer, keep, key_name=exchange.key_name))
         if call.body.stream is True:
             await self._runs.send_events(exchange, answer.id, starting_after=None)
         else:
@@ -124,11 +111,11 @@ class ResponsesRoutes:
         response_id = exchange.path_values["response_id"]
         if asked.starting_after is not None and not asked.stream:
             raise InvalidRequestError("starting_after must be left out unless stream is true", param="starting_after")
-        run = self._runs.running(response_id)
+        run = self._runs.running(response_id, exchange.key_name)
         kept = (
             run.answer.response()
             if run is not None
-            else await self._thread.run(self._history.responses.get, response_id, time.time())
+            else await self._thread.run(self._of(exchange).responses.get, response_id, time.time())
         )
         if asked.stream:
             await self._runs.send_events(exchange, response_id, starting_after=asked.starting_after)
@@ -137,19 +124,19 @@ class ResponsesRoutes:
 
     async def _delete(self, exchange: Exchange) -> None:
         response_id = exchange.path_values["response_id"]
-        run = self._runs.running(response_id)
+        run = self._runs.running(response_id, exchange.key_name)
         if run is not None:
             await run.cancel()
-        await self._thread.run(self._history.responses.delete, response_id, time.time())
+        await self._thread.run(self._of(exchange).responses.delete, response_id, time.time())
         self._runs.forget(response_id)
         await exchange.respond(200, answers.deleted("response", response_id))
 
     async def _cancel(self, exchange: Exchange) -> None:
         response_id = exchange.path_values["response_id"]
-        run = self._runs.running(response_id)
+        run = self._runs.running(response_id, exchange.key_name)
         if run is not None:
             await run.cancel()
-        kept = await self._thread.run(self._history.responses.get, response_id, time.time())
+        kept = await self._thread.run(self._of(exchange).responses.get, response_id, time.time())
         if not kept["background"]:
             raise InvalidRequestError(
                 "only a background response can be cancelled; end others by closing the connection", param="response_id"
@@ -158,8 +145,30 @@ class ResponsesRoutes:
 
     async def _list_input(self, exchange: Exchange) -> None:
         asked = validate(shapes.PageQuery, _without_include(exchange.query))
-        items = await self._thread.run(self._history.responses.input_items, exchange.path_values["response_id"], time.time())
+        items = await self._thread.run(self._of(exchange).responses.input_items, exchange.path_values["response_id"], time.time())
         await exchange.respond(200, page_of(items, asked))
+
+
+def _read_before(history: KeyHistory, call: shapes.ResponseCall, items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """What came before a call, and its items with references resolved. Runs on the history's thread."""
+    now_s = time.time()
+    before: list[Item] = []
+    if call.body.previous_response_id is not None:
+        before = history.responses.transcript(call.body.previous_response_id, now_s)
+    elif call.conversation_id is not None:
+        before = history.conversations.items(call.conversation_id, now_s)
+    return before, history.resolve(items, now_s)
+
+
+async def _keep(
+    thread: StorageThread, history: KeyHistory, call: shapes.ResponseCall, answer: answers.ResponseAnswer, items: Sequence[Item]
+) -> None:
+    """Keep an answer as it stands, as far as the call wants that."""
+    if call.is_stored:
+        await thread.run(history.responses.put, answer.response(), items, time.time())
+    if call.conversation_id is not None and answer.status in ("completed", "incomplete"):
+        added = [*items, *answer.output]
+        await thread.run(history.conversations.append, call.conversation_id, added, time.time())
 
 
 class ConversationsRoutes:
@@ -179,6 +188,9 @@ class ConversationsRoutes:
             Route(f"{root}/items/{{item_id}}", {"GET": self._show_item, "DELETE": self._delete_item}),
         ]
 
+    def _of(self, exchange: Exchange) -> KeyHistory:
+        return self._history.of(exchange.key_name)
+
     async def _create(self, exchange: Exchange) -> None:
         raw = await exchange.read_body()
         asked = validate(shapes.ConversationBody, _with_named(load_object(raw) if raw else {}), unions=UNIONS)
@@ -190,24 +202,24 @@ class ConversationsRoutes:
             "created_at": int(time.time()),
             "metadata": asked.metadata or {},
         }
-        items = await self._thread.run(self._history.resolve, listed(asked.items or (), request_id), time.time())
-        await self._thread.run(self._history.conversations.put, conversation, items, time.time())
+        items = await self._thread.run(self._of(exchange).resolve, listed(asked.items or (), request_id), time.time())
+        await self._thread.run(self._of(exchange).conversations.put, conversation, items, time.time())
         await exchange.respond(200, orjson.dumps(conversation))
 
     async def _show(self, exchange: Exchange) -> None:
         name = exchange.path_values["conversation_id"]
-        await exchange.respond(200, orjson.dumps(await self._thread.run(self._history.conversations.get, name, time.time())))
+        await exchange.respond(200, orjson.dumps(await self._thread.run(self._of(exchange).conversations.get, name, time.time())))
 
     async def _update(self, exchange: Exchange) -> None:
         asked = validate(shapes.UpdateBody, load_object(await exchange.read_body()))
         shapes.check_metadata(asked.metadata)
         name = exchange.path_values["conversation_id"]
-        updated = await self._thread.run(self._history.conversations.update, name, asked.metadata or {}, time.time())
+        updated = await self._thread.run(self._of(exchange).conversations.update, name, asked.metadata or {}, time.time())
         await exchange.respond(200, orjson.dumps(updated))
 
     async def _delete(self, exchange: Exchange) -> None:
         name = exchange.path_values["conversation_id"]
-        await self._thread.run(self._history.conversations.delete, name, time.time())
+        await self._thread.run(self._of(exchange).conversations.delete, name, time.time())
         await exchange.respond(200, answers.deleted("conversation.deleted", name))
 
     async def _list_items(self, exchange: Exchange) -> None:
@@ -216,8 +228,8 @@ class ConversationsRoutes:
 
     async def _add_items(self, exchange: Exchange) -> None:
         asked = validate(shapes.ItemsBody, _with_named(load_object(await exchange.read_body())), unions=UNIONS)
-        items = await self._thread.run(self._history.resolve, listed(asked.items, exchange.open_call.request_id), time.time())
-        await self._thread.run(self._history.conversations.append, exchange.path_values["conversation_id"], items, time.time())
+        items = await self._thread.run(self._of(exchange).resolve, listed(asked.items, exchange.open_call.request_id), time.time())
+        await self._thread.run(self._of(exchange).conversations.append, exchange.path_values["conversation_id"], items, time.time())
         await exchange.respond(200, answers.page(items, has_more=False))
 
     async def _show_item(self, exchange: Exchange) -> None:
@@ -230,11 +242,11 @@ class ConversationsRoutes:
 
     async def _delete_item(self, exchange: Exchange) -> None:
         name = exchange.path_values["conversation_id"]
-        await self._thread.run(self._history.conversations.delete_item, name, exchange.path_values["item_id"], time.time())
-        await exchange.respond(200, orjson.dumps(await self._thread.run(self._history.conversations.get, name, time.time())))
+        await self._thread.run(self._of(exchange).conversations.delete_item, name, exchange.path_values["item_id"], time.time())
+        await exchange.respond(200, orjson.dumps(await self._thread.run(self._of(exchange).conversations.get, name, time.time())))
 
     async def _items(self, exchange: Exchange) -> list[Item]:
-        return await self._thread.run(self._history.conversations.items, exchange.path_values["conversation_id"], time.time())
+        return await self._thread.run(self._of(exchange).conversations.items, exchange.path_values["conversation_id"], time.time())
 
 
 def page_of(objects: Sequence[dict[str, Any]], asked: shapes.PageQuery) -> bytes:
