@@ -26,6 +26,8 @@ TOOL_FORMATS: Final = (
     "qwen3_coder",
 )
 """`json` is a JSON array of calls and nothing else: what a grammar makes a model write when it must call."""
+CHANNELS_FORMAT: Final = "gpt_oss"
+"""Of tool calls and of reasoning: all of an output is messages in channels."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from headrace.models.json_file import read_json_object
 from headrace.models.model_config import TOKENIZER_FILE
 
 
-def special_tokens_of(directory: Path) -> tuple[str, ...]:
-    """Texts of the tokens that stand for no text, such as the end of a turn.
+def special_tokens_of(directory: Path) -> dict[str, int]:
+    """Ids of the tokens that stand for no text, such as the end of a turn, by what the tokenizer calls them.
 
     Raises:
         ModelError: The file cannot be read.
     """
     added = read_json_object(directory / TOKENIZER_FILE).get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return tuple(str(token["content"]) for token in tokens if token.get("special") and token.get("content"))
+    return {str(token["content"]): int(token["id"]) for token in tokens if token.get("special") and token.get("content")}

@@ -149,7 +149,9 @@ class Speculative:
 
 
 CONSTRAINT_KINDS: Final = ("json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag")
-"""Languages of constraints."""
+"""Languages of constraints, as clients name them."""
+TOOL_CALLS_KIND: Final = "tool_calls"
+"""Free text with right calls in the model's own format: what `tool_choice: auto` makes of strict tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +159,9 @@ class Constraint:
     """What an output must be.
 
     Attributes:
-        kind: One of `CONSTRAINT_KINDS`.
+        kind: One of `CONSTRAINT_KINDS`, or `TOOL_CALLS_KIND`.
         source: A JSON schema, a regular expression, a grammar (GBNF or Lark), a JSON array of choices, or a structural tag in JSON;
-            empty for any JSON object.
+            empty for any JSON object; of tool calls what `services/router/tools.py` makes.
         param: The field of the client's request that it came from, for errors.
     """
 

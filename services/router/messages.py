@@ -10,6 +10,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from headrace.errors import HeadraceError, ProtocolError, error_from_code
+from headrace.output_formats import CHANNELS_FORMAT
 from headrace.telemetry.traces import Context
 from headrace.v1 import common_pb2 as common
 from headrace.v1 import control_pb2 as control
@@ -20,6 +21,7 @@ from headrace.v1 import tokenizer_pb2 as tokenizer
 from headrace.wire.envelope import float32_array, int32_array
 from services.router import logprobs
 from services.router.generation import (
+    TOOL_CALLS_KIND,
     ChatTurn,
     Constraint,
     ConversationPrompt,
@@ -58,6 +60,7 @@ _CONSTRAINT_KINDS = {
     "ebnf": common.CONSTRAINT_KIND_EBNF,
     "choice": common.CONSTRAINT_KIND_CHOICE,
     "structural_tag": common.CONSTRAINT_KIND_STRUCTURAL_TAG,
+    TOOL_CALLS_KIND: common.CONSTRAINT_KIND_TOOL_CALLS,
 }
 
 WorkMessage = tuple[str, Message, list[TokenArray]]
@@ -166,7 +169,7 @@ def open_stream(request: OpenRequest, work: common.WorkHeader) -> WorkMessage:
 
 
 REQUIRED_CALLS_FORMAT = "json"
-"""How calls are written where a grammar makes the model write them: a JSON array of calls and nothing else."""
+"""How calls are written where a grammar makes the model write them: a JSON array of calls, with nothing but reasoning before it."""
 
 
 def _reading(generation: GenerationRequest, formats: OutputFormats, *, has_budget: bool) -> detokenizer.OutputReading | None:
@@ -177,11 +180,9 @@ def _reading(generation: GenerationRequest, formats: OutputFormats, *, has_budge
     wants_tools = bool(prompt.tools) and generation.tool_choice.kind != "none"
     is_forced = wants_tools and generation.tool_choice.kind != "auto"
     wire = common.OutputFormats()
-    if is_forced:
-        # The grammar holds from the first token on, so there is no reasoning before the calls.
-        wire.tool_format = REQUIRED_CALLS_FORMAT
-    else:
-        wire.tool_format = formats.tool_format if wants_tools else ""
+    wire.tool_format = REQUIRED_CALLS_FORMAT if is_forced else formats.tool_format if wants_tools else ""
+    # Channels are no block that could stand before a grammar's own text: forced calls are all of the output there.
+    if not is_forced or formats.reasoning_format != CHANNELS_FORMAT:
         wire.reasoning_format = formats.reasoning_format
         wire.starts_in_reasoning = formats.starts_in_reasoning
     if not wire.tool_format and not wire.reasoning_format:

@@ -10,7 +10,15 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from headrace.errors import InvalidRequestError
-from services.router.generation import Constraint, ConversationPrompt, GenerationRequest, Tool, ToolCallDelta, ToolChoice
+from services.router.generation import (
+    TOOL_CALLS_KIND,
+    Constraint,
+    ConversationPrompt,
+    GenerationRequest,
+    Tool,
+    ToolCallDelta,
+    ToolChoice,
+)
 from services.router.limits import refuse
 
 MAX_TOOLS: Final = 128
@@ -29,7 +37,7 @@ _ID_CHARS: Final = 24
 
 
 def with_checked_tools(request: GenerationRequest) -> GenerationRequest:
-    """The request, with a grammar where it must call tools.
+    """The request, with a grammar where it must call tools, or may and some are strict.
 
     Raises:
         InvalidRequestError: Its tools are too many, too large, too deep, or wrongly named; it must call one that it does not have;
@@ -40,6 +48,8 @@ def with_checked_tools(request: GenerationRequest) -> GenerationRequest:
     _check_tools(tools)
     if choice.kind == "named" and choice.name not in {tool.name for tool in tools}:
         raise InvalidRequestError(f"tool_choice: the function {choice.name[:80]!r} is not among the tools", param="tool_choice")
+    if choice.kind == "auto" and request.constraint is None and any(tool.is_strict for tool in tools):
+        return replace(request, constraint=strict_calls(tools, is_parallel=request.parallel_tool_calls))
     if choice.kind not in ("required", "named"):
         return request
     if not tools:
@@ -125,6 +135,18 @@ def calls_constraint(tools: tuple[Tool, ...], choice: ToolChoice, *, is_parallel
         "$defs": definitions,
     }
     return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), param="tools")
+
+
+def strict_calls(tools: tuple[Tool, ...], *, is_parallel: bool) -> Constraint:
+    """Free text, in which calls are of these tools, and those of strict ones have arguments that fit their schemas."""
+    source = {
+        "tools": [
+            {"name": tool.name, "parameters": tool.parameters if tool.is_strict else None, "is_strict": tool.is_strict}
+            for tool in tools
+        ],
+        "is_parallel": is_parallel,
+    }
+    return Constraint(TOOL_CALLS_KIND, json.dumps(source, ensure_ascii=False), param="tools")
 
 
 def _moved(schema: Any, name: str) -> Any:

@@ -17,6 +17,7 @@ from headrace.telemetry import logs
 from headrace.v1.common_pb2 import Constraint, ConstraintKind
 from services.tokenizer.config import Settings
 from services.tokenizer.constraints.compiler import CompileLimits, ConstraintCompiler
+from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.constraints.verdicts import Verdicts
 
 log = logs.get_logger()
@@ -46,15 +47,24 @@ class ConstraintDesk:
         self._num_open = 0
         self._is_stopped = False
 
-    def take(self, constraint: Constraint, param: str, tell: Callable[[str | HeadraceError], None]) -> None:
-        """Compile a constraint, unless it is known; `tell` is called with its grammar or its error, on the event loop."""
+    def take(
+        self, constraint: Constraint, param: str, tell: Callable[[str | HeadraceError], None], *, block: Block | None = None
+    ) -> None:
+        """Compile a constraint, unless it is known; `tell` is called with its grammar or its error, on the event loop.
+
+        Args:
+            constraint: What the client wrote.
+            param: The client's field, named in errors.
+            tell: Takes the verdict.
+            block: The block of reasoning that the output may begin with; None for none.
+        """
         kind, source = constraint.kind, constraint.source
         num_bytes = len(source.encode())
         if num_bytes > self._max_bytes:
             message = f"{param}: {num_bytes} bytes, the limit is {self._max_bytes} (tokenizer.constraint_bytes_max)"
             tell(InvalidRequestError(message, param=param))
             return
-        known = self._verdicts.find(kind, source, param)
+        known = self._verdicts.find(kind, source, param, block)
         if known is not None:
             tell(known)
             return
@@ -70,14 +80,14 @@ class ConstraintDesk:
             if self._is_stopped:
                 return
             if is_lasting and isinstance(verdict, (str, InvalidRequestError)):
-                self._verdicts.keep(kind, source, param, verdict)
+                self._verdicts.keep(kind, source, param, verdict, block)
             tell(verdict)
 
         def on_done(future: Future[tuple[str | HeadraceError, bool]]) -> None:
             if not self._is_stopped:
                 loop.call_soon_threadsafe(on_loop, *future.result())
 
-        self._executor.submit(self._compile, kind, source, param).add_done_callback(on_done)
+        self._executor.submit(self._compile, kind, source, param, block).add_done_callback(on_done)
 
     async def stop(self) -> None:
         """Drop what waits and end the compilers."""
@@ -89,12 +99,12 @@ class ConstraintDesk:
         for compiler in self._compilers:
             compiler.close()
 
-    def _compile(self, kind: ConstraintKind, source: str, param: str) -> tuple[str | HeadraceError, bool]:
+    def _compile(self, kind: ConstraintKind, source: str, param: str, block: Block | None) -> tuple[str | HeadraceError, bool]:
         """The verdict, and whether it would be the same again: what took too long now may not on an idle machine."""
         compiler = self._idle.get()
         try:
             name = ConstraintKind.Name(kind).removeprefix(_PREFIX).lower()
-            return compiler.compile(name, source, param=param), True
+            return compiler.compile(name, source, param=param, block=block), True
         except HeadraceError as error:
             return error, compiler.pid is not None
         except Exception:
@@ -104,11 +114,13 @@ class ConstraintDesk:
             self._idle.put(compiler)
 
 
-def make_desk(settings: Settings, directory: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> ConstraintDesk:
+def make_desk(
+    settings: Settings, directory: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], tool_format: str
+) -> ConstraintDesk:
     """The desk of one model, as set; no compiler is started yet."""
     limits = CompileLimits(settings.constraint_timeout_s, settings.constraint_memory_bytes)
     compilers = [
-        ConstraintCompiler(directory, vocab_size=vocab_size, eos_token_ids=eos_token_ids, limits=limits)
+        ConstraintCompiler(directory, vocab_size=vocab_size, eos_token_ids=eos_token_ids, limits=limits, tool_format=tool_format)
         for _ in range(settings.num_constraint_threads)
     ]
     return ConstraintDesk(compilers, max_bytes=settings.constraint_bytes_max, cache_bytes=settings.constraint_cache_bytes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from headrace.output_formats import REASONING_FORMATS
+from headrace.output_formats import CHANNELS_FORMAT, REASONING_FORMATS
+from services.tokenizer.constraints.reasoning_first import Block
 
 AUTO: Final = "auto"
 NONE: Final = "none"
@@ -79,6 +80,26 @@ def starts_in_reasoning(reasoning_format: str, prompt: str, *, continued: str | 
         return False
     tail = prompt.rstrip()
     return tail.endswith(form.opening) or (form.is_always_open and not tail.endswith(form.closing))
+
+
+def block_before(reasoning_format: str, prompt: str, *, continued: str | None, is_turn_opened: bool) -> Block | None:
+    """The block of reasoning that may stand before an output's own, for grammars; None where there can be none.
+
+    There is none where the turn has begun already, or a block stands closed in the prompt, as templates write that are told not to
+    have the model reason. GPT-OSS writes messages in channels and no block: a grammar holds there from the first token on.
+
+    Args:
+        reasoning_format: One of the known, or empty.
+        prompt: What the template made.
+        continued: The assistant's text that the model goes on with; None where it begins a turn.
+        is_turn_opened: The prompt ends with the opening of the assistant's turn.
+    """
+    form = REASONING_FORMATS.get(reasoning_format)
+    if form is None or reasoning_format == CHANNELS_FORMAT:
+        return None
+    is_open = starts_in_reasoning(reasoning_format, prompt, continued=continued, is_turn_opened=is_turn_opened)
+    may_open = continued is None and is_turn_opened and not prompt.rstrip().endswith(form.closing)
+    return Block(form.opening, form.closing, is_open=is_open) if is_open or may_open else None
 
 
 def _first(template: str, table: tuple[tuple[str, tuple[str, ...]], ...]) -> str:

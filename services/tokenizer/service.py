@@ -38,7 +38,7 @@ from headrace.service import ServiceContext
 from headrace.telemetry import logs, names
 from headrace.telemetry.metrics import TokenizerMetrics
 from headrace.telemetry.traces import Context, Span
-from headrace.v1.common_pb2 import ErrorDetail, ModelInfo, OutputFormats, WorkHeader
+from headrace.v1.common_pb2 import ConstraintKind, ErrorDetail, ModelInfo, OutputFormats, WorkHeader
 from headrace.v1.control_pb2 import Load, Progress, Register, Role
 from headrace.v1.tokenizer_pb2 import (
     ChatPrompt,
@@ -56,10 +56,12 @@ from headrace.wire.session import Peer
 from headrace.wire.topology import ROUTER_BACKPLANE, ROUTER_TOKENIZER
 from services.tokenizer.config import Settings
 from services.tokenizer.constraint_desk import ConstraintDesk, make_desk
+from services.tokenizer.constraints.call_grammar import takes_call_grammar
+from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.conversations import template_kwargs_of, text_of, tools_of, turns_of
 from services.tokenizer.description import describe, tokenizer_zip
 from services.tokenizer.encoding import Encoder, Field, PromptLimits, TokenIds
-from services.tokenizer.output_formats import reasoning_format_of, starts_in_reasoning, tool_format_of
+from services.tokenizer.output_formats import block_before, reasoning_format_of, starts_in_reasoning, tool_format_of
 from services.tokenizer.renderer import Renderer, RenderLimits
 from services.tokenizer.sampling_defaults import sampling_defaults
 
@@ -89,6 +91,8 @@ class _Result:
     archive: bytes = b""
     num_tokens: int = 0
     formats: OutputFormats | None = None
+    block: Block | None = None
+    """The block of reasoning that the output may begin with."""
     render_ns: int = 0
     encode_ns: int = 0
 
@@ -191,26 +195,33 @@ class TokenizerService:
         self._idle.clear()
         self._waiting_since_ns.append(job.begun_ns)
         self._metrics.queue.set(len(self._waiting_since_ns))
-        if isinstance(body, Tokenize) and body.HasField("constraint"):
-            assert self._constraints is not None
-            self._constraints.take(body.constraint, body.constraint_param, lambda verdict: self._encode(job, verdict))
-        else:
-            self._encode(job)
-
-    def _encode(self, job: _Job, verdict: str | HeadraceError = "") -> None:
-        """A request's constraint has been compiled, or refused; now for its prompt."""
-        if isinstance(verdict, HeadraceError):
-            self._waiting_since_ns.popleft()
-            self._finish(job, verdict)
-            return
-        job.grammar = verdict
         loop = asyncio.get_running_loop()
 
         def tell_loop(future: Future[_Result | HeadraceError]) -> None:
             if not self._is_stopped:
-                loop.call_soon_threadsafe(self._finish, job, future.result())
+                loop.call_soon_threadsafe(self._constrain, job, future.result())
 
         self._executor.submit(self._work, job).add_done_callback(tell_loop)
+
+    def _constrain(self, job: _Job, result: _Result | HeadraceError) -> None:
+        """A request's prompt has been encoded, or refused; now for its constraint, which may stand behind reasoning."""
+        body = job.body
+        if isinstance(result, HeadraceError) or not isinstance(body, Tokenize) or not body.HasField("constraint"):
+            self._finish(job, result)
+            return
+
+        def tell(verdict: str | HeadraceError) -> None:
+            if isinstance(verdict, HeadraceError):
+                self._finish(job, verdict)
+                return
+            job.grammar = verdict
+            self._finish(job, result)
+
+        if body.constraint.kind == ConstraintKind.CONSTRAINT_KIND_TOOL_CALLS and not takes_call_grammar(self._formats.tool_format):
+            tell("")
+            return
+        assert self._constraints is not None
+        self._constraints.take(body.constraint, body.constraint_param, tell, block=result.block)
 
     def not_ready_reason(self) -> str | None:
         """Ready once a router has taken us on."""
@@ -291,8 +302,14 @@ class TokenizerService:
                 self._renderers.append(renderer)
                 renderer.start()
             self._engines.put(_Engine(encoder, renderer))
-        self._constraints = make_desk(self._settings, directory, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
         self._formats = _output_formats(tokenizer_config.chat_template, encoder, self._settings)
+        self._constraints = make_desk(
+            self._settings,
+            directory,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            tool_format=self._formats.tool_format,
+        )
         defaults = sampling_defaults(load_generation_defaults(directory))
         self._description = describe(directory, config, max_model_len=max_model_len, defaults=defaults)
         self._model = ModelInfo(name=name, max_model_len=max_model_len, loaded_unix_s=int(time.time()))
@@ -335,7 +352,7 @@ class TokenizerService:
 
     def _tokenize(self, engine: _Engine, body: Tokenize, frame: memoryview | None) -> _Result:
         begun_ns = rendered_ns = time.monotonic_ns()
-        formats = None
+        formats = block = None
         kind = body.WhichOneof("prompt")
         field: Field = "prompt"
         if kind == "num_token_ids":
@@ -346,7 +363,7 @@ class TokenizerService:
             tokens = engine.encoder.encode(body.text, add_special_tokens=is_special, field=field)
         elif kind == "chat":
             field = "messages"
-            text, formats = self._render(engine, body.chat)
+            text, formats, block = self._render(engine, body.chat)
             rendered_ns = time.monotonic_ns()
             # The template writes the special tokens itself.
             tokens = engine.encoder.encode(text, add_special_tokens=False, field=field)
@@ -360,12 +377,13 @@ class TokenizerService:
             tokens,
             num_tokens=len(tokens),
             formats=formats,
+            block=block,
             render_ns=rendered_ns - begun_ns,
             encode_ns=ended_ns - rendered_ns,
         )
 
-    def _render(self, engine: _Engine, chat: ChatPrompt) -> tuple[str, OutputFormats]:
-        """The prompt's text, and how the output is to be read."""
+    def _render(self, engine: _Engine, chat: ChatPrompt) -> tuple[str, OutputFormats, Block | None]:
+        """The prompt's text, how the output is to be read, and the block of reasoning that it may begin with."""
         if engine.renderer is None:
             raise InvalidRequestError(
                 f"messages: the model {self._limits.model} has no chat template; send the whole text as a prompt to "
@@ -384,13 +402,12 @@ class TokenizerService:
         )
         formats = OutputFormats()
         formats.CopyFrom(self._formats)
+        continued = chat.messages[-1].content if chat.continue_final_message else None
+        block = block_before(formats.reasoning_format, text, continued=continued, is_turn_opened=is_opened)
         formats.starts_in_reasoning = starts_in_reasoning(
-            formats.reasoning_format,
-            text,
-            continued=chat.messages[-1].content if chat.continue_final_message else None,
-            is_turn_opened=is_opened,
+            formats.reasoning_format, text, continued=continued, is_turn_opened=is_opened
         )
-        return text, formats
+        return text, formats, block
 
     def _detokenize(self, engine: _Engine, body: Detokenize, frame: memoryview | None) -> _Result:
         begun_ns = time.monotonic_ns()

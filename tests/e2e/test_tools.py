@@ -100,6 +100,41 @@ def test_a_function_that_is_not_there_is_named(server: Server) -> None:
     assert "'launch'" in caught.value.message
 
 
+def earlier_calls(*cities: str) -> list[Any]:
+    """Turns in which the assistant has called as the schema forbids, for a small model to go on with."""
+    found: list[Any] = []
+    for city in cities:
+        call = json.dumps({"name": "get_weather", "arguments": {"city": city, "unit": "celsius"}})
+        found += [
+            {"role": "user", "content": f"What is the weather in {city}?"},
+            {"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
+        ]
+    return found
+
+
+@pytest.mark.usefixtures("native_library")
+def test_calls_of_strict_tools_that_a_model_makes_by_itself_fit_their_schemas(server: Server) -> None:
+    """Goal: under auto, text is free, and a call that begins is right. Method: examples of calls that the schema forbids."""
+    unit = {"enum": ["kelvin"]}
+    schema = {**WEATHER, "properties": {**WEATHER["properties"], "unit": unit}, "required": ["city", "unit", "days"]}
+    messages = [*earlier_calls("Rome", "Berlin", "Madrid"), {"role": "user", "content": "What is the weather in Paris?"}]
+    fields: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 120}
+
+    def tools(*, strict: bool) -> list[Any]:
+        return [{"type": "function", "function": {"name": "get_weather", "parameters": schema, "strict": strict}}]
+
+    (loose,) = ask(server, **fields, tools=tools(strict=False)).choices[0].message.tool_calls
+    assert json.loads(loose.function.arguments)["unit"] == "celsius"
+    choice = ask(server, **fields, tools=tools(strict=True), parallel_tool_calls=False).choices[0]
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "get_weather")
+    arguments = json.loads(call.function.arguments)
+    jsonschema.validate(arguments, schema)
+    assert arguments["city"] == "Paris"
+    plain = ask(server, tools=tools(strict=True), messages=[{"role": "user", "content": "Say hello."}], max_tokens=12)
+    assert plain.choices[0].message.content
+
+
 @pytest.fixture(scope="module")
 def thinker(default_model_directory: Path, model_store: Path) -> Iterator[Server]:
     """The default model, taken for one that begins inside a block of reasoning."""
@@ -137,3 +172,32 @@ def test_reasoning_stays_in_the_text_or_comes_whole_when_asked(thinker: Server) 
     held = think(thinker, stream=True, extra_body={**budget, "stream_reasoning": False})
     reasonings = [getattr(chunk.choices[0].delta, "reasoning_content", None) for chunk in held]
     assert [reasoning for reasoning in reasonings if reasoning] == [message.reasoning_content]
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_a_forced_call_comes_behind_reasoning(thinker: Server, is_streaming: bool) -> None:
+    """A budget ends the block, which this model would not end by itself: what is put behind it then is in the grammar too."""
+    fields: dict[str, Any] = {
+        "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300,
+        "extra_body": {"reasoning_budget_tokens": 12},
+    }  # fmt: skip
+    if not is_streaming:
+        choice = think(thinker, **fields).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.reasoning_content
+        assert not choice.message.content
+        check_calls(choice.message.tool_calls)
+        return
+    deltas = [chunk.choices[0].delta for chunk in think(thinker, stream=True, **fields)]
+    calls = [part.function for delta in deltas for part in delta.tool_calls or ()]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    jsonschema.validate(json.loads("".join(call.arguments for call in calls)), SCHEMAS[calls[0].name])
+
+
+@pytest.mark.usefixtures("native_library")
+def test_a_schema_holds_behind_reasoning(thinker: Server) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+    message = think(thinker, response_format=form, max_tokens=200, extra_body={"reasoning_budget_tokens": 12}).choices[0].message
+    assert message.reasoning_content
+    jsonschema.validate(json.loads(message.content), WEATHER)

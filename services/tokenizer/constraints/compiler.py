@@ -7,11 +7,12 @@ the grammar to hand to workers, for which compiling has just been shown to be ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from headrace.errors import HeadraceError, InvalidRequestError, RequestFailedError
+from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.killable import Answer, GoneError, KillableChild, LateError, serve
 
 _START_TIMEOUT_S: Final = 30.0
@@ -29,12 +30,21 @@ class CompileLimits:
 class ConstraintCompiler:
     """One child for one model. It is started when first wanted: many servers never see a constraint. For one thread at a time."""
 
-    def __init__(self, directory: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], limits: CompileLimits) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        limits: CompileLimits,
+        tool_format: str = "",
+    ) -> None:
         self._setup = {
             "directory": str(directory),
             "vocab_size": vocab_size,
             "eos_token_ids": list(eos_token_ids),
             "memory_bytes": limits.memory_bytes,
+            "tool_format": tool_format,
         }
         self._limits = limits
         self._child = KillableChild("services.tokenizer.constraints.compiler", answer_bytes_max=_ANSWER_BYTES_MAX)
@@ -44,13 +54,14 @@ class ConstraintCompiler:
         """The child's process id, while there is one."""
         return self._child.pid
 
-    def compile(self, kind: str, source: str, *, param: str) -> str:
+    def compile(self, kind: str, source: str, *, param: str, block: Block | None = None) -> str:
         """The grammar of a constraint, for workers.
 
         Args:
             kind: A kind of the wire's Constraint, in lower case.
             source: What the client wrote.
             param: The client's field, named in errors.
+            block: The block of reasoning that the output may begin with; None for none.
 
         Raises:
             InvalidRequestError: It is wrong, cannot be enforced, takes too long or too much memory.
@@ -58,8 +69,9 @@ class ConstraintCompiler:
         """
         if not self._child.is_running:
             self._start()
+        question = {"kind": kind, "source": source, "param": param, "block": None if block is None else asdict(block)}
         try:
-            grammar: str = self._child.ask({"kind": kind, "source": source, "param": param}, self._limits.timeout_s)["grammar"]
+            grammar: str = self._child.ask(question, self._limits.timeout_s)["grammar"]
         except LateError as error:
             self._child.kill()
             raise InvalidRequestError(
@@ -102,19 +114,20 @@ def _begin(setup: Mapping[str, Any]) -> Answer:
     # Heavy, and not wanted by the parent.
     from headrace.grammars import load_vocabulary
     from headrace.models.tokenizer_tokens import special_tokens_of
-    from services.tokenizer.constraints.sources import grammar_of
+    from services.tokenizer.constraints.sources import ModelText, grammar_of
 
     directory = Path(setup["directory"])
     special_tokens = special_tokens_of(directory)
     vocabulary = load_vocabulary(directory, vocab_size=setup["vocab_size"], eos_token_ids=tuple(setup["eos_token_ids"]))
 
     def answer(question: Mapping[str, Any]) -> dict[str, Any]:
+        block = question["block"]
         grammar = grammar_of(
             question["kind"],
             question["source"],
             param=question["param"],
             vocabulary=vocabulary,
-            special_tokens=special_tokens,
+            model=ModelText(special_tokens, setup["tool_format"], None if block is None else Block(**block)),
         )
         return {"grammar": grammar}
 

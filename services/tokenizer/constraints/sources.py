@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from llguidance.gbnf_to_lark import any_to_lark
 
 from headrace.errors import InvalidRequestError
 from headrace.grammars import GrammarError, Vocabulary, compile_grammar
+from services.tokenizer.constraints.call_grammar import CallGrammar, takes_call_grammar
 from services.tokenizer.constraints.json_schema import Schema, SchemaError, enforceable, subschemas
+from services.tokenizer.constraints.literals import Literals
+from services.tokenizer.constraints.reasoning_first import Block, with_reasoning
 from services.tokenizer.constraints.structural_tag import TagGrammar, regex_literal
 
 JSON_OPTIONS: Final[dict[str, Any]] = {
@@ -24,7 +28,22 @@ MAX_CHOICES: Final = 4096
 _PROBES_MAX: Final = 256
 
 
-def grammar_of(kind: str, source: str, *, param: str, vocabulary: Vocabulary, special_tokens: Sequence[str]) -> str:
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """How a model writes what a constraint stands between.
+
+    Attributes:
+        special_tokens: Ids of its special tokens by their texts.
+        tool_format: How it writes tool calls; empty when nothing is known.
+        block: The block of reasoning that the output may begin with; None for none.
+    """
+
+    special_tokens: Mapping[str, int]
+    tool_format: str = ""
+    block: Block | None = None
+
+
+def grammar_of(kind: str, source: str, *, param: str, vocabulary: Vocabulary, model: ModelText) -> str:
     """Turn a constraint into a grammar that compiles and that something matches.
 
     Args:
@@ -32,16 +51,25 @@ def grammar_of(kind: str, source: str, *, param: str, vocabulary: Vocabulary, sp
         source: What the client wrote.
         param: The client's field, named in errors.
         vocabulary: The model's.
-        special_tokens: Texts of the model's special tokens.
+        model: How the model writes what the constraint stands between.
+
+    Returns:
+        The grammar; empty where the format of the model's calls lets nothing be enforced under `tool_choice: auto`.
 
     Raises:
         InvalidRequestError: Says what is wrong, and where in the source.
     """
+    literals, block = Literals(model.special_tokens), model.block
+    excluded = "" if block is None else block.excluded_start(literals)
     try:
-        if kind in ("json_schema", "json_object"):
-            return _of_schema(_json(source) if kind == "json_schema" else {"type": "object"}, vocabulary)
-        if kind == "structural_tag":
-            grammar = TagGrammar(special_tokens, JSON_OPTIONS).grammar(_json(source))
+        if kind == "tool_calls":
+            if not takes_call_grammar(model.tool_format):
+                return ""
+            grammar = _of_calls(_json(source), vocabulary, CallGrammar(literals, JSON_OPTIONS, excluded_start=excluded), model)
+        elif kind in ("json_schema", "json_object"):
+            grammar = _of_schema(_json(source) if kind == "json_schema" else {"type": "object"}, vocabulary)
+        elif kind == "structural_tag":
+            grammar = TagGrammar(literals, JSON_OPTIONS, excluded_start=excluded).grammar(_json(source))
         elif kind == "regex":
             grammar = _lark(f"start: {regex_literal(_unanchored(source))}")
         elif kind == "choice":
@@ -50,7 +78,10 @@ def grammar_of(kind: str, source: str, *, param: str, vocabulary: Vocabulary, sp
             grammar = _of_ebnf(source)
         else:
             raise InvalidRequestError(f"{param}: constraints of kind {kind!r} are not known here", param=param)
-        compile_grammar(vocabulary, grammar)
+        if block is not None:
+            grammar = with_reasoning(grammar, block, literals)
+        if block is not None or kind not in ("json_schema", "json_object", "tool_calls"):
+            compile_grammar(vocabulary, grammar)
     except SchemaError as error:
         raise InvalidRequestError(f"{param}: {_NAMES[kind]} at {error.path}: {error.reason}", param=param) from error
     except GrammarError as error:
@@ -64,6 +95,7 @@ _NAMES: Final = {
     "json_schema": "the schema",
     "json_object": "the schema",
     "structural_tag": "the structural tag",
+    "tool_calls": "the strict tools",
     "regex": "the regular expression",
     "choice": "the choice",
     "ebnf": "the grammar",
@@ -87,6 +119,20 @@ def _of_schema(schema: object, vocabulary: Vocabulary) -> str:
         if reason.startswith("oneOf"):
             reason = "alternatives of oneOf that may overlap cannot be enforced; use anyOf"
         raise SchemaError(_place_of(kept, vocabulary), reason) from error
+    return grammar
+
+
+def _of_calls(source: Any, vocabulary: Vocabulary, build: CallGrammar, model: ModelText) -> str:
+    grammar = build.grammar(source, model.tool_format)
+    try:
+        compile_grammar(vocabulary, grammar)
+    except GrammarError:
+        for index, tool in enumerate(source["tools"]):
+            try:
+                _of_schema(tool["parameters"] if tool["is_strict"] and tool["parameters"] else True, vocabulary)
+            except SchemaError as error:
+                raise SchemaError(f"#/tools/{index}/parameters{error.path[1:]}", error.reason) from error
+        raise
     return grammar
 
 

@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from services.tokenizer.constraints.json_schema import SchemaError, enforceable
+from services.tokenizer.constraints.literals import ANY_TEXT, Literals
 
 MAX_PARTS: Final = 1024
 MAX_DEPTH: Final = 32
-
-_ANY_TEXT: Final = r"/(?s:.*)/"
 
 
 class TagGrammar:
     """Builds one grammar.
 
     Args:
-        special_tokens: Texts of the model's special tokens.
+        literals: Of the model's vocabulary.
         options: What the compiler is told with every schema.
+        excluded_start: A regular expression of what free text must not begin with; empty for nothing.
     """
 
-    def __init__(self, special_tokens: Sequence[str], options: dict[str, Any]) -> None:
+    def __init__(self, literals: Literals, options: Mapping[str, Any], *, excluded_start: str = "") -> None:
         self._rules: list[str] = []
         self._others: list[dict[str, Any]] = []
         self._options = options
         self._num_parts = 0
-        self._special = re.compile("|".join(re.escape(text) for text in sorted(special_tokens, key=len, reverse=True)) or r"(?!)")
-        self._special_texts = frozenset(special_tokens)
+        self._literals = literals
+        self._any = f"/{ANY_TEXT}/" + (f" & ~/{excluded_start}/" if excluded_start else "")
 
     def grammar(self, source: object) -> str:
         """The grammar of a structural tag, for the compiler.
@@ -62,18 +62,18 @@ class TagGrammar:
         if kind == "any_text":
             return self._any_text(end)
         expression = build(self, value, path, depth)
-        return f"{expression} {self._literal(end)}" if end else expression
+        return f"{expression} {self._literals.write(end)}" if end else expression
 
     def _any_text(self, end: str | None) -> str:
         if not end:
-            return self._rule(_ANY_TEXT, is_token=True)
-        if end in self._special_texts:
-            return f"{self._rule(_ANY_TEXT, is_token=True)} {self._literal(end)}"
-        text = self._rule(_ANY_TEXT, is_token=True)
+            return self._rule(self._any, is_token=True)
+        if self._literals.is_special(end):
+            return f"{self._rule(self._any, is_token=True)} {self._literals.write(end)}"
+        text = self._rule(self._any, is_token=True)
         return self._rule(f"{text} {json.dumps(end, ensure_ascii=False)}", options="[lazy]")
 
     def _const_string(self, value: dict[str, Any], path: str, depth: int) -> str:
-        return self._literal(_text(value, "value", path))
+        return self._literals.write(_text(value, "value", path))
 
     def _json_schema(self, value: dict[str, Any], path: str, depth: int) -> str:
         if value.get("style", "json") != "json":
@@ -107,7 +107,7 @@ class TagGrammar:
         return f"({' | '.join(parts)})"
 
     def _tag(self, value: dict[str, Any], path: str, depth: int) -> str:
-        return f"({self._literal(_text(value, 'begin', path))} {self._body(value, path, depth)})"
+        return f"({self._literals.write(_text(value, 'begin', path))} {self._body(value, path, depth)})"
 
     def _body(self, tag: dict[str, Any], path: str, depth: int) -> str:
         end = tag.get("end", "")
@@ -124,7 +124,7 @@ class TagGrammar:
             trigger = next((each for each in triggers if begin.startswith(each)), None)
             if trigger is None:
                 raise SchemaError(f"{place}/begin", f"must begin with one of the triggers {triggers}")
-            rest = self._literal(begin[len(trigger) :])
+            rest = self._literals.write(begin[len(trigger) :])
             options.append(f"{self._any_text(trigger)} {rest} {self._body(tag, place, depth)}")
         tags = f"({' | '.join(options)})"
         if value.get("stop_after_first"):
@@ -134,21 +134,9 @@ class TagGrammar:
     def _tags_with_separator(self, value: dict[str, Any], path: str, depth: int) -> str:
         tags = [self._tag(tag, f"{path}/tags/{index}", depth) for index, tag in enumerate(_list(value, "tags", path))]
         one = self._rule(" | ".join(tags))
-        separator = self._literal(_text(value, "separator", path))
+        separator = self._literals.write(_text(value, "separator", path))
         several = one if value.get("stop_after_first") else f"({one} ({separator} {one})*)"
         return several if value.get("at_least_one") else f"({several})?"
-
-    def _literal(self, text: str) -> str:
-        """An expression for a text, whose special tokens are matched as such."""
-        parts, start = [], 0
-        for match in self._special.finditer(text):
-            if match.start() > start:
-                parts.append(json.dumps(text[start : match.start()], ensure_ascii=False))
-            parts.append(match.group() if re.fullmatch(r"<[^\s<>\[\]]+>", match.group()) else json.dumps(match.group()))
-            start = match.end()
-        if start < len(text):
-            parts.append(json.dumps(text[start:], ensure_ascii=False))
-        return " ".join(parts)
 
     def _rule(self, body: str, *, is_token: bool = False, options: str = "") -> str:
         name = f"P{len(self._rules)}" if is_token else f"p{len(self._rules)}"

@@ -31,16 +31,16 @@ class Verdicts:
         """Bytes held, about."""
         return self._num_bytes
 
-    def find(self, kind: int, source: str, param: str) -> Verdict | None:
-        """The verdict on a constraint; None where there is none any more."""
-        key = _key(kind, source, param)
+    def find(self, kind: int, source: str, param: str, block: object = None) -> Verdict | None:
+        """The verdict on a constraint behind a block of reasoning, or none; None where there is no verdict any more."""
+        key = _key(kind, source, param, block)
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
         return self._verdicts.get(key)
 
-    def keep(self, kind: int, source: str, param: str, verdict: Verdict) -> None:
+    def keep(self, kind: int, source: str, param: str, verdict: Verdict, block: object = None) -> None:
         """Keep a verdict, unless it alone is too large."""
-        key, size = _key(kind, source, param), _size(verdict)
+        key, size = _key(kind, source, param, block), _size(verdict)
         if key in self._verdicts or size > self._max_bytes:
             return
         self._verdicts[key] = verdict
@@ -50,8 +50,8 @@ class Verdicts:
             self._num_bytes -= _size(oldest)
 
 
-def _key(kind: int, source: str, param: str) -> bytes:
-    return hashlib.sha256(f"{kind}\0{param}\0{source}".encode()).digest()
+def _key(kind: int, source: str, param: str, block: object) -> bytes:
+    return hashlib.sha256(f"{kind}\0{block!r}\0{param}\0{source}".encode()).digest()
 
 
 def _size(verdict: Verdict) -> int:

@@ -9,11 +9,18 @@ from headrace.v1 import common_pb2 as common
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import tokenizer_pb2 as tokenizer
 from services.router import messages
-from services.router.generation import CONSTRAINT_KINDS, Constraint, EncodedPrompt, GenerationRequest, TextPrompt
+from services.router.generation import (
+    CONSTRAINT_KINDS,
+    TOOL_CALLS_KIND,
+    Constraint,
+    EncodedPrompt,
+    GenerationRequest,
+    TextPrompt,
+)
 from tests.unit.router.test_open_request import Bench
 
 
-@pytest.mark.parametrize("kind", CONSTRAINT_KINDS)
+@pytest.mark.parametrize("kind", [*CONSTRAINT_KINDS, TOOL_CALLS_KIND])
 def test_a_constraint_goes_to_the_tokenizer_and_what_that_made_of_it_to_every_scheduler(kind: str) -> None:
     request = Bench().request
     request.generation = GenerationRequest("m", TextPrompt("hello"), constraint=Constraint(kind, "source", "response_format"))

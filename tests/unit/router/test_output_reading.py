@@ -111,13 +111,18 @@ def test_without_tools_or_reasoning_nothing_is_read() -> None:
     assert (none.formats.tool_format, none.formats.reasoning_format, none.tools) == ("", "qwen3", "")
 
 
-def test_calls_that_a_grammar_forces_are_read_as_json_from_the_first_token() -> None:
-    reading = Bench(tool_choice=ToolChoice("required")).reading().reading
-    assert (reading.formats.tool_format, reading.formats.reasoning_format, reading.formats.starts_in_reasoning) == (
-        "json",
-        "",
-        False,
-    )
+@pytest.mark.parametrize(
+    ("formats", "read"),
+    [
+        (FORMATS, ("json", "qwen3", True)),
+        (OutputFormats("hermes"), ("json", "", False)),
+        # No block, but channels: the calls are all of the output.
+        (OutputFormats("gpt_oss", "gpt_oss"), ("json", "", False)),
+    ],
+)
+def test_calls_that_a_grammar_forces_are_read_as_json_behind_reasoning(formats: OutputFormats, read: tuple[str, str, bool]) -> None:
+    reading = Bench(replace(PROMPT, formats=formats), tool_choice=ToolChoice("required")).reading().reading
+    assert (reading.formats.tool_format, reading.formats.reasoning_format, reading.formats.starts_in_reasoning) == read
 
 
 def test_a_spent_budget_goes_on_behind_the_end_of_the_block_as_another_stream() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from headrace.errors import InvalidRequestError
 from services.router.generation import (
+    TOOL_CALLS_KIND,
     ChatTurn,
     Constraint,
     ConversationPrompt,
@@ -48,6 +50,24 @@ def test_auto_and_none_need_no_grammar() -> None:
     assert with_checked_tools(request(WEATHER)).constraint is None
     assert with_checked_tools(request(WEATHER, choice=ToolChoice("none"))).constraint is None
     assert with_checked_tools(GenerationRequest("m", TextPrompt("a"))).constraint is None
+
+
+def test_strict_tools_make_a_grammar_under_auto_and_only_there() -> None:
+    strict = replace(WEATHER, is_strict=True)
+    checked = with_checked_tools(request(strict, replace(NOW, parameters={}), parallel_tool_calls=False))
+    assert checked.constraint is not None
+    assert (checked.constraint.kind, checked.constraint.param) == (TOOL_CALLS_KIND, "tools")
+    assert json.loads(checked.constraint.source) == {
+        "tools": [
+            {"name": "get_weather", "parameters": WEATHER.parameters, "is_strict": True},
+            {"name": "now", "parameters": None, "is_strict": False},
+        ],
+        "is_parallel": False,
+    }
+    given = Constraint("json_object")
+    assert with_checked_tools(request(strict, constraint=given)).constraint is given
+    assert with_checked_tools(request(strict, choice=ToolChoice("none"))).constraint is None
+    assert schema_of(with_checked_tools(request(strict, choice=ToolChoice("required"))))["type"] == "array"
 
 
 def test_required_is_an_array_of_calls_of_any_tool() -> None:

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from headrace.output_formats import REASONING_FORMATS, TOOL_FORMATS
 from services.tokenizer.config import Settings
-from services.tokenizer.output_formats import AUTO, reasoning_format_of, starts_in_reasoning, tool_format_of
+from services.tokenizer.constraints.reasoning_first import Block
+from services.tokenizer.output_formats import AUTO, block_before, reasoning_format_of, starts_in_reasoning, tool_format_of
 
 TEMPLATES = {
     "gpt-oss": ("{{ tools }}<|start|>assistant<|channel|>analysis<|message|>", "gpt_oss", "gpt_oss"),
@@ -83,3 +84,22 @@ def test_a_continued_turn_is_inside_reasoning_until_it_ends() -> None:
     assert starts_in_reasoning("qwen3", "", continued="<think>hm", is_turn_opened=False)
     assert not starts_in_reasoning("qwen3", "", continued="<think>hm</think>so", is_turn_opened=False)
     assert not starts_in_reasoning("qwen3", "", continued="so", is_turn_opened=False)
+
+
+@pytest.mark.parametrize("form", REASONING_FORMATS)
+def test_a_block_may_come_before_what_is_enforced(form: str) -> None:
+    """Open where the prompt opens one, free to be opened where it says nothing, none where it stands closed or the turn goes on."""
+    marks = REASONING_FORMATS[form]
+    opened, free = (Block(marks.opening, marks.closing, is_open=is_open) for is_open in (True, False))
+    found = [
+        block_before(form, prompt, continued=None, is_turn_opened=True)
+        for prompt in (f"assistant\n{marks.opening}\n", "assistant\n", f"assistant\n{marks.opening}\n\n{marks.closing}\n\n")
+    ]
+    if form == "gpt_oss":
+        assert found == [None, None, None]
+        return
+    assert found == [opened, opened if marks.is_always_open else free, None]
+    assert block_before(form, "assistant\nWell", continued="Well", is_turn_opened=False) is None
+    assert block_before(form, "…", continued=f"{marks.opening}hm", is_turn_opened=False) == opened
+    assert block_before(form, "user\nhi", continued=None, is_turn_opened=False) is None
+    assert block_before("", "assistant\n", continued=None, is_turn_opened=True) is None

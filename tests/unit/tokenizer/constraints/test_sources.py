@@ -9,9 +9,9 @@ import pytest
 
 from headrace.errors import InvalidRequestError
 from headrace.grammars import Vocabulary, compile_grammar, load_vocabulary
-from services.tokenizer.constraints.sources import MAX_CHOICES, grammar_of
+from services.tokenizer.constraints.sources import MAX_CHOICES, ModelText, grammar_of
 
-SPECIAL = ("<s>", "</s>")
+MODEL = ModelText({"<s>": 256, "</s>": 257})
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def vocabulary(model_directory: Path) -> Vocabulary:
 
 def _grammar(vocabulary: Vocabulary, kind: str, source: object) -> str:
     text = source if isinstance(source, str) else json.dumps(source)
-    return grammar_of(kind, text, param="response_format", vocabulary=vocabulary, special_tokens=SPECIAL)
+    return grammar_of(kind, text, param="response_format", vocabulary=vocabulary, model=MODEL)
 
 
 def _is_allowed(vocabulary: Vocabulary, grammar: str, output: str) -> bool:

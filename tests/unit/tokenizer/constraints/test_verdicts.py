@@ -14,6 +14,9 @@ def test_verdicts_are_found_by_kind_source_and_field() -> None:
     assert verdicts.find(2, "a", "p") is error
     assert verdicts.find(1, "b", "p") is None
     assert verdicts.find(1, "a", "q") is None
+    assert verdicts.find(1, "a", "p", "block") is None
+    verdicts.keep(1, "a", "p", "another", "block")
+    assert (verdicts.find(1, "a", "p"), verdicts.find(1, "a", "p", "block")) == ("grammar", "another")
 
 
 def test_the_bytes_are_bounded_and_the_one_used_least_lately_goes() -> None:
