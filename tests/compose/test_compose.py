@@ -133,6 +133,15 @@ def deployment() -> Iterator[Deployment]:
         deployment.compose("down", "--volumes", "--timeout", "20", timeout_s=120, is_checked=False)
 
 
+def test_compose_reads_the_files_with_and_without_the_profile() -> None:
+    """Nothing is started: the profile's services are there when asked for."""
+    plain = Deployment().compose("config", "--services").split()
+    with_vectors = Deployment().compose("--profile", "embeddings", "config", "--services").split()
+    assert set(with_vectors) - set(plain) == {"embedding-model", "embedding-tokenizer", "embedding-worker"}
+    assert set(plain) == {"keys", "model", *PORTS}
+    Deployment().compose("-f", "compose.yaml", "-f", "compose.gpu.yaml", "--profile", "embeddings", "config", "--quiet")
+
+
 def test_openai_client_gets_a_sensible_streamed_answer(deployment: Deployment) -> None:
     assert "Paris" in deployment.chat("What is the capital of France?", max_tokens=40)
 
