@@ -66,6 +66,12 @@ class Sequences:
         self._tables = np.array([([next(order) for _ in range(count)] * width)[:width] for count in counts])
         self.num_computed = [0] * len(tokens)
 
+    def share(self, which: int, of: int, num_tokens: int) -> None:
+        """Let a sequence begin with whole pages of another one, which has computed them."""
+        assert num_tokens % self._page_size == 0 and num_tokens <= self.num_computed[of]
+        self._tables[which, : num_tokens // self._page_size] = self._tables[of, : num_tokens // self._page_size]
+        self.num_computed[which] = num_tokens
+
     def step(self, counts: dict[int, int]) -> dict[int, FloatArray]:
         """Compute the next tokens of some sequences: number by sequence."""
         ids, rows = self._next(counts)
@@ -170,6 +176,63 @@ def test_chunks_neighbours_and_threads_change_no_bit(library: Any, isa: int, nam
             firsts = dict.fromkeys(counts, 0) | {which: together.num_computed[which] for which in counts}
             for which, out in together.step(counts).items():
                 assert np.array_equal(out, whole[which][firsts[which] : firsts[which] + counts[which]]), (num_threads, which)
+
+
+def family_of(random: np.random.Generator, layer: Attention, shared: dict[int, int], lengths: list[int]) -> list[FloatArray]:
+    """Sequences that begin as the first one does, with so many tokens of it."""
+    tokens = tokens_of(random, layer, *lengths)
+    for which, num_tokens in shared.items():
+        tokens[which][:num_tokens] = tokens[0][:num_tokens]
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["grouped", "wide_window", "window", "sinks", "multi_head", "head_dim_64"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_sequences_that_share_pages_attend_together_to_the_same_bits(
+    library: Any, isa: int, name: str, num_threads: int, random: np.random.Generator
+) -> None:
+    """Their rows read shared pages once. Some share all, some a chunk, some nothing, some have drafts or a prompt left."""
+    layer = layer_of(random, **LAYERS[name])
+    shared = {1: 384, 2: 384, 3: 128, 4: 256, 6: 384, 7: 384, 9: 16}
+    tokens = family_of(random, layer, shared, [400, 395, 391, 300, 505, 390, 402, 384 + 9, 200, 140])
+    whole = [Sequences(library, isa, layer, [each]).step({0: len(each)})[0] for each in tokens]
+    together = Sequences(library, isa, layer, tokens, num_threads=num_threads, max_tokens=4000)
+    together.step({0: 390})
+    for which, num_tokens in shared.items():
+        together.share(which, 0, num_tokens)
+    together.step({3: 100, 4: 240, 5: 380, 8: 190, 9: 120})
+    for counts in (
+        dict.fromkeys(range(10), 1),
+        {6: 2, 0: 1, 3: 1, 7: 2, 2: 2, 9: 1, 8: 1, 1: 1, 4: 1, 5: 1},
+        {0: 1, 7: 6, 2: 1, 1: 1, 6: 1, 4: 5},
+        dict.fromkeys((4, 2, 0, 1), 1),
+    ):
+        firsts = {which: together.num_computed[which] for which in counts}
+        for which, out in together.step(counts).items():
+            assert np.array_equal(out, whole[which][firsts[which] : firsts[which] + counts[which]]), which
+
+
+@pytest.mark.parametrize("part", ["queries", "values"])
+def test_poison_does_not_pass_between_sequences_that_share_pages(
+    library: Any, isa: int, part: str, random: np.random.Generator
+) -> None:
+    layer = layer_of(random, pairs=16)
+    tokens = family_of(random, layer, {1: 256, 2: 256, 3: 256}, [270] * 4)
+    whole = [Sequences(library, isa, layer, [each]).step({0: 270})[0] for each in tokens]
+    width = layer.num_heads * layer.head_dim
+    tokens[2][258, slice(0, width) if part == "queries" else slice(-layer.num_kv_heads * layer.head_dim, None)] = np.nan
+    together = Sequences(library, isa, layer, tokens)
+    together.step({0: 257})
+    for which in (1, 2, 3):
+        together.share(which, 0, 256)
+    together.step(dict.fromkeys((1, 2, 3), 1))
+    for _ in range(2):
+        firsts = dict(enumerate(together.num_computed))
+        for which, out in together.step(dict.fromkeys(range(4), 1)).items():
+            is_poisoned = which == 2 and firsts[which] == 258
+            assert np.isnan(out).any() if is_poisoned else np.array_equal(out[0], whole[which][firsts[which]])
+    after = together.step({2: 1})[2]
+    assert np.isnan(after).any() == (part == "values")
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

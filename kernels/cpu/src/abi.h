@@ -119,14 +119,23 @@ constexpr int CHUNK = 128;
 // Rows (a token and one of the query heads that share a key-value head) attended to together.
 constexpr int ATTEND_ROWS = 12;
 
-// One piece of attention work: some rows of one sequence and key-value head over some chunks.
-struct AttendUnit {
+// Rows of one sequence in a piece of attention work.
+struct AttendMember {
   int64_t row;         // of the step
   int64_t first_token; // flat index of the row's first token
   int32_t first;       // first (token, head) pair, counted within the row and the head group
   int32_t count;
-  int32_t first_chunk;
   int32_t end_chunk;
+};
+
+// One piece of attention work: up to ATTEND_ROWS rows of one key-value head. The chunks before `shared_end` lie in the same pages for all
+// of them, and are read once; then each member goes on alone, to its own end.
+struct AttendUnit {
+  int32_t first_member;
+  int32_t num_members;
+  int32_t first_chunk;
+  int32_t shared_end;
+  int32_t is_read_once;  // whether no other unit reads the same keys
   int64_t partial;     // where the result goes before it is merged; -1: straight to the output
 };
 
@@ -136,6 +145,7 @@ struct AttendContext {
   const AttentionLayer* layer;
   Pages pages;
   const Step* step;
+  const AttendMember* members;
   Rows queries;
   Rows out;
   float* partials;

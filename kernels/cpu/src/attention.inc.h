@@ -73,16 +73,26 @@ struct ChunkPlace {
   const uint16_t* keys[BLOCKS];
   const uint16_t* values[BLOCKS];
   int num_blocks;
+  // Keys of the chunk after it, where these are to be fetched meanwhile.
+  const uint16_t* next_keys[BLOCKS];
+  bool fetches_ahead;
 };
+
+// Ask for a line of memory that will be read soon.
+INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Scores of R rows against two blocks of keys.
 template <int R>
 INLINE void scores(const uint16_t* const* queries, const uint16_t* k0, const uint16_t* k1, int64_t hd, int64_t page_size,
-                   float (*out)[CHUNK], int first) {
+                   float (*out)[CHUNK], int first, const uint16_t* ahead0, const uint16_t* ahead1) {
   vf sum[R][2];
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vset(0.0f);
   for (int64_t pair = 0; pair < hd / 2; pair++) {
     const vi a = viload(k0 + pair * 2 * page_size), b = viload(k1 + pair * 2 * page_size);
+    if (ahead0) {
+      fetch(ahead0 + 32 * pair);
+      fetch(ahead1 + 32 * pair);
+    }
     for (int r = 0; r < R; r++) {
       uint32_t two;
       memcpy(&two, queries[r] + 2 * pair, 4);
@@ -140,15 +150,19 @@ INLINE void take_up_sums(float* total, vf sums, float keep, float take) {
 
 // Weighted sums of a chunk's values: rows [row, row + R), D blocks of 16 dimensions from `dim`, taken up into `sums`.
 template <int R, int D>
-INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, int64_t dim, const Uptake& uptake,
-                     float* const* sums, int row) {
+INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, int64_t page_size, int64_t dim,
+                     const Uptake& uptake, float* const* sums, int row) {
   vf sum[R][D];
   for (int r = 0; r < R; r++) {
     for (int d = 0; d < D; d++) sum[r][d] = vset(0.0f);
   }
   for (int block = 0; block < place.num_blocks; block++) {
     const uint16_t* values = place.values[block] + 2 * dim;
+    const uint16_t* ahead = place.fetches_ahead && row == 0 ? place.next_keys[block] : nullptr;
     for (int pair = 0; pair < 8; pair++) {
+      if (ahead) {
+        for (int d = 0; d < D; d++) fetch(ahead + (dim / 2 + pair * D + d) * 2 * page_size);
+      }
       vi v[D];
       for (int d = 0; d < D; d++) v[d] = viload(values + pair * 2 * hd + 32 * d);
       for (int r = 0; r < R; r++) {
@@ -165,14 +179,14 @@ INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, 
 }
 
 template <int R>
-INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, const Uptake& uptake, float* const* sums,
-                          int row) {
+INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, int64_t page_size,
+                          const Uptake& uptake, float* const* sums, int row) {
   int64_t dim = 0;
   if constexpr (TILE_ROWS == 12) {
-    for (; dim + 64 <= hd; dim += 64) weighted<R, 4>(weights, place, hd, dim, uptake, sums, row);
+    for (; dim + 64 <= hd; dim += 64) weighted<R, 4>(weights, place, hd, page_size, dim, uptake, sums, row);
   }
-  for (; dim + 32 <= hd; dim += 32) weighted<R, 2>(weights, place, hd, dim, uptake, sums, row);
-  for (; dim < hd; dim += 16) weighted<R, 1>(weights, place, hd, dim, uptake, sums, row);
+  for (; dim + 32 <= hd; dim += 32) weighted<R, 2>(weights, place, hd, page_size, dim, uptake, sums, row);
+  for (; dim < hd; dim += 16) weighted<R, 1>(weights, place, hd, page_size, dim, uptake, sums, row);
 }
 
 constexpr float LOG2_E = 1.44269504088896341f;
@@ -197,7 +211,8 @@ INLINE Sight sight_of(const AttentionLayer& layer, int32_t position, int32_t sta
   return {low, high, end <= high && start >= low};
 }
 
-void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t* table, int kv_head, int chunk, Partials& total) {
+void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t* table, int kv_head, int chunk, int next_chunk,
+                  Partials& total) {
   const AttentionLayer& layer = *context.layer;
   const int64_t hd = layer.head_dim, size = context.pages.page_size;
   // Pages hold 16, 32, 64 or 128 tokens.
@@ -216,17 +231,25 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
     place.keys[block] = keys + 2 * slot;
     place.values[block] = keys + hd * size + slot * hd;
   }
+  place.fetches_ahead = next_chunk > chunk;
+  for (int block = 0; block < (place.fetches_ahead ? BLOCKS : 0); block++) {
+    const int64_t key = (int64_t)next_chunk * CHUNK + 16 * block;
+    place.next_keys[block] =
+        context.pages.base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size + 2 * (key & (size - 1));
+  }
   alignas(64) float score[ATTEND_ROWS][CHUNK];
   alignas(64) uint16_t weight[ATTEND_ROWS][CHUNK];
   for (int block = 0; block < place.num_blocks; block += 2) {
     const uint16_t *k0 = place.keys[block], *k1 = place.keys[block + 1];
+    // The first rows' scores fetch the values.
+    const uint16_t *v0 = next_chunk >= chunk ? place.values[block] : nullptr, *v1 = place.values[block + 1];
     int r = 0;
     if constexpr (TILE_ROWS == 12) {
-      for (; tile.count - r >= 12; r += 12) scores<12>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block);
-      for (; tile.count - r >= 4; r += 4) scores<4>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block);
+      for (; tile.count - r >= 12; r += 12, v0 = nullptr) scores<12>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+      for (; tile.count - r >= 4; r += 4, v0 = nullptr) scores<4>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
     }
-    for (; tile.count - r >= 3; r += 3) scores<3>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block);
-    for (; r < tile.count; r++) scores<1>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block);
+    for (; tile.count - r >= 3; r += 3, v0 = nullptr) scores<3>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+    for (; r < tile.count; r++, v0 = nullptr) scores<1>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
   }
   // Two passes over the rows: within a row each number waits for the one before it, rows wait for none.
   const int32_t end = start + 16 * place.num_blocks;
@@ -269,10 +292,10 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
   take_up(total, maximums, weights, tile.count, uptake);
   int r = 0;
   if constexpr (TILE_ROWS == 12) {
-    for (; tile.count - r >= 6; r += 6) weighted_rows<6>(weight, place, hd, uptake, total.sums, r);
+    for (; tile.count - r >= 6; r += 6) weighted_rows<6>(weight, place, hd, size, uptake, total.sums, r);
   }
-  for (; tile.count - r >= 3; r += 3) weighted_rows<3>(weight, place, hd, uptake, total.sums, r);
-  for (; r < tile.count; r++) weighted_rows<1>(weight, place, hd, uptake, total.sums, r);
+  for (; tile.count - r >= 3; r += 3) weighted_rows<3>(weight, place, hd, size, uptake, total.sums, r);
+  for (; r < tile.count; r++) weighted_rows<1>(weight, place, hd, size, uptake, total.sums, r);
 }
 
 // Write a row's result: what it has summed by the weight of it all.
@@ -293,35 +316,72 @@ INLINE void finish_row(const AttendContext& context, Partials& total, int r, int
   for (int64_t d = 0; d < hd; d += 16) vstore(out + d, vmul(vload(sums + d), inverse));
 }
 
+// A window may hide all of a chunk from all rows: the first one that it does not.
+INLINE int first_seen(const AttentionLayer& layer, const Tile& tile, int first_chunk) {
+  if (!layer.window) return first_chunk;
+  int32_t position = tile.position[0];
+  for (int r = 1; r < tile.count; r++) position = tile.position[r] < position ? tile.position[r] : position;
+  const int32_t low = position + 1 - layer.window;
+  return low > 0 && low / CHUNK > first_chunk ? low / CHUNK : first_chunk;
+}
+
+// A member's rows, which are the tile's from `begin` on, over the chunks that are its own.
+void attend_alone(const AttendContext& context, const AttendMember& member, const Tile& tile, int begin, int first_chunk, int kv_head,
+                  Partials& total) {
+  Tile own;
+  own.count = member.count;
+  own.head_dim = tile.head_dim;
+  Partials part = {};
+  for (int r = 0; r < member.count; r++) {
+    own.queries[r] = tile.queries[begin + r];
+    own.position[r] = tile.position[begin + r];
+    part.maximum[r] = total.maximum[begin + r];
+    part.weight[r] = total.weight[begin + r];
+    part.sums[r] = total.sums[begin + r];
+  }
+  const int64_t* table = context.step->page_tables + member.row * context.step->table_stride;
+  for (int chunk = first_seen(*context.layer, own, first_chunk); chunk < member.end_chunk; chunk++) {
+    attend_chunk(context, own, table, kv_head, chunk, chunk, part);
+  }
+  for (int r = 0; r < member.count; r++) {
+    total.maximum[begin + r] = part.maximum[r];
+    total.weight[begin + r] = part.weight[r];
+  }
+}
+
 void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
   const AttentionLayer& layer = *context.layer;
   const Step& step = *context.step;
-  const int64_t hd = layer.head_dim, group = layer.num_heads / layer.num_kv_heads, start = step.row_starts[unit.row];
-  const int64_t* table = step.page_tables + unit.row * step.table_stride;
+  const int64_t hd = layer.head_dim, group = layer.num_heads / layer.num_kv_heads;
+  const AttendMember* members = context.members + unit.first_member;
   alignas(64) float sums[ATTEND_ROWS][256];
   Partials total = {};
   Tile tile;
-  tile.count = unit.count;
+  tile.count = 0;
+  tile.head_dim = (int)hd;
   int64_t tokens[ATTEND_ROWS], heads[ATTEND_ROWS];
-  for (int r = 0; r < unit.count; r++) {
-    const int64_t token = (unit.first + r) / group;
-    heads[r] = kv_head * group + (unit.first + r) % group;
-    tokens[r] = unit.first_token + token;
-    tile.queries[r] = context.queries.bf16 + tokens[r] * context.queries.stride + heads[r] * hd;
-    tile.position[r] = (int32_t)(start + token);
-    total.sums[r] = sums[r];
-    memset(sums[r], 0, sizeof(float) * (size_t)hd);
+  for (int m = 0; m < unit.num_members; m++) {
+    for (int pair = members[m].first; pair < members[m].first + members[m].count; pair++) {
+      const int r = tile.count++;
+      const int64_t token = pair / group;
+      heads[r] = kv_head * group + pair % group;
+      tokens[r] = members[m].first_token + token;
+      tile.queries[r] = context.queries.bf16 + tokens[r] * context.queries.stride + heads[r] * hd;
+      tile.position[r] = (int32_t)(step.row_starts[members[m].row] + token);
+      total.sums[r] = sums[r];
+      memset(sums[r], 0, sizeof(float) * (size_t)hd);
+    }
   }
-  // A window may hide all of a chunk from all rows.
-  int first_chunk = unit.first_chunk;
-  if (layer.window) {
-    const int32_t low = tile.position[0] + 1 - layer.window;
-    if (low > 0 && low / CHUNK > first_chunk) first_chunk = low / CHUNK;
+  const int64_t* table = step.page_tables + members[0].row * step.table_stride;
+  for (int chunk = first_seen(layer, tile, unit.first_chunk); chunk < unit.shared_end; chunk++) {
+    // What a prompt's rows read stays in a cache for the rows after them; what decoding rows read comes from memory.
+    const int next_chunk = !unit.is_read_once ? -1 : chunk + 1 < unit.shared_end ? chunk + 1 : chunk;
+    attend_chunk(context, tile, table, kv_head, chunk, next_chunk, total);
   }
-  for (int chunk = first_chunk; chunk < unit.end_chunk; chunk++) {
-    attend_chunk(context, tile, table, kv_head, chunk, total);
+  for (int m = 0, begin = 0; m < unit.num_members; begin += members[m++].count) {
+    if (members[m].end_chunk > unit.shared_end) attend_alone(context, members[m], tile, begin, unit.shared_end, kv_head, total);
   }
-  for (int r = 0; r < unit.count; r++) {
+  for (int r = 0; r < tile.count; r++) {
     if (unit.partial < 0) {
       finish_row(context, total, r, tokens[r], heads[r]);
     } else {
@@ -333,13 +393,14 @@ void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
   }
 }
 
-// Merge the chunks of one row's split work, in order: `units` are one chunk each.
+// Merge the chunks of one row's split work, in order: `units` are one chunk each, of one member.
 void merge(const AttendContext& context, const AttendUnit* units, int64_t num_units, int kv_head) {
   const AttentionLayer& layer = *context.layer;
   const int64_t hd = layer.head_dim, group = layer.num_heads / layer.num_kv_heads;
   alignas(64) float sums[ATTEND_ROWS][256];
   Partials total = {};
-  const int count = units[0].count;
+  const AttendMember& member = context.members[units[0].first_member];
+  const int count = member.count;
   for (int r = 0; r < count; r++) {
     total.sums[r] = sums[r];
     memset(sums[r], 0, sizeof(float) * (size_t)hd);
@@ -363,7 +424,7 @@ void merge(const AttendContext& context, const AttendUnit* units, int64_t num_un
     }
   }
   for (int r = 0; r < count; r++) {
-    finish_row(context, total, r, units[0].first_token + (units[0].first + r) / group, kv_head * group + (units[0].first + r) % group);
+    finish_row(context, total, r, member.first_token + (member.first + r) / group, kv_head * group + (member.first + r) % group);
   }
 }
 

@@ -56,7 +56,9 @@ int64_t row_capacity(int64_t max_rows) { return (max_rows + 7) / 8 * 8 + 8; }
 // Work on attention of one step, for layers with one number of query heads a key-value head; of all tokens, or for the sampled ones.
 struct AttendPlan {
   int group;
+  int num_kv_heads;
   bool only_sampled;
+  std::vector<AttendMember> members;
   // Units whose result goes straight to the output.
   std::vector<AttendUnit> units;
   // One unit a chunk, merged afterwards: `splits` are ranges of `units`.
@@ -215,16 +217,19 @@ class Program {
     }
     plans_.push_back({});
     plans_.back().group = group;
+    plans_.back().num_kv_heads = layer.num_kv_heads;
     plans_.back().only_sampled = only_sampled;
     return plans_.back();
   }
 
   // Long rows first, so that no thread is left with one at the end. Rows of one token are split by chunks where there are too few of them
-  // to keep the threads busy; the result is the same either way.
+  // to keep the threads busy, and else attend together to the pages they share; the result is the same in any case.
   void make_plan(AttendPlan& plan) {
+    plan.members.clear();
     plan.units.clear();
     plan.splits.clear();
     plan.num_partials = 0;
+    short_rows_.clear();
     const bool is_split = step_.num_rows < 2 * team_.size();
     if (plan.only_sampled) {
       is_wanted_.assign((size_t)step_.num_tokens, 0);
@@ -235,23 +240,81 @@ class Program {
       const int64_t start = step_.row_starts[row], count = step_.row_counts[row];
       const int64_t pairs = count * plan.group;
       const int32_t all_chunks = (int32_t)((start + count - 1) / CHUNK + 1);
-      const bool by_chunks = is_split && all_chunks > 1 && pairs <= ATTEND_ROWS;
-      if (by_chunks && is_wanted(plan, first_token, 0, pairs)) {
-        plan.splits.push_back({(int64_t)plan.units.size(), all_chunks});
-        for (int32_t chunk = 0; chunk < all_chunks; chunk++) {
-          plan.units.push_back({row, first_token, 0, (int32_t)pairs, chunk, chunk + 1, plan.num_partials});
-          plan.num_partials += pairs;
+      const bool is_short = all_chunks > 1 && pairs <= (is_split ? ATTEND_ROWS : ATTEND_ROWS / 2);
+      if (is_short && is_wanted(plan, first_token, 0, pairs)) {
+        const AttendMember member{row, first_token, 0, (int32_t)pairs, all_chunks};
+        if (is_split) {
+          add_split(plan, member);
+        } else {
+          short_rows_.push_back(member);
         }
-      } else if (!by_chunks) {
+      } else if (!is_short) {
         for (int64_t first = (pairs - 1) / ATTEND_ROWS * ATTEND_ROWS; first >= 0; first -= ATTEND_ROWS) {
           const int64_t size = std::min<int64_t>(ATTEND_ROWS, pairs - first);
           const int64_t last = start + (first + size - 1) / plan.group;
           if (!is_wanted(plan, first_token, first, size)) continue;
-          plan.units.push_back({row, first_token, (int32_t)first, (int32_t)size, 0, (int32_t)(last / CHUNK + 1), -1});
+          add_unit(plan, {row, first_token, (int32_t)first, (int32_t)size, (int32_t)(last / CHUNK + 1)}, 0);
         }
       }
       first_token += count;
     }
+    add_joint_units(plan);
+  }
+
+  void add_unit(AttendPlan& plan, const AttendMember& member, int32_t is_read_once) {
+    plan.units.push_back({(int32_t)plan.members.size(), 1, 0, member.end_chunk, is_read_once, -1});
+    plan.members.push_back(member);
+  }
+
+  void add_split(AttendPlan& plan, const AttendMember& member) {
+    plan.splits.push_back({(int64_t)plan.units.size(), member.end_chunk});
+    for (int32_t chunk = 0; chunk < member.end_chunk; chunk++) {
+      plan.units.push_back({(int32_t)plan.members.size(), 1, chunk, chunk + 1, 1, plan.num_partials});
+      plan.num_partials += member.count;
+    }
+    plan.members.push_back(member);
+    plan.members.back().end_chunk = 0;
+  }
+
+  // Short rows whose sequences begin with the same pages become members of one unit, as long as every thread has two pieces of work: the
+  // shared keys and values are then loaded once for up to ATTEND_ROWS rows instead of once for each sequence.
+  void add_joint_units(AttendPlan& plan) {
+    const auto less = [this](const AttendMember& a, const AttendMember& b) {
+      const int64_t *x = page_table(a), *y = page_table(b);
+      return std::lexicographical_compare(x, x + num_full_pages(a), y, y + num_full_pages(b));
+    };
+    if (short_rows_.size() > 1) std::sort(short_rows_.begin(), short_rows_.end(), less);
+    const int64_t num_units_min = (2 * team_.size() + plan.num_kv_heads - 1) / plan.num_kv_heads;
+    const int64_t num_members_max = std::max<int64_t>(1, (int64_t)short_rows_.size() / num_units_min);
+    int32_t num_rows = 0;
+    for (const AttendMember& member : short_rows_) {
+      if (!plan.units.empty() && num_rows > 0) {
+        AttendUnit& unit = plan.units.back();
+        const int32_t shared = std::min(unit.shared_end, num_shared_chunks(plan.members[(size_t)unit.first_member], member));
+        // One that shares far less would make the others read the rest alone.
+        const bool is_worth_it = shared > 0 && (unit.num_members == 1 || 2 * shared >= unit.shared_end);
+        if (is_worth_it && unit.num_members < num_members_max && num_rows + member.count <= ATTEND_ROWS) {
+          plan.members.push_back(member);
+          unit.num_members++;
+          unit.shared_end = shared;
+          num_rows += member.count;
+          continue;
+        }
+      }
+      add_unit(plan, member, 1);
+      num_rows = member.count;
+    }
+  }
+
+  const int64_t* page_table(const AttendMember& member) const { return step_.page_tables + member.row * step_.table_stride; }
+
+  // Pages of a row's sequence that the row sees whole.
+  int64_t num_full_pages(const AttendMember& member) const { return step_.row_starts[member.row] / CHUNK * CHUNK / page_size_; }
+
+  int32_t num_shared_chunks(const AttendMember& a, const AttendMember& b) const {
+    const int64_t num_pages = std::min(num_full_pages(a), num_full_pages(b));
+    const int64_t* x = page_table(a);
+    return (int32_t)((std::mismatch(x, x + num_pages, page_table(b)).first - x) * page_size_ / CHUNK);
   }
 
   // Whether anything reads what (token, head) pairs [first, first + size) of a row attend to.
@@ -365,7 +428,7 @@ class Program {
       case ATTEND:
       case MERGE: {
         const AttendPlan& plan = plan_for(op.attention);
-        const AttendContext context{&op.attention, pages_[(size_t)op.attention.layer], &step_, in, out, partials_};
+        const AttendContext context{&op.attention, pages_[(size_t)op.attention.layer], &step_, plan.members.data(), in, out, partials_};
         const int64_t heads = op.attention.num_kv_heads;
         const int64_t pieces = op.kind == ATTEND ? (int64_t)plan.units.size() : (int64_t)plan.splits.size();
         // One head after the other: its keys and values then stay in a core's cache while the rows of a long prompt go by.
@@ -428,6 +491,7 @@ class Program {
   std::vector<AttendPlan> plans_;
   // By token, whether it is sampled; of the plan that is being made.
   std::vector<uint8_t> is_wanted_;
+  std::vector<AttendMember> short_rows_;
   // Pieces given out, by parity of the step, thread and operation; and pieces done.
   std::vector<std::vector<Counter>> counters_[2];
   std::vector<Counter> done_[2];
