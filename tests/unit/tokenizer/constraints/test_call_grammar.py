@@ -6,17 +6,20 @@ Each format is tried over two vocabularies of single bytes: in one its marks are
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import jsonschema
 import pytest
 
 from headrace.errors import InvalidRequestError
 from headrace.grammars import Matcher, Vocabulary, compile_grammar, load_vocabulary
 from headrace.output_formats import REASONING_FORMATS, TOOL_FORMATS
+from services.detokenizer.parsers.output_parser import OutputParser, ReadingOptions
 from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.constraints.sources import ModelText, grammar_of
 
@@ -315,3 +318,43 @@ def test_reasoning_may_come_before_whatever_is_enforced(model_directory: Path, m
         assert model.allows(inside, thoughts, is_whole=False)
         assert not model.allows(inside, thoughts)
         assert not model.allows(free, opening + thoughts)
+
+
+def _mutated(text: str, choose: random.Random) -> str:
+    """A text with a part of it taken away, doubled, or replaced by a character of its own or a short piece of another place."""
+    start = choose.randrange(len(text))
+    end = min(len(text), start + choose.choice((0, 1, 1, 2, 5, 20)))
+    other = choose.randrange(len(text))
+    piece = choose.choice(("", text[other], text[other : other + 8], text[start:end] * 2, "\n", " ", '"', "3"))
+    return text[:start] + piece + text[end:]
+
+
+@pytest.mark.parametrize("tool_format", FORMS)
+def test_what_a_grammar_allows_is_read_as_calls_that_fit(model: Model, tool_format: str) -> None:
+    """Goal: grammars and the parsers of the detokenizer mean the same. Method: right outputs, changed a little at random; of those
+    that the grammar allows every strict call that is read must fit its schema."""
+    form, grammar = FORMS[tool_format], model.grammar("tool_calls", strict(), tool_format)
+    functions = [{"function": {"name": tool["name"], "parameters": tool["parameters"]}} for tool in TOOLS]
+    options = ReadingOptions(tool_format=tool_format, tools=json.dumps(functions))
+    choose, validator = random.Random(tool_format), jsonschema.Draft202012Validator(WEATHER)
+    num_allowed = num_calls = 0
+    for _ in range(200):
+        output = f"Hi. {form.lead}{form.of('get_weather', choose.choice((ARGUMENTS, FULL)))}{form.tail} Bye."
+        for _ in range(choose.choice((0, 1, 1, 2))):
+            output = _mutated(output, choose)
+        if not model.allows(grammar, output):
+            continue
+        num_allowed += 1
+        parser = OutputParser(options)
+        parser.push(output)
+        parser.finish()
+        _, _, parts = parser.take()
+        calls: dict[int, list[str]] = {}
+        for part in parts:
+            calls.setdefault(part.index, [part.name, ""])[1] += part.arguments
+        for name, arguments in calls.values():
+            if name == "get_weather":
+                num_calls += 1
+                validator.validate(json.loads(arguments))
+    assert num_allowed > 40
+    assert num_calls > 20
