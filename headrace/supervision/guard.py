@@ -57,7 +57,11 @@ def _stand_by(socket_fd: int) -> set[int] | None:
     """Follow the supervisor's messages; the open sessions when it is gone, or None when it sent us away."""
     sessions: set[int] = set()
     rest = b""
-    os.write(socket_fd, b".")
+    try:
+        os.write(socket_fd, b".")
+    except BrokenPipeError:
+        # Gone already, while this guard started in the place of one that was killed.
+        return sessions
     while True:
         try:
             data = os.read(socket_fd, 4096)

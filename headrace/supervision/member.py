@@ -147,12 +147,13 @@ class Member:
         """Watch a running process until it ends, a stop is asked for (None), or it is stuck (the reason)."""
         assert self._watch is not None
         while True:
+            # As of now, but only after the socket was emptied: a supervisor that was itself held up must not blame the child.
+            now_ns = time.monotonic_ns()
             for notification in process.take_notifications():
                 self._on_notification(notification)
             if process.returncode is not None or self._stop_reason is not None:
                 return None
-            # Only after the socket was emptied: a supervisor that was itself held up must not blame the child.
-            if (reason := self._watch.verdict(time.monotonic_ns())) is not None:
+            if (reason := self._watch.verdict(now_ns)) is not None:
                 return f"{reason}, process is {process.describe_state()}"
             deadline_ns = self._watch.deadline_ns()
             timeout_s = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / _NS)

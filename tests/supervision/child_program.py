@@ -11,7 +11,7 @@ import threading
 import time
 
 from headrace.lifecycle import State
-from headrace.supervision.child import attach
+from headrace.supervision.child import Notifier, attach
 
 
 def start_grandchildren(behaviour: dict) -> None:
@@ -30,6 +30,24 @@ def flood(num_bytes: int) -> None:
     line = b"x" * 999 + b"\n"
     for _ in range(num_bytes // len(line)):
         os.write(2, line)
+
+
+def load(behaviour: dict, notifier: Notifier) -> None:
+    """Report `load_steps` steps, each after the first once the file `load_gate` and the number of the one before is there."""
+    for number in range(behaviour.get("load_steps", 0)):
+        notifier.progress({"loaded": number})
+        sys.stderr.write(f"loaded {number}\n")
+        sys.stderr.flush()
+        while not os.path.exists(f"{behaviour['load_gate']}{number}"):
+            time.sleep(0.01)
+
+
+def beat(behaviour: dict, notifier: Notifier, num_steps: int) -> None:
+    """Report progress; each report leaves a dot in the file `beat_log`."""
+    notifier.progress({"num_steps": num_steps}, is_busy=bool(behaviour.get("busy")))
+    if "beat_log" in behaviour:
+        with open(behaviour["beat_log"], "a") as file:
+            file.write(".")
 
 
 def main() -> int:
@@ -54,9 +72,7 @@ def main() -> int:
             attachment.notifier.state(State.FAILED, "told before the end")
         return behaviour["exit_before_started"]
     if attachment is not None:
-        for number in range(behaviour.get("load_steps", 0)):
-            attachment.notifier.progress({"loaded": number})
-            time.sleep(behaviour["load_step_s"])
+        load(behaviour, attachment.notifier)
         if behaviour.get("heartbeat"):
             attachment.notifier.progress({"num_steps": 0})
         if not behaviour.get("never_started"):
@@ -67,7 +83,7 @@ def main() -> int:
     while not stop.wait(0.05):
         num_steps += 0 if behaviour.get("stuck") else 1
         if behaviour.get("heartbeat") and attachment is not None:
-            attachment.notifier.progress({"num_steps": num_steps}, is_busy=bool(behaviour.get("busy")))
+            beat(behaviour, attachment.notifier, num_steps)
         if time.monotonic() - begin > behaviour.get("live_s", 1e9):
             return behaviour.get("exit", 0)
     if attachment is not None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import WAIT_S, promised
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -56,7 +58,7 @@ class Tree:
         self.stdout_path = directory / f"stdout-{self.tag}"
         self.stderr_path = directory / f"stderr-{self.tag}"
         self.specs: list[dict] = []
-        self.limits: dict = {"drain_deadline_s": 10.0, "term_deadline_s": 1.0, "start_timeout_s": 30.0}
+        self.limits: dict = {"drain_deadline_s": WAIT_S, "term_deadline_s": 1.0, "start_timeout_s": WAIT_S}
         self.options: dict = {}
         """More for the plan of tree_program.py."""
         self.popen: subprocess.Popen[bytes] | None = None
@@ -88,6 +90,19 @@ class Tree:
                 start_new_session=True,
             )
 
+    def stop_clock(self) -> None:
+        """Before the start: the supervisor's clock stands until `move_clock`, so that no load makes a deadline pass."""
+        self.options["clock_path"] = str(self.directory / f"clock-{self.tag}")
+        self._clock_s = 0.0
+        self.move_clock(0.0)
+
+    def move_clock(self, seconds: float) -> None:
+        """Let `seconds` pass at once. The supervisor sees it at its next look."""
+        self._clock_s += seconds
+        path = Path(self.options["clock_path"])
+        path.with_suffix(".new").write_text(str(self._clock_s))
+        path.with_suffix(".new").replace(path)
+
     @property
     def pid(self) -> int:
         assert self.popen is not None
@@ -106,7 +121,7 @@ class Tree:
     def stderr(self) -> str:
         return self.stderr_path.read_text(errors="replace")
 
-    def wait_ready(self, *names: str, times: int = 1, timeout_s: float = 30.0) -> None:
+    def wait_ready(self, *names: str, times: int = 1, timeout_s: float = WAIT_S) -> None:
         for name in names or [spec["name"] for spec in self.specs]:
             wait_until(lambda name=name: self.states(name).count("ready") >= times, timeout_s, f"{name} ready, {times} times")
 
@@ -123,18 +138,20 @@ class Tree:
     def signal(self, signum: int) -> None:
         os.kill(self.pid, signum)
 
-    def wait(self, timeout_s: float = 30.0) -> int:
+    def wait(self, timeout_s: float = WAIT_S) -> int:
         assert self.popen is not None
         return self.popen.wait(timeout_s)
 
-    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
         wait_until(condition, timeout_s, what)
 
-    def wait_nothing_left(self, timeout_s: float) -> None:
+    def wait_nothing_left(self, promised_s: float) -> None:
         """No process, no run directory; the limit starts now, for both."""
-        end = time.monotonic() + timeout_s
-        wait_until(lambda: not self.pids(), timeout_s, f"no process of the tree left, but: {self.pids()}")
+        begin = time.monotonic()
+        end = begin + promised(promised_s)
+        wait_until(lambda: not self.pids(), promised(promised_s), f"no process of the tree left, but: {self.pids()}")
         wait_until(lambda: not self.run_directory.exists(), end - time.monotonic() + 0.1, "run directory removed")
+        print(f"nothing left after {time.monotonic() - begin:.2f} s, promised within {promised_s:g} s")
 
     def destroy(self) -> None:
         """After a failed test: leave nothing on the machine."""

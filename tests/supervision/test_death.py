@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(180)
+from tests.patience import WAIT_S, promised
+
+
+def wait_beats(tree, log, count=5):
+    """Wait until a process with this `beat_log` has sent `count` more heartbeats."""
+    before = log.stat().st_size if log.exists() else 0
+    tree.wait_until(lambda: log.exists() and log.stat().st_size >= before + count, f"{count} heartbeats")
 
 
 def test_kill_of_the_supervisor_leaves_nothing_within_3_s(tree):
@@ -64,7 +70,7 @@ def test_without_its_guard_the_children_still_die_with_the_supervisor(tree):
     tree.signal(signal.SIGKILL)
     os.kill(guard_pid, signal.SIGKILL)
     tree.wait()
-    tree.wait_until(lambda: not tree.pids(), "no process of the tree", timeout_s=3)
+    tree.wait_until(lambda: not tree.pids(), "no process of the tree", timeout_s=promised(3))
 
 
 def test_a_killed_guard_is_replaced_and_the_new_one_does_its_work(tree):
@@ -73,8 +79,8 @@ def test_a_killed_guard_is_replaced_and_the_new_one_does_its_work(tree):
     tree.wait_ready()
     first = tree.guard_pid()
     os.kill(first, signal.SIGKILL)
+    # From this moment on, though it may not yet have looked round.
     tree.wait_until(lambda: any("guard import main" in line and pid != first for pid, line in tree.pids().items()), "a new guard")
-    time.sleep(0.3)
     tree.signal(signal.SIGKILL)
     tree.wait()
     tree.wait_nothing_left(3)
@@ -92,9 +98,9 @@ def test_each_killed_process_is_back_and_its_descendants_are_gone(tree):
         before = set(tree.pids())
         victim = tree.child_pid(name)
         os.kill(victim, signal.SIGKILL)
-        tree.wait_ready(name, times=2, timeout_s=20)
+        tree.wait_ready(name, times=2)
         assert tree.child_pid(name) != victim
-        tree.wait_until(lambda: len(tree.pids()) == num_processes, "as many processes as before", timeout_s=5)
+        tree.wait_until(lambda: len(tree.pids()) == num_processes, "as many processes as before")
         assert len(before - set(tree.pids())) >= 3, "the process, its grandchild and its daemon are gone"
     assert "killed by SIGKILL" in [event["reason"] for event in tree.events("process.exited")]
     tree.signal(signal.SIGTERM)
@@ -109,7 +115,7 @@ def test_a_killed_grandchild_touches_nothing_else(tree):
     daemon = next(pid for pid, line in tree.pids().items() if line.startswith("sh -c while") and pid != tree.child_pid("router"))
     os.kill(daemon, signal.SIGKILL)
     tree.wait_until(lambda: daemon not in tree.pids(), "daemon gone")
-    tree.wait_until(lambda: not os.path.exists(f"/proc/{daemon}"), "no zombie of it either", timeout_s=5)
+    tree.wait_until(lambda: not os.path.exists(f"/proc/{daemon}"), "no zombie of it either")
     assert tree.states("router") == ["starting", "started", "ready"]
     tree.signal(signal.SIGTERM)
     assert tree.wait() == 0
@@ -160,13 +166,15 @@ def test_a_group_member_that_was_told_to_drain_by_others_ends_the_group_with_sta
 
 
 def test_a_silent_process_is_named_dumped_and_restarted(tree):
+    tree.stop_clock()
     tree.add("worker", spec={"stall_timeout_s": 1.0}, heartbeat=True, grandchild=True)
     tree.add("steady", spec={"stall_timeout_s": 1.0})
     tree.start()
     tree.wait_ready()
     victim = tree.child_pid("worker")
     os.kill(victim, signal.SIGSTOP)
-    tree.wait_ready("worker", times=2, timeout_s=20)
+    tree.move_clock(1.5)
+    tree.wait_ready("worker", times=2)
     stalled = tree.events("process.stalled")
     assert [(event["process"], event["process_pid"]) for event in stalled] == [("worker", victim)]
     assert "no heartbeat for" in stalled[0]["reason"]
@@ -177,25 +185,34 @@ def test_a_silent_process_is_named_dumped_and_restarted(tree):
     assert tree.wait() == 0
 
 
-def test_a_busy_process_without_progress_is_restarted_though_it_sends_heartbeats(tree):
-    tree.add("worker", spec={"stall_timeout_s": 1.0}, heartbeat=True, busy=True, stuck=True)
-    tree.add("idle", spec={"stall_timeout_s": 1.0}, heartbeat=True, stuck=True)
+def test_a_busy_process_without_progress_is_restarted_though_it_sends_heartbeats(tree, tmp_path):
+    # Of each the next heartbeat is the next look, so that the idle one's silence is never longer than its limit.
+    tree.stop_clock()
+    tree.add("worker", spec={"stall_timeout_s": WAIT_S}, heartbeat=True, busy=True, stuck=True)
+    tree.add("idle", spec={"stall_timeout_s": WAIT_S}, heartbeat=True, stuck=True, beat_log=str(tmp_path / "beats"))
     tree.start()
-    tree.wait_ready("worker", times=2, timeout_s=20)
+    tree.wait_ready()
+    while not tree.events("process.stalled"):
+        tree.move_clock(2 * WAIT_S)
+        wait_beats(tree, tmp_path / "beats")
+    tree.wait_ready("worker", times=2)
     assert "busy without progress for" in tree.events("process.stalled")[0]["reason"]
     assert {event["process"] for event in tree.events("process.stalled")} == {"worker"}
     tree.signal(signal.SIGTERM)
     assert tree.wait() == 0
 
 
-def test_a_supervisor_that_was_itself_stopped_does_not_blame_its_children(tree):
-    tree.add("worker", spec={"stall_timeout_s": 1.0}, heartbeat=True)
+def test_a_supervisor_that_was_itself_stopped_does_not_blame_its_children(tree, tmp_path):
+    tree.stop_clock()
+    tree.add("worker", spec={"stall_timeout_s": 1.0}, heartbeat=True, beat_log=str(tmp_path / "beats"))
     tree.start()
     tree.wait_ready()
     tree.signal(signal.SIGSTOP)
-    time.sleep(2.5)
+    tree.move_clock(2.5)
+    # What is sent meanwhile waits in the socket.
+    wait_beats(tree, tmp_path / "beats")
     tree.signal(signal.SIGCONT)
-    time.sleep(0.5)
+    wait_beats(tree, tmp_path / "beats")
     assert tree.events("process.stalled") == []
     tree.signal(signal.SIGTERM)
     assert tree.wait() == 0
@@ -208,7 +225,7 @@ def test_a_flood_of_stderr_stalls_nobody_and_costs_no_memory(tree):
     tree.start(stderr=writing)
     os.close(writing)
     try:
-        tree.wait_ready(timeout_s=60)
+        tree.wait_ready()
         status = dict(line.split(":", 1) for line in Path(f"/proc/{tree.pid}/status").read_text().splitlines())
         assert int(status["VmHWM"].split()[0]) < 100_000, "kB; the supervisor's peak"
         tree.signal(signal.SIGTERM)
