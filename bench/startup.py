@@ -11,7 +11,6 @@ import json
 import os
 import select
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
+from bench.free_ports import free_ports
 from bench.machine import provenance
 
 LIMIT_S: Final = 6.0
@@ -51,7 +51,7 @@ def measure(model: str, *, arguments: list[str]) -> Start:
     Raises:
         TimeoutError: It was not ready in time.
     """
-    http_port, grpc_port = _free_ports(2)
+    http_port, grpc_port = free_ports(2)
     ports = {"router-http-port": http_port, "router-grpc-port": grpc_port}
     ports |= {f"telemetry-{service}-metrics-port": 0 for service in _METRICS}
     options = [part for name, port in ports.items() for part in (f"--{name}", str(port))]
@@ -101,16 +101,6 @@ def _phases(lines: IO[str]) -> dict[str, dict[str, float]]:
             seconds = {key.removesuffix("_s"): value for key, value in event.items() if key.endswith("_s")}
             found.setdefault(str(event.get("service")), {}).update(seconds)
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def main(arguments: list[str]) -> int:

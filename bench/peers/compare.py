@@ -16,11 +16,12 @@ from typing import Any
 
 import orjson
 
+from bench.free_ports import free_ports
 from bench.machine import provenance
 from bench.peers import proc, report, servers
 from bench.peers.block import Block, Target, Turn, supports_in_process
 from bench.peers.layout import Layout
-from bench.peers.running import RunningServer, free_ports, running
+from bench.peers.running import RunningServer, running
 from bench.peers.servers import OURS, ServerSpec
 from bench.peers.steps import tail
 from bench.peers.workloads import WORKLOADS

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -141,15 +140,6 @@ def _check_memory(spec: ServerSpec) -> None:
             f"{spec.name} needs {spec.needs_bytes / _GIB:.0f} GiB of memory, and {available_bytes / _GIB:.1f} GiB are left beside "
             "the servers already up: leave a peer out (--peers)"
         )
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on right now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _answers(url: str) -> bool:

@@ -5,33 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import urllib.request
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.process_tree import processes_marked, wait_until
-
-READY_TIMEOUT_S = 120
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on now. For servers that must come back at the same port after a kill."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+from tests.patience import WAIT_S
 
 
 def get(url: str) -> str:
     """A page's text."""
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with urllib.request.urlopen(url, timeout=WAIT_S) as response:
         text: str = response.read().decode()
     return text
 
@@ -82,9 +70,7 @@ class Server:
             )
         self._reader = threading.Thread(target=self._read_stdout, daemon=True)
         self._reader.start()
-        wait_until(
-            lambda: self.http or self.process.poll() is not None, READY_TIMEOUT_S, f"ready line; stderr:\n{self.stderr_tail()}"
-        )
+        wait_until(lambda: self.http or self.process.poll() is not None, WAIT_S, f"ready line; stderr:\n{self.stderr_tail()}")
         if not self.http:
             raise AssertionError(f"ended with {self.process.returncode} before it was ready:\n{self.stderr_tail()}")
         return self
@@ -106,7 +92,7 @@ class Server:
         """Ctrl-C; returns the exit status. A tree that does not end is killed and fails the test."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        return self.process.wait(60)
+        return self.process.wait(WAIT_S)
 
     def kill_all(self) -> None:
         """End whatever is left, by pid."""
@@ -116,8 +102,8 @@ class Server:
             except ProcessLookupError:
                 continue
         if self._process is not None:
-            self._process.wait(10)
-            self._reader.join(10)
+            self._process.wait(WAIT_S)
+            self._reader.join(WAIT_S)
             assert self._process.stdout is not None
             self._process.stdout.close()
 
@@ -134,7 +120,7 @@ class Server:
 
     def wait_standby(self) -> None:
         """Until a worker stands by and has imported what it will want."""
-        wait_until(self._has_standby, 60, "a worker that stands by")
+        wait_until(self._has_standby, WAIT_S, "a worker that stands by")
 
     def _has_standby(self) -> bool:
         events = self.log_lines("service.standing_by")
@@ -153,11 +139,10 @@ class Server:
         """All finished spans, when `telemetry_trace_file` is `self.trace_file`."""
         return [json.loads(line) for line in self.trace_file.read_text().splitlines()] if self.trace_file.exists() else []
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples on the router's /metrics."""
-        with urllib.request.urlopen(f"{self.http}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's samples on the router's /metrics, of those with this label where one is given."""
+        lines = get(f"{self.http}/metrics").splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == name and label in line)
 
     def _read_stdout(self) -> None:
         assert self.process.stdout is not None

@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.e2e.process_tree import wait_until
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 
@@ -22,7 +24,7 @@ MODEL = "smollm2-135m-instruct"
 def post(server: Server, path: str, body: bytes, content_type: str = "application/json") -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(f"{server.http}{path}", data=body, headers={"Content-Type": content_type}, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -66,7 +68,7 @@ def test_bad_body_gets_one_clear_error(server: Server, body: Any, status: int, w
 
 def test_a_100_mb_body_is_refused_early(server: Server) -> None:
     address = urlsplit(server.http)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=WAIT_S)
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(100 * 1024 * 1024))
@@ -81,25 +83,31 @@ def test_a_100_mb_body_is_refused_early(server: Server) -> None:
 def test_client_that_never_reads_does_not_stop_the_others(server: Server) -> None:
     address = urlsplit(server.http)
     body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}).encode()
-    with socket.create_connection((address.hostname, address.port), timeout=10) as deaf:
+    with socket.create_connection((address.hostname, address.port), timeout=WAIT_S) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         deaf.sendall(head.encode() + body)
         still_answers(server)
 
 
-def test_disconnect_frees_the_request(server: Server) -> None:
-    from tests.e2e.process_tree import wait_until
+def num_aborted(server: Server) -> float:
+    return server.metric("headrace_requests_total", 'status="499"')
 
+
+def test_disconnect_frees_the_request(server: Server) -> None:
+    # Those of the tests before count, too, when they come to their end.
+    wait_until(lambda: server.metric("headrace_router_open_requests") == 0, WAIT_S, "nothing is open")
+    before = num_aborted(server)
     address = urlsplit(server.http)
     body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}).encode()
-    with socket.create_connection((address.hostname, address.port), timeout=30) as client:
+    with socket.create_connection((address.hostname, address.port), timeout=WAIT_S) as client:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall(head.encode() + body)
         client.recv(100)
         # The gauge is set several times a second.
-        wait_until(lambda: server.metric("headrace_router_open_requests") >= 1, 5, "the request is counted")
-    wait_until(lambda: server.metric("headrace_router_open_requests") == 0, 5, "the request is forgotten")
+        wait_until(lambda: server.metric("headrace_router_open_requests") >= 1, WAIT_S, "the request is counted")
+    wait_until(lambda: server.metric("headrace_router_open_requests") == 0, WAIT_S, "the request is forgotten")
+    assert num_aborted(server) == before + 1, "it ended because its client had left"
 
 
 @pytest.mark.parametrize(("path", "status"), [("/nothing", 404), ("/v1/models", 405)])

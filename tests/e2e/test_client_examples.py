@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.process_tree import wait_until
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "clients" / "python" / "examples"
 
@@ -18,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "clients" / "python" / "example
 @pytest.mark.parametrize("name", ["stream_a_chat.py", "stream_a_chat_async.py"])
 def test_python_examples(server: Server, name: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), server.grpc], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(EXAMPLES / name), server.grpc], capture_output=True, text=True, timeout=WAIT_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout.splitlines()[0]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 import transformers
 
 from headrace.models.pull import pull
-from tests.e2e.process_tree import kill, processes_marked
+from tests.e2e.process_tree import kill, processes_marked, wait_until
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 MODEL = "all-minilm-l6-v2"
 TEXTS = [
@@ -53,7 +53,7 @@ def embedding_server(embedding_directory: Path, default_model_directory: Path, m
 
 
 def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
 
 
 def reference(directory: Path, texts: list[str]) -> Vectors:
@@ -122,11 +122,13 @@ def test_texts_survive_whatever_has_them(embedding_server: Server, what: str) ->
     found: list[Vectors] = []
     asking = threading.Thread(target=lambda: found.append(served(server, texts)))
     asking.start()
-    time.sleep(0.3)
+    wait_until(
+        lambda: server.metric("headrace_router_open_requests") >= 1 or not asking.is_alive(), WAIT_S, "the texts are under way"
+    )
     victims = server.tree() if what == "services.scheduler" else processes_marked(f"HEADRACE_MODEL_NAME={MODEL}")
     (victim,) = [pid for pid, command in server.tree().items() if pid in victims and command.endswith(f"-m {what}")]
     kill(victim)
-    asking.join(120)
+    asking.join(WAIT_S)
     assert found, "the request ended with an error"
     np.testing.assert_allclose(found[0][:3], expected, atol=1e-5)
-    assert victim not in server.tree()
+    wait_until(lambda: victim not in server.tree(), WAIT_S, "the victim is gone")

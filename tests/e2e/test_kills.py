@@ -14,14 +14,16 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from bench.free_ports import free_ports
 from tests.e2e.process_tree import kill, listening_ports, wait_until
-from tests.e2e.server import Server, free_ports
+from tests.e2e.server import Server
+from tests.patience import WAIT_S, promised
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
-LIMIT_S = 3.0
-"""Everything is gone, or the service is back, within this time of the kill."""
+PROMISED_S = 3.0
+"""Everything is gone, or the service is back, within this time of the kill, on a machine that does nothing else."""
 
 NUM_TRIES = 3
 """A pause of the machine is not ours: the best of three kills counts."""
@@ -42,7 +44,7 @@ def victim(default_model_directory: Path, model_store: Path) -> Iterator[Server]
 
 
 def answer(server: Server, max_tokens: int = 2) -> str:
-    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     return client.completions.create(model=MODEL, prompt="Hi", max_tokens=max_tokens, temperature=0).choices[0].text
 
 
@@ -69,16 +71,16 @@ def test_killed_service_is_back_in_time(victim: Server, what: str) -> None:
     """Goal: a service, or the whole worker group, has a new life that serves within the limit."""
     took_s = []
     for _ in range(NUM_TRIES):
-        wait_until(lambda: is_serving(victim), 30, "serving before the kill")
+        wait_until(lambda: is_serving(victim), WAIT_S, "serving before the kill")
         victim.wait_standby()
         before = processes_of(victim, what)
         kill(victim.pid_of(what))
-        took_s.append(wait_until(lambda: is_serving(victim), 60, f"serving after {what} was killed"))
+        took_s.append(wait_until(lambda: is_serving(victim), WAIT_S, f"serving after {what} was killed"))
         assert not before & processes_of(victim, what)
-        if took_s[-1] <= LIMIT_S:
+        if took_s[-1] <= promised(PROMISED_S):
             break
-    print(f"\n{what}: serving again {took_s} s after its SIGKILL, limit {LIMIT_S} s")
-    assert min(took_s) <= LIMIT_S
+    print(f"\n{what}: serving again {took_s} s after its SIGKILL, promised within {PROMISED_S} s")
+    assert min(took_s) <= promised(PROMISED_S)
 
 
 COUNTED: dict[str, Any] = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "echo": True, "logprobs": 2}
@@ -91,8 +93,8 @@ CONSTRAINED: dict[str, Any] = {"extra_body": {"guided_regex": "([0-9]{2}, ){40}e
 @pytest.mark.parametrize("what", ["services.detokenizer", "services.scheduler"])
 def test_tool_calls_outlive_the_death_of_a_stage(victim: Server, what: str) -> None:
     """Names come once and arguments without gap or repeat, though the stream is read again from its tokens."""
-    wait_until(lambda: is_serving(victim), 60, "serving before the kill")
-    client = openai.OpenAI(base_url=f"{victim.http}/v1", api_key="none", max_retries=0, timeout=120)
+    wait_until(lambda: is_serving(victim), WAIT_S, "serving before the kill")
+    client = openai.OpenAI(base_url=f"{victim.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     text = {"type": "object", "properties": {"text": {"type": "string", "minLength": 200, "maxLength": 300}}, "required": ["text"]}
     asked: Any = {
         "messages": [{"role": "user", "content": "Write about mills."}],
@@ -130,8 +132,8 @@ def test_tool_calls_outlive_the_death_of_a_stage(victim: Server, what: str) -> N
 )
 def test_stream_outlives_the_death_of_a_stage(victim: Server, what: str, wants: dict[str, Any]) -> None:
     """Goal: no gap, no duplicate, no error. Method: kill after some tokens; compare with an undisturbed answer."""
-    wait_until(lambda: is_serving(victim), 60, "serving before the kill")
-    client = openai.OpenAI(base_url=f"{victim.http}/v1", api_key="none", max_retries=0, timeout=120)
+    wait_until(lambda: is_serving(victim), WAIT_S, "serving before the kill")
+    client = openai.OpenAI(base_url=f"{victim.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     asked: Any = {"prompt": "1, 2, 3, 4,", "max_tokens": 120, "temperature": 0, "extra_body": {"ignore_eos": True}, **wants}
 
     def stream() -> Iterator[tuple[str, list[tuple[str, float | None]]]]:
@@ -163,10 +165,10 @@ def test_nothing_is_left_of_a_killed_supervisor(default_model_directory: Path, m
         assert with_ports <= listening_ports()
         kill(server.process.pid)
         took_s = wait_until(
-            lambda: not server.tree() and not with_ports & listening_ports(), LIMIT_S, "processes and ports are gone"
+            lambda: not server.tree() and not with_ports & listening_ports(), promised(PROMISED_S), "processes and ports are gone"
         )
         print(f"\nall gone {took_s:.2f} s after the supervisor's SIGKILL")
-        wait_until(lambda: not server.run_directory.exists(), LIMIT_S, "ipc files are gone")
+        wait_until(lambda: not server.run_directory.exists(), promised(PROMISED_S), "ipc files are gone")
     finally:
         server.kill_all()
 
@@ -186,7 +188,7 @@ def test_nothing_is_left_of_a_supervisor_killed_while_it_starts(
     ) as process:
         time.sleep(delay_s)
         kill(process.pid)
-    wait_until(lambda: not server.tree(), LIMIT_S, f"all gone: {server.tree()}")
+    wait_until(lambda: not server.tree(), promised(PROMISED_S), f"all gone: {server.tree()}")
 
 
 def test_interrupt_stops_everything_with_status_0(default_model_directory: Path, model_store: Path) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import openai
 import pytest
 
+from bench.free_ports import free_ports
 from tests.e2e.process_tree import wait_until
-from tests.e2e.server import Server, free_ports, get
+from tests.e2e.server import Server, get
+from tests.patience import IS_MACHINE_QUIET, WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 NUM_PREFIX_TOKENS = 1000
@@ -87,19 +89,30 @@ def ask(client: openai.OpenAI, messages: list[dict[str, Any]]) -> tuple[float, s
     return first - started, text, usage
 
 
-def test_a_shared_prefix_is_computed_once(small_server: Server, default_model_directory: Path) -> None:
-    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=120)
+def num_prefilled(worker_metrics: int) -> float:
+    return metric(worker_metrics, 'headrace_worker_tokens_total{phase="prefill"}')
+
+
+def test_a_shared_prefix_is_computed_once(small_server: Server, worker_metrics: int, default_model_directory: Path) -> None:
+    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     ask(client, [{"role": "user", "content": "Hello"}])
     questions = ["How many mills are there?", "What do the mills grind?", "Where does mill number 7 stand?"]
-    asked = [ask(client, long_messages(question)) for question in questions]
+    asked, computed = [], []
+    for question in questions:
+        before = num_prefilled(worker_metrics)
+        asked.append(ask(client, long_messages(question)))
+        computed.append(num_prefilled(worker_metrics) - before)
     prompt_tokens, cached = asked[1][2].prompt_tokens, asked[1][2].prompt_tokens_details.cached_tokens
     assert prompt_tokens > NUM_PREFIX_TOKENS
     assert asked[0][2].prompt_tokens_details.cached_tokens < 100, "only the template's first words were known"
     assert cached >= 0.95 * NUM_PREFIX_TOKENS
+    for (_, _, usage), num_computed in zip(asked, computed, strict=True):
+        assert num_computed == usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens
     # Times of one run against each other; the better of two, for a neighbour may take the processor meanwhile.
     ratio = asked[0][0] / min(asked[1][0], asked[2][0])
     print(f"\n{cached} of {prompt_tokens} prompt tokens cached; time to first token {ratio:.1f} times shorter")
-    assert ratio >= 5
+    if IS_MACHINE_QUIET:
+        assert ratio >= 5
     # The same once more: now the first, which was computed whole, finds its prompt cached, too.
     _, again, usage = ask(client, long_messages(questions[0]))
     assert usage.prompt_tokens_details.cached_tokens >= 0.95 * NUM_PREFIX_TOKENS
@@ -112,12 +125,9 @@ def test_a_shared_prefix_is_computed_once(small_server: Server, default_model_di
 
 
 async def test_eight_at_once_compute_their_shared_prefix_once(small_server: Server, worker_metrics: int) -> None:
-    def num_prefilled() -> float:
-        return metric(worker_metrics, 'headrace_worker_tokens_total{phase="prefill"}')
-
     prefix = [1000 + 3 * index for index in range(NUM_SHARED_TOKENS)]
-    before = num_prefilled()
-    async with openai.AsyncOpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    before = num_prefilled(worker_metrics)
+    async with openai.AsyncOpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
         answers = await asyncio.gather(
             *(
                 client.completions.create(
@@ -135,7 +145,7 @@ async def test_eight_at_once_compute_their_shared_prefix_once(small_server: Serv
         assert answer.usage.prompt_tokens_details is not None
         cached.append(answer.usage.prompt_tokens_details.cached_tokens or 0)
     assert sorted(cached) == [0] + [NUM_SHARED_TOKENS] * (NUM_SHARING - 1)
-    assert num_prefilled() - before == NUM_SHARED_TOKENS + NUM_SHARING * NUM_OWN_TOKENS
+    assert num_prefilled(worker_metrics) - before == NUM_SHARED_TOKENS + NUM_SHARING * NUM_OWN_TOKENS
 
 
 def num_cached(client: openai.OpenAI, **extra: Any) -> int:
@@ -148,13 +158,13 @@ def num_cached(client: openai.OpenAI, **extra: Any) -> int:
 
 
 def test_salts_keep_caches_apart_and_a_flush_empties_them(small_server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     assert num_cached(client) == 0
     assert num_cached(client) > 100
     assert num_cached(client, cache_salt="mine") == 0
     assert num_cached(client, cache_salt="mine") > 100
     flush = urllib.request.Request(f"{small_server.http}/flush_cache", method="POST")
-    with urllib.request.urlopen(flush, timeout=10) as response:
+    with urllib.request.urlopen(flush, timeout=WAIT_S) as response:
         assert json.load(response)["num_pages"] > 10
     assert num_cached(client) == num_cached(client, cache_salt="mine") == 0
     with pytest.raises(openai.BadRequestError, match="priority is 5 and this scheduler does not go by priority"):
@@ -162,7 +172,7 @@ def test_salts_keep_caches_apart_and_a_flush_empties_them(small_server: Server) 
 
 
 def test_choices_fork_from_one_prefill(small_server: Server, scheduler_metrics: int) -> None:
-    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     asked: dict[str, Any] = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Name an animal that nobody else would name."}],
@@ -179,7 +189,7 @@ def test_choices_fork_from_one_prefill(small_server: Server, scheduler_metrics: 
     assert whole.usage is not None
     assert whole.usage.prompt_tokens == alone.usage.prompt_tokens
     assert whole.usage.completion_tokens > alone.usage.completion_tokens
-    wait_until(lambda: metric(scheduler_metrics, "headrace_scheduler_forks_total") == num_forked + 3, 10, "three forks")
+    wait_until(lambda: metric(scheduler_metrics, "headrace_scheduler_forks_total") == num_forked + 3, WAIT_S, "three forks")
 
     texts = ["", "", "", ""]
     chunks = list(client.chat.completions.create(**asked, n=4, stream=True, stream_options={"include_usage": True}))
@@ -193,7 +203,7 @@ def test_choices_fork_from_one_prefill(small_server: Server, scheduler_metrics: 
 
 @pytest.mark.usefixtures("native_library")
 def test_an_answer_given_before_is_drafted_from_the_cache_and_is_the_same(small_server: Server, worker_metrics: int) -> None:
-    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"{small_server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
 
     def num_right() -> float:
         return metric(worker_metrics, 'headrace_worker_draft_tokens_total{outcome="accepted"}')

@@ -9,10 +9,12 @@ from typing import Any
 import openai
 import pytest
 
+from bench.free_ports import free_ports
 from bench.serve.worker_gap import parse_worker_times
-from tests.e2e.server import Server, free_ports, get
+from tests.e2e.server import Server, get
+from tests.patience import IS_MACHINE_QUIET, WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 ASKED: list[dict[str, Any]] = [
@@ -26,14 +28,14 @@ NUM_CONCURRENT = 16
 
 async def answers(server: Server) -> list[tuple[str, str]]:
     """Text and finish reason of each request of ASKED, one after another: rows of a batch may change each other's last bits."""
-    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
         choices = [(await client.completions.create(model=MODEL, **asked)).choices[0] for asked in ASKED]
     return [(choice.text, str(choice.finish_reason)) for choice in choices]
 
 
 async def load(server: Server) -> None:
     """Sixteen answers at once."""
-    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
         requests = [
             client.completions.create(model=MODEL, prompt=f"{index} is", max_tokens=60, extra_body={"ignore_eos": True})
             for index in range(NUM_CONCURRENT)
@@ -58,4 +60,5 @@ def test_running_ahead_changes_no_output_and_fills_the_gaps(default_model_direct
     assert found["true"] == found["false"]
     assert any(reason == "stop" for _, reason in found["true"])
     print(f"\nidle between steps: {idle_share['true']:.2%} ahead, {idle_share['false']:.2%} not")
-    assert idle_share["true"] < idle_share["false"]
+    if IS_MACHINE_QUIET:
+        assert idle_share["true"] < idle_share["false"]

@@ -13,15 +13,16 @@ from headrace.v1.common_pb2 import LogitBias, SamplingParams, StoppingParams
 from headrace.v1.inference_pb2 import GenerateRequest
 from headrace.v1.inference_pb2_grpc import InferenceStub
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 PROMPT = "The capital of France is"
 
 
 def complete(server: Server, **fields: Any) -> Any:
-    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     ours = ("repetition_penalty", "min_tokens", "prompt_logprobs", "ignore_eos", "min_p")
     extra = {name: fields.pop(name) for name in ours if name in fields}
     return client.completions.create(
@@ -50,7 +51,7 @@ def test_penalties_and_biases_change_the_text_as_they_should(server: Server) -> 
 
 
 def test_min_tokens_keeps_the_end_away(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
     messages: Any = [{"role": "user", "content": "Say only: yes"}]
     ask = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 64}
     longer = client.chat.completions.create(**ask, logprobs=True, extra_body={"min_tokens": 40})
@@ -89,7 +90,7 @@ def test_logprobs_are_the_same_streamed_whole_echoed_and_over_grpc(server: Serve
         prompt_logprobs=0,
     )
     with grpc.insecure_channel(server.grpc) as channel:
-        pieces = list(InferenceStub(channel).Generate(request, timeout=60))
+        pieces = list(InferenceStub(channel).Generate(request, timeout=WAIT_S))
     tokens = [token for piece in pieces for token in piece.logprobs]
     assert [token.text.decode() for token in tokens] == whole.logprobs.tokens
     assert [token.logprob for token in tokens] == pytest.approx(whole.logprobs.token_logprobs)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.process_tree import processes_marked
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
 
 def serve(directory: Path, **settings: str) -> tuple[int, str]:
@@ -31,7 +32,7 @@ def serve(directory: Path, **settings: str) -> tuple[int, str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=WAIT_S,
         check=False,
     )
     assert not processes_marked(f"HEADRACE_RUN_DIRECTORY={directory / 'run'}")

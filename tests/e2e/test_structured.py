@@ -18,8 +18,9 @@ from headrace.v1.common_pb2 import CONSTRAINT_KIND_REGEX, FINISH_REASON_STOP, Co
 from headrace.v1.inference_pb2 import GenerateRequest
 from headrace.v1.inference_pb2_grpc import InferenceStub
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 NUM_SCHEMAS = int(os.environ.get("STRUCTURED_SCHEMAS", "25"))
@@ -53,7 +54,7 @@ def verdict(server: Server, case: Case) -> str:
     return "valid"
 
 
-@pytest.mark.timeout(3000 if NUM_SCHEMAS > 100 else 180)
+@pytest.mark.timeout(3000 if NUM_SCHEMAS > 100 else 300)
 def test_every_output_is_valid_or_cut_by_its_length(server: Server) -> None:
     """Goal: what a schema says holds. Method: schemas by a seeded program, sixteen at a time, and an independent validator."""
     with ThreadPoolExecutor(16) as pool:
@@ -138,6 +139,6 @@ def test_grpc_takes_a_constraint_too(server: Server) -> None:
             sampling=SamplingParams(temperature=0),
             stopping=StoppingParams(max_tokens=20),
         )
-        pieces = list(InferenceStub(channel).Generate(request, timeout=60))
+        pieces = list(InferenceStub(channel).Generate(request, timeout=WAIT_S))
     assert re.fullmatch("[0-9]{4}", "".join(piece.text for piece in pieces))
     assert pieces[-1].finish_reason == FINISH_REASON_STOP

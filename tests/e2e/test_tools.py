@@ -12,8 +12,9 @@ import openai
 import pytest
 
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 WEATHER: dict[str, Any] = {
@@ -35,7 +36,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "What is the weather in Paris
 
 
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
 
 
 def ask(server: Server, **fields: Any) -> Any:

@@ -15,8 +15,9 @@ import torch
 import transformers
 
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 PROMPTS = ("The mill stands by", "Water comes through the channel and then it turns")
 
@@ -54,7 +55,7 @@ def ask(server: Server, model: str, prompt: str) -> str:
     request = urllib.request.Request(
         f"{server.http}/v1/completions", data=json.dumps(body).encode(), headers={"content-type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=100) as response:
+    with urllib.request.urlopen(request, timeout=WAIT_S) as response:
         text: str = json.loads(response.read())["choices"][0]["text"]
     return text
 

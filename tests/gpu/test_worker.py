@@ -12,7 +12,7 @@ import torch
 
 from tests.parity.families import FAMILIES, assert_near, make_checkpoint
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 NAMES = [name for name in FAMILIES if " " not in name]
 

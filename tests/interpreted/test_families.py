@@ -13,8 +13,6 @@ import torch
 from tests.interpreted.running import make_driver, mixed_steps
 from tests.parity.families import FAMILIES, assert_near
 
-pytestmark = pytest.mark.timeout(240)
-
 ONE_OF_A_KIND = ("llama", "qwen3_moe", "gemma2", "gemma3", "olmo2", "phi3 longrope", "smollm3 windows", "granite", "gpt_oss")
 """Between them: every operation, bias, window, soft cap, sink, norm of heads and of rows, scaled residual, mixture of each kind."""
 

@@ -24,8 +24,6 @@ from tests.interpreted.running import load, make_driver, mixed_steps, options_fo
 from tests.parity.conftest import Driver
 from tests.parity.families import assert_near
 
-pytestmark = pytest.mark.timeout(240)
-
 KV_BYTES = 8 * 2 * 2 * 32 * 4
 """Of a page: tokens, keys and values, heads, head size, float32; of the checkpoint, which has one layer."""
 

@@ -25,7 +25,6 @@ def outcomes() -> dict[str, Outcome]:
     return compile_all(quick=True)
 
 
-@pytest.mark.timeout(240)
 def test_the_quick_cases_compile_within_their_limits(outcomes: dict[str, Outcome]) -> None:
     assert outcomes
     assert not [problem for outcome in outcomes.values() for problem in outcome.problems]

@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 COMPILE = """
 import dataclasses, importlib.util, json, re, sys
 from pathlib import Path
@@ -59,7 +57,6 @@ def compile_op(op: str, folder: Path) -> tuple[dict[str, bool], dict[str, bool]]
     return guarded, unguarded
 
 
-@pytest.mark.timeout(120)
 def test_states_of_convolutions_are_written_after_a_barrier(tmp_path: Path) -> None:
     guarded, without = compile_op("causal_conv1d", tmp_path)
     assert {key.split(" | ")[0] for key in guarded} == {"causal_conv1d_prefill_kernel", "causal_conv1d_update_kernel"}
@@ -68,7 +65,6 @@ def test_states_of_convolutions_are_written_after_a_barrier(tmp_path: Path) -> N
     assert not any(is_guarded for key, is_guarded in without.items() if "update" in key), without
 
 
-@pytest.mark.timeout(120)
 def test_states_of_state_spaces_are_written_after_a_barrier(tmp_path: Path) -> None:
     guarded, _ = compile_op("selective_state_update", tmp_path)
     assert guarded

@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.process_tree import wait_until
 from tests.e2e.server import Server
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.node
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "clients" / "node" / "examples" / "stream-a-chat.mjs"
 

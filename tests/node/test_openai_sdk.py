@@ -11,7 +11,7 @@ import pytest
 from headrace.models.pull import pull
 from tests.e2e.server import Server
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.node
 
 HERE = Path(__file__).resolve().parent
 EMBEDDING_MODEL = "all-minilm-l6-v2"

@@ -17,8 +17,6 @@ from headrace.errors import ConfigError
 from tests.parity.conftest import BACKENDS, PAGE_SIZES
 from tests.parity.families import FAMILIES, NOT_NATIVE, assert_near
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def with_backends(*names: str) -> Any:
     """Run a test for families, with each backend that computes them."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("native_library")]
+pytestmark = pytest.mark.usefixtures("native_library")
 
 MEAN_KL_MAX = 5e-3
 """Mean over positions of KL(float32 ‖ native), in nats: what int8 activations cost beside the file's exact weights."""

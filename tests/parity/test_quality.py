@@ -14,7 +14,7 @@ from bench import quality
 
 NUM_TOKENS = 256
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("native_library")]
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 def test_each_path_stays_within_its_limit(default_model_directory: Path) -> None:

@@ -28,8 +28,6 @@ BFLOAT16_LOGIT_DIFFERENCE_MAX = 4.0
 """Measured: 2.1, at a logit far below the likely ones."""
 NUM_OUTPUT_TOKENS = 20
 
-pytestmark = [pytest.mark.timeout(300)]
-
 
 @pytest.fixture(scope="module")
 def prompts(default_model_directory: Path) -> list[list[int]]:

@@ -19,7 +19,7 @@ from bench.micro.speculation import Lane
 from services.worker.drafting.factory import make_speculation
 from services.worker.model_runner import ModelRunner
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("native_library")]
+pytestmark = pytest.mark.usefixtures("native_library")
 
 NUM_OUTPUT_TOKENS = 96
 NUM_PROMPT_TOKENS = 250

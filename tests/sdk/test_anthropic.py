@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 ASKED: dict[str, Any] = {

@@ -20,18 +20,18 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from bench.free_ports import free_ports
 from bench.peers import compare, proc, servers
 from bench.peers.__main__ import main
 from bench.peers.block import Block, Target, Turn, play, play_scripts
-from bench.peers.running import RunningServer, ServerError, free_ports, running
+from bench.peers.running import RunningServer, ServerError, running
 from bench.peers.servers import ServerSpec
 from bench.peers.workloads import Script
 from bench.serve.client import LoadClient, open_session
 from bench.serve.fake_server import FakeOpenAI
 from bench.serve.openai_stream import Endpoint, Sampling
 from headrace.supervision.process_table import descendants, read_table
-
-pytestmark = pytest.mark.timeout(60)
+from tests.patience import WAIT_S
 
 ROOT = Path(__file__).parents[3]
 FAKE_SERVER = """
@@ -85,7 +85,7 @@ async def played(block: Block) -> list[dict[str, Any]]:
     return [result async for result in play(block)]
 
 
-def block(base_url: str, model: str, pid: int, tokenizer_file: Path, workload: str = "W1", limit_s: float = 30.0) -> Block:
+def block(base_url: str, model: str, pid: int, tokenizer_file: Path, workload: str = "W1", limit_s: float = WAIT_S) -> Block:
     names = {"headrace": model, "vllm": model}
     targets = tuple(
         Target(name, base_url, names[name], pid, sends_ignore_eos=True, sends_done=True, work_share=0.5) for name in names
@@ -140,7 +140,7 @@ async def test_a_block_that_is_cut_off_has_written_what_was_done(
         sys.executable, "-m", "bench.peers", "block", str(tmp_path / "block.json"), str(result_path), cwd=ROOT
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_S):
             while not result_path.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
     finally:
@@ -160,7 +160,7 @@ async def test_a_measurement_waits_for_a_busy_machine_no_longer_than_it_may_and_
 
 
 async def test_answers_become_part_of_the_next_prompt(base_url: str, fake: FakeOpenAI) -> None:
-    async with open_session(api_key=None, timeout_s=20, new_connections=True) as session:
+    async with open_session(api_key=None, timeout_s=WAIT_S, new_connections=True) as session:
         client = LoadClient(session, base_url=base_url, endpoint=Endpoint.COMPLETIONS, sampling=Sampling(model="ok"))
         records = await play_scripts(client, [Script(0, ("one", " two", " three"), 2)], 1)
     assert [body["prompt"] for body in fake.bodies] == ["one", "one word word two", "one word word two word word three"]
@@ -168,13 +168,13 @@ async def test_answers_become_part_of_the_next_prompt(base_url: str, fake: FakeO
 
 
 async def test_a_conversation_ends_with_its_first_failure(base_url: str, fake: FakeOpenAI) -> None:
-    async with open_session(api_key=None, timeout_s=20, new_connections=True) as session:
+    async with open_session(api_key=None, timeout_s=WAIT_S, new_connections=True) as session:
         client = LoadClient(session, base_url=base_url, endpoint=Endpoint.COMPLETIONS, sampling=Sampling(model="half"))
         records = await play_scripts(client, [Script(0, ("one", " two", " three"), 2)], 1)
     assert [record.is_ok for record in records] == [True, False]
 
 
-def fake_server(name: str, *, code: str = FAKE_SERVER, limit_s: float = 30.0, needs_bytes: int = 1 << 20) -> ServerSpec:
+def fake_server(name: str, *, code: str = FAKE_SERVER, limit_s: float = WAIT_S, needs_bytes: int = 1 << 20) -> ServerSpec:
     (port,) = free_ports(1)
     return ServerSpec(
         name=name, about="a fake", argv=[sys.executable, "-c", code, str(port)], env={"PYTHONPATH": str(ROOT)}, port=port,

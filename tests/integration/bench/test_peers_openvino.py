@@ -21,8 +21,7 @@ from bench.peers.block import play_in_process, play_scripts
 from bench.peers.workloads import Script
 from bench.serve.client import LoadClient, open_session
 from bench.serve.openai_stream import Endpoint, Sampling
-
-pytestmark = pytest.mark.timeout(30)
+from tests.patience import WAIT_S
 
 WORD = 0
 
@@ -61,6 +60,7 @@ class FakePipeline:
         self.handles: list[FakeHandle] = []
         self.num_steps = 0
         self.num_running_max = 0
+        self.num_awaited = 0
 
     def add_request(self, number: int, ids: Any, config: Any) -> FakeHandle:
         handle = FakeHandle(config.max_new_tokens)
@@ -69,6 +69,9 @@ class FakePipeline:
 
     def step(self) -> None:
         self.num_steps += 1
+        if len(self.handles) < self.num_awaited:
+            # Whoever is to be batched has not come yet.
+            return
         running = [handle for handle in self.handles if handle.get_status().name == "RUNNING"]
         self.num_running_max = max(self.num_running_max, len(running))
         for handle in running:
@@ -99,7 +102,8 @@ async def base_url(server_module: ModuleType) -> AsyncIterator[str]:
 
 
 async def test_requests_stream_a_chunk_a_token_and_are_batched(base_url: str) -> None:
-    async with open_session(api_key=None, timeout_s=20, new_connections=True) as session:
+    FakePipeline.made.num_awaited = 3
+    async with open_session(api_key=None, timeout_s=WAIT_S, new_connections=True) as session:
         client = LoadClient(
             session, base_url=base_url, endpoint=Endpoint.COMPLETIONS, sampling=Sampling(model="m", ignore_eos=True)
         )
@@ -119,15 +123,16 @@ async def test_an_idle_server_does_not_step(base_url: str) -> None:
 
 async def test_a_client_that_leaves_has_its_request_cancelled(base_url: str) -> None:
     body = {"prompt": "word", "max_tokens": 1_000_000, "ignore_eos": True}
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=WAIT_S)) as session:
         async with session.post(base_url + "/v1/completions", json=body) as response:
             await response.content.readline()
         (handle,) = FakePipeline.made.handles
-        await asyncio.wait_for(handle.cancelled.wait(), timeout=10)
+        await asyncio.wait_for(handle.cancelled.wait(), timeout=WAIT_S)
 
 
 async def test_in_process_runs_give_a_time_for_each_token(base_url: str) -> None:
-    async with open_session(api_key=None, timeout_s=20, new_connections=True) as session:
+    FakePipeline.made.num_awaited = 2
+    async with open_session(api_key=None, timeout_s=WAIT_S, new_connections=True) as session:
         records = await play_in_process(session, base_url, [Script(index, ("two words",), 5) for index in range(4)], 2)
     assert [record.index for record in records] == [0, 1, 2, 3]
     assert all(record.is_ok and record.num_output_tokens == len(record.chunk_times_ns) == 5 for record in records)

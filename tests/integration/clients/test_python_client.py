@@ -29,6 +29,7 @@ from headrace_client import (
 from services.router.api_keys import ApiKeys
 from services.router.generation import ConversationPrompt, OutputPiece, TextPrompt, TokenPrompt
 from services.router.grpc.server import GrpcServer, Security, register_inference
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 
 KEY = "sk-0123456789abcdef"
@@ -55,12 +56,12 @@ class Served:
         return server
 
     def _do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
 
     def stop(self) -> None:
         self._do(self.server.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(WAIT_S)
         self._loop.close()
 
 
@@ -72,7 +73,7 @@ def served() -> Iterator[Served]:
 
 
 def test_a_chat_whole_and_in_pieces(served: Served) -> None:
-    with Client(served.target, model="m", timeout_s=20) as client:
+    with Client(served.target, model="m", timeout_s=WAIT_S) as client:
         reply = client.chat([system("be short"), user("hello", name="ann")], temperature=0.5, max_tokens=7, stop="x", seed=3)
         assert (reply.text, reply.finish_reason, reply.token_ids) == ("Hello!", "stop", [[1, 2, 3]])
         assert reply.usage is not None
@@ -126,7 +127,7 @@ def test_errors_are_split_by_what_can_be_done(served: Served) -> None:
             client.generate("x")
         assert overloaded.value.retry_after_s == 2.5
         served.engine.refusal = None
-        served.engine.script = [30.0]
+        served.engine.script = [NEVER_S]
         with pytest.raises(DeadlineExceededError):
             client.generate("x", timeout_s=0.2)
         with pytest.raises(TypeError, match="temprature"):
@@ -147,17 +148,17 @@ def test_a_call_that_met_a_full_queue_is_made_again_with_the_same_seed(served: S
         return original(request, call)
 
     served.engine.open_stream = open_stream  # type: ignore[method-assign]
-    with Client(served.target, timeout_s=20) as client, client.stream_generate("x") as stream:
+    with Client(served.target, timeout_s=WAIT_S) as client, client.stream_generate("x") as stream:
         assert stream.read().text == "Hello!"
     assert stream.num_retries == 2
     assert len(set(seeds)) == 1
     served.engine.refusal = ServerOverloadedError("full", retry_after_s=3600.0)
-    with Client(served.target, timeout_s=20) as client, pytest.raises(OverloadedError):
+    with Client(served.target, timeout_s=WAIT_S) as client, pytest.raises(OverloadedError):
         client.generate("x")
 
 
 def test_cancel_reaches_the_server(served: Served) -> None:
-    served.engine.script = [OutputPiece("a", (1,)), 30.0]
+    served.engine.script = [OutputPiece("a", (1,)), NEVER_S]
     with Client(served.target) as client:
         with client.stream_generate("x") as stream:
             pieces = iter(stream)
@@ -168,11 +169,11 @@ def test_cancel_reaches_the_server(served: Served) -> None:
         with client.stream_generate("x") as stream:
             assert next(iter(stream)).text == "a"
     for opened in served.engine.streams:
-        served._do(asyncio.wait_for(opened.closed.wait(), 10))
+        served._do(asyncio.wait_for(opened.closed.wait(), WAIT_S))
 
 
 async def test_asyncio_does_the_same(served: Served) -> None:
-    async with AsyncClient(served.target, timeout_s=20) as client:
+    async with AsyncClient(served.target, timeout_s=WAIT_S) as client:
         assert (await client.chat([user("hello")], temperature=0)).text == "Hello!"
         async with client.stream_generate("x") as stream:
             assert [piece.text async for piece in stream] == ["Hel", "lo", "!"]
@@ -182,7 +183,7 @@ async def test_asyncio_does_the_same(served: Served) -> None:
         with pytest.raises(InvalidRequestError) as invalid:
             await client.generate("x", top_p=7)
         assert invalid.value.request_id
-        served.engine.script = [OutputPiece("a", (1,)), 30.0]
+        served.engine.script = [OutputPiece("a", (1,)), NEVER_S]
         async with client.stream_generate("x") as stream:
             async for piece in stream:
                 assert piece.text == "a"
@@ -194,7 +195,7 @@ async def test_asyncio_does_the_same(served: Served) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     for opened in served.engine.streams[-2:]:
-        await asyncio.wait_for(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(opened.closed.wait(), served._loop)), 10)
+        await asyncio.wait_for(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(opened.closed.wait(), served._loop)), WAIT_S)
 
 
 def test_keys() -> None:

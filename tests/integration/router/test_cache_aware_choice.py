@@ -14,6 +14,7 @@ from headrace.wire.fake import FakeNetwork
 from services.scheduler.config import Settings as SchedulerSettings
 from services.scheduler.service import SchedulerService
 from tests.integration.router.test_router_service import ADDRESS, Answer, System
+from tests.patience import WAIT_S
 from tests.unit.scheduler.network import DetokenizerEnd, WorkerEnd, capacity
 
 
@@ -79,6 +80,7 @@ class Cluster:
         await self.router.until(lambda: [site.num_prompts for site in self.sites] != before)
         await self.settle()
         answer.task.cancel()
+        await self.router.until(lambda: not any(site.service.core.num_requests for site in self.sites))
         await self.settle()
         (chosen,) = [index for index, site in enumerate(self.sites) if site.num_prompts != before[index]]
         return chosen
@@ -87,7 +89,7 @@ class Cluster:
         """End the services."""
         for site in self.sites:
             await site.service.stop()
-        await asyncio.wait_for(self.router.service.stop(), 20)
+        await asyncio.wait_for(self.router.service.stop(), WAIT_S)
 
 
 @pytest.fixture

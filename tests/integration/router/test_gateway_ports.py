@@ -22,13 +22,14 @@ from headrace.errors import OverloadedError, UnavailableError
 from services.router.generation import Constraint, LikelyToken, OutputPiece, Sampling, TokenLogprob, TokenPrompt
 from services.router.grpc.server import GrpcServer, register_sglang, register_vllm
 from services.router.prefix_directory import REMOVED, STORED, LaneNews, namespace_hash
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 
 PROTOCOLS = ["sglang", "vllm"]
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.01)
 
@@ -143,7 +144,7 @@ async def test_penalties_bias_and_logprobs(protocol: str) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_abort_ends_the_stream_with_that_reason_and_closes_it(protocol: str) -> None:
-    engine = FakeEngine(OutputPiece("a", (1,)), 30.0)
+    engine = FakeEngine(OutputPiece("a", (1,)), NEVER_S)
     async with serving(engine, protocol) as stub:
         call = stub.Generate(request(protocol))
         assert (await call.read()).HasField("chunk")
@@ -161,12 +162,12 @@ async def test_abort_ends_the_stream_with_that_reason_and_closes_it(protocol: st
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_a_cancelled_call_closes_its_stream(protocol: str) -> None:
-    engine = FakeEngine(30.0)
+    engine = FakeEngine(NEVER_S)
     async with serving(engine, protocol) as stub:
         call = stub.Generate(request(protocol, stream=False))
         await until(lambda: bool(engine.streams))
         call.cancel()
-        await asyncio.wait_for(engine.streams[0].closed.wait(), 5)
+        await asyncio.wait_for(engine.streams[0].closed.wait(), WAIT_S)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -235,7 +236,7 @@ async def test_the_caches_are_told_first_whole_and_then_as_they_change(protocol:
     async with serving(engine, protocol) as stub:
         call = stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(start_sequence_number=4))
         # The head comes before there is anything to tell.
-        assert await asyncio.wait_for(call.initial_metadata(), 5) is not None
+        assert await asyncio.wait_for(call.initial_metadata(), WAIT_S) is not None
         first = await call.read()
         assert (first.sequence_number, first.events[0].WhichOneof("data")) == (4, "cleared")
         tokens = b"".join(token.to_bytes(4, "little") for token in (1, 2, 3, 4))

@@ -16,9 +16,10 @@ from services.router.generation import OutputPiece
 from services.router.http.app import HttpApp
 from services.router.http.exchange import HttpLimits
 from services.router.http.server import MAX_HEAD_BYTES, HttpServer
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 
-LIMITS = HttpLimits(max_body_bytes=1024 * 1024, body_timeout_s=5, max_timeout_s=100, send_timeout_s=5)
+LIMITS = HttpLimits(max_body_bytes=1024 * 1024, body_timeout_s=WAIT_S, max_timeout_s=WAIT_S, send_timeout_s=WAIT_S)
 
 
 @asynccontextmanager
@@ -28,20 +29,20 @@ async def serving(engine: FakeEngine) -> AsyncIterator[HttpServer]:
     try:
         yield server
     finally:
-        await asyncio.wait_for(server.stop(), 10)
+        await asyncio.wait_for(server.stop(), WAIT_S)
 
 
 async def ask(port: int, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)
     try:
-        return await asyncio.wait_for(reader.read(), 5)
+        return await asyncio.wait_for(reader.read(), WAIT_S)
     finally:
         writer.close()
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -81,7 +82,7 @@ async def test_the_official_client_gets_whole_and_streamed_answers() -> None:
 
 
 async def test_a_closed_connection_closes_the_stream() -> None:
-    engine = FakeEngine(OutputPiece("a", (1,)), 30.0)
+    engine = FakeEngine(OutputPiece("a", (1,)), NEVER_S)
     async with serving(engine) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(STREAM)
@@ -98,11 +99,11 @@ async def test_a_body_of_100_mb_is_refused_while_others_go_on() -> None:
         big = asyncio.create_task(asyncio.to_thread(_send_big, server.port))
         answer = await ask(server.port, post(json.dumps(CHAT).encode()).replace(b"Host: x", b"Host: x\r\nConnection: close"))
         assert b"Hello!" in answer
-        assert b" 413 " in await asyncio.wait_for(big, 30)
+        assert b" 413 " in await asyncio.wait_for(big, WAIT_S)
 
 
 def _send_big(port: int) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
         answer = connection.recv(65536)
         # The answer is there before the body; the connection still takes what the client goes on to send.

@@ -22,10 +22,11 @@ from services.router.http.app import HttpApp
 from services.router.http.exchange import HttpLimits
 from services.router.http.server import HttpServer
 from services.router.security import load_security
+from tests.patience import WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 
 KEY = "sk-0123456789abcdef"
-LIMITS = HttpLimits(max_body_bytes=10_000, body_timeout_s=5, max_timeout_s=60, send_timeout_s=5)
+LIMITS = HttpLimits(max_body_bytes=10_000, body_timeout_s=WAIT_S, max_timeout_s=WAIT_S, send_timeout_s=WAIT_S)
 
 
 @asynccontextmanager
@@ -119,7 +120,7 @@ async def test_grpc_over_tls_with_client_certificates(tmp_path: Path) -> None:
         known = grpc.ssl_channel_credentials(authority.read_bytes(), client_key.read_bytes(), client_cert.read_bytes())
         async with grpc.aio.secure_channel(f"localhost:{server.port}", known) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
-            pieces = [piece.text async for piece in stub.Generate(inference_pb2.GenerateRequest(text="x"), timeout=20)]
+            pieces = [piece.text async for piece in stub.Generate(inference_pb2.GenerateRequest(text="x"), timeout=WAIT_S)]
             assert pieces == ["Hel", "lo", "!"]
         for credentials in (grpc.ssl_channel_credentials(authority.read_bytes()), None):
             target = f"localhost:{server.port}"
@@ -127,7 +128,7 @@ async def test_grpc_over_tls_with_client_certificates(tmp_path: Path) -> None:
             async with opened as channel:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     stub = inference_pb2_grpc.InferenceStub(channel)
-                    _ = [piece async for piece in stub.Generate(inference_pb2.GenerateRequest(text="x"), timeout=10)]
+                    _ = [piece async for piece in stub.Generate(inference_pb2.GenerateRequest(text="x"), timeout=WAIT_S)]
                 assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 

@@ -16,16 +16,15 @@ from tests.unit.wire.test_session import Recorder
 
 __all__ = ["wires"]
 
-pytestmark = pytest.mark.timeout(30)
-
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """A name service of the test's own."""
-    table: dict[str, list[str]] = {}
+    """A name service of the test's own; under "asked" is the last name that it did not know."""
+    table: dict[str, list[str]] = {"asked": []}
 
     async def getaddrinfo(self: Any, host: str, port: int, **_: Any) -> list[Any]:
         if host not in table:
+            table["asked"] = [host]
             raise socket.gaierror(socket.EAI_NONAME, "unknown")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in table[host]]
 
@@ -52,7 +51,7 @@ async def test_address_that_joins_the_name_is_dialled(
     back = wires("tokenizer", "tokenizer-0").dial(
         topology.ROUTER_BACKPLANE, [f"tcp://router:{port}"], tokenizer, register=_register("tokenizer-0")
     )
-    await asyncio.sleep(0.2)
+    await until(lambda: names["asked"])
     assert not tokenizer.peers
     names["router"] = ["127.0.0.1"]
     await until(lambda: first.peers)

@@ -14,8 +14,9 @@ import pytest
 
 from tests.e2e.process_tree import kill, wait_until
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
 NUM_STREAMS = 4
@@ -29,7 +30,7 @@ def tree(default_model_directory: Path, model_store: Path) -> Iterator[Server]:
 
 
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
 
 
 def is_answered(server: Server) -> bool:
@@ -42,7 +43,7 @@ def is_answered(server: Server) -> bool:
 
 @pytest.mark.parametrize("kill_number", range(3))
 def test_rank_outlives_schedulers_killed_with_plans_under_way(tree: Server, kill_number: int) -> None:
-    wait_until(lambda: is_answered(tree), 60, "serving before the kill")
+    wait_until(lambda: is_answered(tree), WAIT_S, "serving before the kill")
     rank, scheduler = tree.pid_of("services.worker.rank"), tree.pid_of("services.scheduler")
     num_tokens = [0] * NUM_STREAMS
 
@@ -56,11 +57,11 @@ def test_rank_outlives_schedulers_killed_with_plans_under_way(tree: Server, kill
     threads = [threading.Thread(target=stream, args=(index,)) for index in range(NUM_STREAMS)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: min(num_tokens) > 3, 30, "tokens on every stream")
+    wait_until(lambda: min(num_tokens) > 3, WAIT_S, "tokens on every stream")
     kill(scheduler)
-    wait_until(lambda: is_answered(tree), 30, "serving after the kill")
+    wait_until(lambda: is_answered(tree), WAIT_S, "serving after the kill")
     for thread in threads:
-        thread.join(60)
+        thread.join(WAIT_S)
     assert not any(thread.is_alive() for thread in threads)
     assert tree.pid_of("services.scheduler") != scheduler
     assert tree.pid_of("services.worker.rank") == rank

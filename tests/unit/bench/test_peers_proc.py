@@ -11,6 +11,7 @@ import pytest
 
 from bench.peers import proc
 from bench.peers.proc import Memory
+from tests.patience import WAIT_S
 
 MIB = 1 << 20
 ROLLUP = "00400000-7ffd [rollup]\nRss:        2048 kB\nPss:        1024 kB\nPss_Dirty:   100 kB\n"
@@ -40,7 +41,7 @@ def child() -> Iterator[subprocess.Popen[str]]:
         yield process
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(timeout=20)
+        process.wait(timeout=WAIT_S)
 
 
 def read_line(process: subprocess.Popen[str]) -> str:
@@ -98,7 +99,7 @@ def test_processor_time_grows_with_work(child: subprocess.Popen[str]) -> None:
 
 def test_a_process_that_is_gone_counts_for_nothing() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait(timeout=20)
+    gone.wait(timeout=WAIT_S)
     proc.reset_peaks(gone.pid)
     assert proc.read_memory(gone.pid) == Memory()
     assert proc.tree_cpu_s(gone.pid) == 0.0

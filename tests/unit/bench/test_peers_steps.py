@@ -61,14 +61,13 @@ def test_a_step_that_makes_nothing_fails(tmp_path: Path) -> None:
 
 
 def test_a_step_over_its_limit_is_stopped_with_all_its_processes(tmp_path: Path) -> None:
-    sleeper = "[sys.executable, '-c', 'import time; time.sleep(60)']"
+    sleeper = "[sys.executable, '-c', 'import time; time.sleep(3600)']"
     grandchild = f"import subprocess, sys; subprocess.run({sleeper}, env={{'PEER': {str(tmp_path)!r}}})"
-    begin_s = time.monotonic()
     with pytest.raises(StepError, match="not done within 1 s"):
         run(Step("peer: hang", 1, [python(grandchild)]), tmp_path)
-    assert time.monotonic() - begin_s < 15
-    environments = (Path(f"/proc/{pid}/environ") for pid in read_table())
-    assert not any(f"PEER={tmp_path}".encode() in read(path) for path in environments)
+    # All have their SIGKILL; the last may still be on its way out. The test's own timeout bounds it.
+    while any(f"PEER={tmp_path}".encode() in read(Path(f"/proc/{pid}/environ")) for pid in read_table()):
+        time.sleep(0.01)
 
 
 def read(path: Path) -> bytes:

@@ -20,6 +20,7 @@ from headrace.wire.fake import FakeNetwork
 from headrace.wire.session import Peer
 from services.detokenizer.config import Settings
 from services.detokenizer.service import DetokenizerService
+from tests.patience import WAIT_S
 
 MODEL = "tiny"
 LENGTH = FinishReason.FINISH_REASON_LENGTH
@@ -204,7 +205,7 @@ async def test_a_router_that_does_not_read_gets_everything_later(
         world.tokens(TokenBatch(stream_ids=[1], first_positions=[position], token_ids=[token_id]))
     assert world.router.take() == []
     world.network.full_towards.clear()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while not world.router.messages:
             await asyncio.sleep(0.002)
             world.network.settle()
@@ -223,7 +224,7 @@ async def test_large_batches_are_decoded_in_several_turns_in_order(
     world.tokens(TokenBatch(stream_ids=range(5), first_positions=[0] * 5, token_ids=ids))
     # Arrives while the first batch waits its turns, and must not overtake it.
     world.tokens(TokenBatch(stream_ids=[4], first_positions=[1], token_ids=ids[:1]))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while world.service.progress().oldest_waiting_age_ns:  # noqa: ASYNC110 (nothing signals it)
             await asyncio.sleep(0)
     world.network.settle()
@@ -265,7 +266,7 @@ async def test_closed_streams_and_lost_routers_leave_nothing_and_drain_ends(
     world.router_wire.kill()
     world.network.advance(10)
     assert world.service.load().num_running == 0
-    await asyncio.wait_for(drain, 5)
+    await asyncio.wait_for(drain, WAIT_S)
     assert world.service.not_ready_reason() == "no router has answered yet"
     await world.service.stop()
 

@@ -13,8 +13,9 @@ from services.router.http.batches.storage import FileLimits
 from services.router.http.exchange import HttpLimits
 from services.router.http.protocols import StorageSettings
 from services.router.http.responses.entries import HistoryLimits
+from tests.patience import WAIT_S
 
-LIMITS = HttpLimits(max_body_bytes=100_000, body_timeout_s=5, max_timeout_s=100, send_timeout_s=5)
+LIMITS = HttpLimits(max_body_bytes=100_000, body_timeout_s=WAIT_S, max_timeout_s=100, send_timeout_s=WAIT_S)
 
 
 def storage_settings(**changes: Any) -> StorageSettings:

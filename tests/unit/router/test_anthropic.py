@@ -22,6 +22,7 @@ from services.router.generation import (
 from services.router.http import anthropic
 from services.router.http.anthropic_routes import AnthropicRoutes
 from services.router.http.app import HttpApp
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 from tests.unit.router.http_client import LIMITS, Answer, ask
 
@@ -147,10 +148,10 @@ async def test_an_error_has_anthropics_shape_before_and_within_a_stream() -> Non
 
 
 async def test_a_disconnect_closes_the_stream() -> None:
-    engine = FakeEngine(OutputPiece("a", (1,)), 30.0)
+    engine = FakeEngine(OutputPiece("a", (1,)), NEVER_S)
     answer = Answer()
     task = asyncio.create_task(ask(app(engine), "POST", "/v1/messages", body(stream=True), answer=answer))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while not answer.chunks:  # noqa: ASYNC110
             await asyncio.sleep(0)
         answer.gone.set()

@@ -13,6 +13,7 @@ from headrace.errors import OverloadedError, RequestFailedError, UnavailableErro
 from services.router.generation import OutputPiece
 from services.router.http.app import HttpApp
 from services.router.http.exchange import HttpLimits
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 
 LIMITS = HttpLimits(max_body_bytes=2000, body_timeout_s=0.05, max_timeout_s=100, send_timeout_s=0.05)
@@ -220,26 +221,26 @@ async def test_an_unknown_model_is_404_with_openais_code() -> None:
 
 @pytest.mark.parametrize("body", [BODY, STREAM_BODY])
 async def test_a_disconnect_closes_the_stream_at_once(body: bytes) -> None:
-    engine = FakeEngine(OutputPiece("a", (1,)), 30.0)
+    engine = FakeEngine(OutputPiece("a", (1,)), NEVER_S)
     client = Client(engine)
     task = asyncio.create_task(client.request("POST", "/v1/chat/completions", body))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while not engine.streams:  # noqa: ASYNC110
             await asyncio.sleep(0)
     client.gone.set()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, WAIT_S)
     assert engine.streams[0].num_closes >= 1
     assert engine.ended == [("499", "aborted")]
 
 
 async def test_a_disconnect_gives_a_tokenize_call_up() -> None:
     engine = FakeEngine()
-    engine.tokenize_delay_s = 30
+    engine.tokenize_delay_s = NEVER_S
     client = Client(engine)
     task = asyncio.create_task(client.request("POST", "/tokenize", b'{"prompt": "x"}'))
     await asyncio.sleep(0)
     client.gone.set()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, WAIT_S)
     assert engine.ended == [("499", "aborted")]
 
 

@@ -21,8 +21,10 @@ from services.router.http.batches.runner import BatchSettings
 from services.router.http.batches.upload import Upload, boundary_of
 from services.router.http.exchange import Exchange, HttpLimits
 from services.router.http.protocols import Protocols
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 from tests.unit.router.http_client import LIMITS, Answer, ask, storage_settings
+from tests.virtual_time import virtual_time
 
 BOUNDARY = "b0undary"
 
@@ -45,7 +47,7 @@ class Service:
         return await ask(self.app, "POST", "/v1/batches", body)
 
     async def until(self, batch_id: str, *statuses: str) -> dict[str, Any]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             while True:
                 found: dict[str, Any] = (await ask(self.app, "GET", f"/v1/batches/{batch_id}")).json
                 if found["status"] in statuses:
@@ -136,6 +138,7 @@ async def test_uploads_have_limits_and_leave_nothing_when_refused(service: Any, 
     assert "router.max_files" in full.json["error"]["message"]
 
 
+@virtual_time
 async def test_a_large_upload_has_time_again_for_each_part_of_it() -> None:
     """Goal: a file may take long, a client that sends nothing may not. Method: parts that together come slower than the timeout."""
     limits = HttpLimits(max_body_bytes=100, body_timeout_s=0.3, max_timeout_s=1, send_timeout_s=1)
@@ -248,7 +251,7 @@ async def test_requests_of_a_batch_need_no_key_of_their_own(service: Any) -> Non
     made = (await ask(here.app, "POST", "/v1/batches", body, authorization="Bearer secret")).json
     here.app._keys = ApiKeys(["another"])
     found: dict[str, Any] = {}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         while found.get("status") != "completed":
             await asyncio.sleep(0.01)
             found = await here.protocols._storage.run(
@@ -288,7 +291,7 @@ def test_lines_are_checked_for_all_they_must_be(tmp_path: Path) -> None:
 
 
 async def test_cancelling_a_batch_keeps_what_is_done(service: Any) -> None:
-    here = await service(OutputPiece("a", (1,)), 30.0, batches=BatchSettings(concurrency=2, max_requests=20))
+    here = await service(OutputPiece("a", (1,)), NEVER_S, batches=BatchSettings(concurrency=2, max_requests=20))
     first = [OutputPiece("done", (1,), "stop")]
     opened = here.engine.open_stream
 
@@ -300,7 +303,7 @@ async def test_cancelling_a_batch_keeps_what_is_done(service: Any) -> None:
 
     here.engine.open_stream = open_first_short
     made = (await here.batch(request_line("a") + request_line("b") + request_line("c"))).json
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while len(here.engine.streams) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     source = await ask(here.app, "DELETE", f"/v1/files/{made['input_file_id']}")
@@ -317,7 +320,7 @@ async def test_cancelling_a_batch_keeps_what_is_done(service: Any) -> None:
 
 
 async def test_a_batch_expires_and_tells_of_each_request(service: Any) -> None:
-    here = await service(OutputPiece("a", (1,)), 30.0)
+    here = await service(OutputPiece("a", (1,)), NEVER_S)
     made = (await here.batch(request_line("a") + request_line("b"))).json
     await here.until(made["id"], "in_progress")
     here.protocols._runner._task.cancel()
@@ -331,7 +334,7 @@ async def test_a_batch_expires_and_tells_of_each_request(service: Any) -> None:
 
 
 async def test_a_batch_goes_on_where_a_former_life_ended(service: Any, tmp_path: Path) -> None:
-    before = Service(tmp_path, OutputPiece("a", (1,)), 30.0)
+    before = Service(tmp_path, OutputPiece("a", (1,)), NEVER_S)
     await before.protocols.start(before.app)
     made = (await before.batch(request_line("a") + request_line("b") + request_line("c"))).json
     await before.until(made["id"], "in_progress")
@@ -366,24 +369,38 @@ async def test_a_failed_request_is_told_with_its_status(service: Any) -> None:
 
 
 async def test_batches_give_way_to_online_requests(service: Any) -> None:
-    here = await service(0.2, OutputPiece("a", (1,), "stop"), batches=BatchSettings(concurrency=4, max_requests=20))
-    most = {"idle": 0, "busy": 0}
+    here = await service(NEVER_S, OutputPiece("a", (1,), "stop"), batches=BatchSettings(concurrency=4, max_requests=20))
+    opened = here.engine.open_stream
+    most = 0
 
-    async def peak(others: int, key: str) -> None:
+    def open_streams() -> list[Any]:
+        return [stream for stream in here.engine.streams if not stream.num_closes]
+
+    def open_one(request: Any, call: Any) -> Any:
+        nonlocal most
+        stream = opened(request, call)
+        most = max(most, len(open_streams()))
+        return stream
+
+    async def peak(others: int, expected: int) -> int:
+        """The most that are open at a time while six are answered, each only once as many are open as are expected."""
+        nonlocal most
+        most = 0
         here.engine.num_online_requests = others
         made = (await here.batch(b"".join(request_line(str(index)) for index in range(6)))).json
+        num_asked = len(here.engine.streams)
         while (await ask(here.app, "GET", f"/v1/batches/{made['id']}")).json["status"] != "completed":
-            most[key] = max(most[key], open_streams())
+            if len(open_streams()) == expected or len(here.engine.streams) == num_asked + 6:
+                for stream in open_streams():
+                    stream.closed.set()
             await asyncio.sleep(0.005)
+        return most
 
-    def open_streams() -> int:
-        return sum(not stream.num_closes for stream in here.engine.streams)
-
-    async with asyncio.timeout(20):
-        await peak(0, "idle")
-        await peak(3, "busy")
-        assert not any(call.is_online for call in here.engine.calls if call.endpoint == "/v1/chat/completions")
-    assert most == {"idle": 4, "busy": 1}
+    here.engine.open_stream = open_one
+    async with asyncio.timeout(WAIT_S):
+        assert await peak(0, 4) == 4
+        assert await peak(3, 1) == 1
+    assert not any(call.is_online for call in here.engine.calls if call.endpoint == "/v1/chat/completions")
 
 
 async def test_only_one_router_of_a_directory_works_batches_off(service: Any, tmp_path: Path) -> None:
@@ -416,7 +433,7 @@ async def test_bad_batches_are_refused(service: Any, fields: dict[str, Any], par
 
 
 async def test_a_batch_needs_a_file_of_its_purpose_and_there_is_a_limit_to_them(service: Any) -> None:
-    here = await service(30.0)
+    here = await service(NEVER_S)
     source = (await here.upload(b"x", "user_data")).json["id"]
     body = {"input_file_id": source, "endpoint": "/v1/completions", "completion_window": "24h"}
     assert (await ask(here.app, "POST", "/v1/batches", body)).json["error"]["param"] == "input_file_id"

@@ -17,6 +17,7 @@ from services.router.generation import Call, GenerationRequest, LikelyToken, Out
 from services.router.grpc import conversions
 from services.router.http.app import HttpApp
 from services.router.http.logprob_shapes import CompletionLogprobs, token_text
+from tests.patience import NEVER_S
 from tests.unit.router.fake_engine import FakeEngine, FakeStream, Step
 from tests.unit.router.http_client import LIMITS, Answer, ask
 
@@ -224,7 +225,7 @@ class SilentEngine(PromptEngine):
     """Has nothing to say for a long time."""
 
     def pieces(self, number: int, num_choices: int) -> list[Step]:
-        return [60.0]
+        return [NEVER_S]
 
 
 async def test_a_client_that_leaves_ends_all_prompts() -> None:

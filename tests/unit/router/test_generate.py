@@ -14,6 +14,7 @@ from services.router.generation import Constraint, LikelyToken, OutputPiece, Tex
 from services.router.http import generate
 from services.router.http.app import HttpApp
 from services.router.http.generate_routes import GenerateRoutes
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 from tests.unit.router.http_client import LIMITS, Answer, ask
 
@@ -127,13 +128,12 @@ async def test_when_one_prompt_cannot_begin_none_does() -> None:
 
 
 async def test_a_disconnect_closes_all_streams() -> None:
-    engine = FakeEngine(OutputPiece("a", (1,)), 30.0)
+    engine = FakeEngine(OutputPiece("a", (1,)), NEVER_S)
     answer = Answer()
     task = asyncio.create_task(ask(app(engine), "POST", "/generate", {"text": ["a", "b"]}, answer=answer))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while len(engine.streams) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        await asyncio.sleep(0.01)
         answer.gone.set()
         await task
     assert all(stream.num_closes for stream in engine.streams)

@@ -23,6 +23,7 @@ from services.router.generation import (
 from services.router.http import ollama
 from services.router.http.app import HttpApp
 from services.router.http.ollama_routes import OllamaRoutes
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 from tests.unit.router.http_client import LIMITS, Answer, ask
 
@@ -110,11 +111,11 @@ async def test_an_error_is_a_line_of_its_own() -> None:
 
 
 async def test_a_disconnect_closes_the_stream() -> None:
-    engine = FakeEngine(OutputPiece("a", (1,)), 30.0)
+    engine = FakeEngine(OutputPiece("a", (1,)), NEVER_S)
     answer = Answer()
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
     task = asyncio.create_task(ask(app(engine), "POST", "/api/chat", body, answer=answer))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while not answer.chunks:  # noqa: ASYNC110
             await asyncio.sleep(0)
         answer.gone.set()

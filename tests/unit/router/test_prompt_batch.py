@@ -7,6 +7,7 @@ import pytest
 from headrace.errors import RequestAbortedError
 from services.router.generation import OutputPiece
 from services.router.http.prompt_batch import PromptBatch
+from tests.patience import NEVER_S
 from tests.unit.router.fake_engine import FakeStream
 
 
@@ -19,7 +20,7 @@ async def test_choices_are_numbered_prompt_by_prompt() -> None:
 
 
 async def test_a_reader_that_waits_is_told_when_the_client_leaves() -> None:
-    streams = [FakeStream([30.0]), FakeStream([30.0])]
+    streams = [FakeStream([NEVER_S]), FakeStream([NEVER_S])]
     batch = PromptBatch(streams, num_choices=1)
     reader = asyncio.create_task(batch.next())
     await asyncio.sleep(0)

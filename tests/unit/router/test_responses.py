@@ -27,6 +27,7 @@ from services.router.http.protocols import Protocols
 from services.router.http.responses import shapes
 from services.router.http.responses.entries import HistoryLimits
 from services.router.http.responses.history import History
+from tests.patience import NEVER_S, WAIT_S
 from tests.unit.router.fake_engine import FakeEngine
 from tests.unit.router.http_client import LIMITS, Answer, ask, storage_settings
 
@@ -49,7 +50,7 @@ class Service:
         return await ask(self.app, "GET", path)
 
     async def until(self, response_id: str, *statuses: str) -> dict[str, Any]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             while True:
                 found = (await self.get(f"/v1/responses/{response_id}")).json
                 if found["status"] in statuses:
@@ -244,7 +245,7 @@ async def test_the_events_of_a_background_response_can_be_read_again_from_any_of
     task = asyncio.create_task(
         ask(here.app, "POST", "/v1/responses", {"input": "hi", "background": True, "stream": True}, answer=answer)
     )
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while b"output_text.delta" not in answer.body:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         answer.gone.set()
@@ -262,7 +263,7 @@ async def test_the_events_of_a_background_response_can_be_read_again_from_any_of
 
 
 async def test_cancelling_a_background_response_frees_it(service: Any) -> None:
-    here = service(OutputPiece("a", (1,)), 30.0)
+    here = service(OutputPiece("a", (1,)), NEVER_S)
     queued = (await here.create(background=True)).json
     await here.until(queued["id"], "in_progress")
     cancelled = await ask(here.app, "POST", f"/v1/responses/{queued['id']}/cancel")
@@ -288,7 +289,7 @@ async def test_a_foreground_response_cannot_be_cancelled(service: Any) -> None:
 
 async def test_responses_survive_a_restart_and_unfinished_ones_have_failed(service: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "data" / "history.sqlite")
-    before = service(OutputPiece("a", (1,)), 30.0, path=path)
+    before = service(OutputPiece("a", (1,)), NEVER_S, path=path)
     unfinished = (await before.create(background=True)).json["id"]
     await before.until(unfinished, "in_progress")
     before.engine.script = [OutputPiece("done", (1,), "stop")]

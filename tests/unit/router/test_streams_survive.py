@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,8 +33,6 @@ from services.router.open_request import Kind, OpenRequest, Output, Patience, be
 from services.router.places import DETOKENIZER, SCHEDULER, TOKENIZER
 from services.router.policies.choice import least_loaded
 from services.router.streams import Streams
-
-pytestmark = pytest.mark.timeout(120)
 
 SECOND = 1_000_000_000
 OFFER = ModelOffer("m", 128, 1)

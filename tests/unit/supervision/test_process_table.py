@@ -43,10 +43,8 @@ def test_marks_are_read_and_a_kill_hits_only_the_process_that_was_meant():
         try:
             found = read_entry(child.pid)
             assert found is not None
-            for _ in range(1000):
-                # Right after exec the new environment is not in its place yet.
-                if marks := read_marks(child.pid):
-                    break
+            # Right after exec the new environment is not in its place yet.
+            while not (marks := read_marks(child.pid)):
                 time.sleep(0.001)
             assert marks == ("a:x.1", "b:y.2")
             found.start_ticks += 1

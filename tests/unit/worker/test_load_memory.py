@@ -118,7 +118,6 @@ def bfloat16_bytes(width: int, num_layers: int) -> int:
     return 2 * sum(int(np.prod(shape)) for shape in shapes(width, num_layers).values())
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("native_library")
 def test_peak_of_loading_is_near_what_is_kept(tmp_path: Path) -> None:
     # Two wide layers, loaded side by side: a matrix that were there twice would be seen.
@@ -128,7 +127,6 @@ def test_peak_of_loading_is_near_what_is_kept(tmp_path: Path) -> None:
     check("native", [write_halves(tmp_path, "small", 256, 1), *large], bfloat16_bytes(width, num_layers))
 
 
-@pytest.mark.timeout(180)
 def test_peak_of_loading_for_torch(tmp_path: Path) -> None:
     # oneDNN lays a whole matrix out, one a loading thread at a time: here these are a small part of the model.
     width, num_layers = 768, 10

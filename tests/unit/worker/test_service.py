@@ -27,8 +27,6 @@ from headrace.wire.topology import SCHEDULER_BACKPLANE
 from services.worker.config import Settings
 from services.worker.service import WorkerService, _count_drafts
 
-pytestmark = pytest.mark.timeout(30)
-
 Plan = Callable[..., StepPlan]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from headrace.errors import InvalidRequestError, ModelError
 from services.tokenizer.constraints.compiler import CompileLimits, ConstraintCompiler
+from tests.patience import WAIT_S
 
 LARGE = json.dumps([f"choice {index} of very many" for index in range(4000)])
 
@@ -20,7 +21,7 @@ def make(model_directory: Path) -> Iterator[Callable[..., ConstraintCompiler]]:
     """Makes compilers and ends their children."""
     made = []
 
-    def make_one(timeout_s: float = 20, memory_bytes: int = 1 << 30) -> ConstraintCompiler:
+    def make_one(timeout_s: float = WAIT_S, memory_bytes: int = 1 << 30) -> ConstraintCompiler:
         limits = CompileLimits(timeout_s, memory_bytes)
         made.append(ConstraintCompiler(model_directory, vocab_size=260, eos_token_ids=(257,), limits=limits))
         return made[-1]
@@ -50,7 +51,7 @@ def test_what_takes_too_long_is_stopped_and_the_next_one_is_served(make: Callabl
     with pytest.raises(InvalidRequestError, match="took longer than"):
         compiler.compile("choice", LARGE, param="p")
     assert not Path(f"/proc/{first}").exists()
-    compiler._limits = CompileLimits(20, 1 << 30)
+    compiler._limits = CompileLimits(WAIT_S, 1 << 30)
     assert compiler.compile("regex", "a+", param="p")
 
 

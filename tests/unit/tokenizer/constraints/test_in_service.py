@@ -16,6 +16,7 @@ from headrace.v1.tokenizer_pb2 import ChatMessage, ChatPrompt, Tokenize
 from services.tokenizer import constraint_desk
 from services.tokenizer.config import Settings
 from services.tokenizer.constraints.compiler import ConstraintCompiler
+from tests.patience import WAIT_S
 from tests.unit.tokenizer.test_service import SETTINGS, Make, make
 
 __all__ = ["make"]
@@ -65,7 +66,7 @@ async def test_a_constraint_that_takes_long_holds_up_no_other_prompt(make: Make,
     release = threading.Event()
 
     def hang(self: ConstraintCompiler, kind: str, source: str, *, param: str, block: object = None) -> str:
-        release.wait(30)
+        release.wait(WAIT_S)
         return "start: /a/"
 
     monkeypatch.setattr(ConstraintCompiler, "compile", hang)
@@ -143,5 +144,5 @@ async def test_stopping_ends_what_is_being_compiled(make: Make) -> None:
     world = await make(SETTINGS)
     await world.ask(_tokenize("REGEX", "a+"))
     world.send(_tokenize("REGEX", "b+"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         await world.service.stop()
