@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import IO, Any, Final
 
 from headrace.errors import HeadraceError, error_from_code
@@ -24,6 +25,8 @@ from headrace.supervision.child import set_parent_death_signal
 
 _LENGTH: Final = struct.Struct("<I")
 _READ_BYTES: Final = 1 << 16
+# Of /proc/<pid>/stat after the name: ticks in user mode and in the kernel.
+_CPU_FIELDS: Final = slice(11, 13)
 
 Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Answers one question; a HeadraceError that it raises is raised in the parent."""
@@ -70,8 +73,22 @@ class KillableChild:
             assert stream is not None
             os.set_blocking(stream.fileno(), False)
 
-    def ask(self, question: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    @property
+    def cpu_s(self) -> float:
+        """Processor time that the child has had, seconds; 0 where there is none, or the kernel does not say."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return sum(map(int, fields[_CPU_FIELDS])) / os.sysconf("SC_CLK_TCK")
+
+    def ask(self, question: Mapping[str, Any], timeout_s: float, *, goes_on: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Send a question and read the answer, both before the deadline.
+
+        Args:
+            question: What the child is to answer.
+            timeout_s: Time for both.
+            goes_on: Asked each time that has passed, whether to wait as long again.
 
         Raises:
             LateError: There was no answer in time; the child must be killed.
@@ -93,7 +110,10 @@ class KillableChild:
             remaining_s = deadline - time.monotonic()
             # Rounded up, or the last millisecond would be spent in a busy loop.
             if remaining_s <= 0 or not poll.poll(int(remaining_s * 1000) + 1):
-                raise LateError
+                if not goes_on():
+                    raise LateError
+                deadline = time.monotonic() + timeout_s
+                continue
             if unsent:
                 unsent = unsent[_write(process.stdin, unsent) :]
             self._receive(process.stdout, received)

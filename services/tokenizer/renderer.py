@@ -11,16 +11,25 @@ This file is part of the shell, see `killable.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from headrace.errors import ModelError, RequestFailedError
+from headrace.errors import HeadraceError, ModelError, RequestFailedError, UnavailableError
 from services.tokenizer.killable import Answer, GoneError, KillableChild, LateError, serve
 from services.tokenizer.templates import ChatTemplate, Message
 
-_START_TIMEOUT_S: Final = 30.0
+_LOOK_S: Final = 10.0
+"""A start that takes longer than this is looked after, and again after each further time as long."""
+_START_CPU_S: Final = 30.0
+"""A template that is not compiled within so much processor time of the renderer is refused; 0.2 s are usual, with all imports."""
+_NUM_STARTS_MAX: Final = 3
+_NUM_LOOKS_MAX: Final = 30
+
+OnWait = Callable[[str], None]
+"""Told what is waited for."""
+
 # What JSON adds to a text at most: six bytes for a control character.
 _ESCAPE_BYTES_MAX: Final = 6
 
@@ -55,24 +64,57 @@ class Renderer:
         """The child's process id, while there is one."""
         return self._child.pid
 
-    def start(self) -> None:
+    def start(self, on_wait: OnWait = lambda reason: None) -> None:
         """Start the child and have it compile the template.
 
+        On a loaded machine that takes as long as it takes: the template is judged by the processor time that it costs. A child
+        that gets nothing done at all is replaced.
+
+        Args:
+            on_wait: Told from time to time what is waited for.
+
         Raises:
-            ModelError: The template cannot be compiled, or not in time.
+            ModelError: The template cannot be compiled, or not in the time for it.
+            UnavailableError: No child got anything done, or one very little for very long.
         """
+        for number in range(1, _NUM_STARTS_MAX + 1):
+            if self._start_once(on_wait):
+                return
+            on_wait(f"the renderer of chat templates got nothing done in {_LOOK_S:g} s and is replaced ({number} times so far)")
+        raise UnavailableError(
+            f"tokenizer: the renderer of chat templates did not start, {_NUM_STARTS_MAX} times in a row; is the machine overloaded?"
+        )
+
+    def _start_once(self, on_wait: OnWait = lambda reason: None) -> bool:
+        """Start one child; False when it got nothing done between two looks, and was ended."""
         self._child.start()
+        looks = [0.0]
+
+        def goes_on() -> bool:
+            looks.append(self._child.cpu_s)
+            what = f"the renderer of chat templates has started for {(len(looks) - 1) * _LOOK_S:g} s, of which it computed"
+            on_wait(f"{what} {looks[-1]:.2f} s; at {_START_CPU_S:g} s the template is given up")
+            return looks[-2] < looks[-1] < _START_CPU_S and len(looks) <= _NUM_LOOKS_MAX
+
         try:
-            self._child.ask(self._setup, _START_TIMEOUT_S)
-        except (LateError, GoneError) as error:
+            self._child.ask(self._setup, _LOOK_S, goes_on=goes_on)
+        except LateError as error:
+            self._child.kill()
+            if looks[-1] >= _START_CPU_S:
+                raise ModelError(
+                    f"model {self._model}: its chat template could not be compiled in {_START_CPU_S:g} s of processor time"
+                ) from error
+            return False
+        except GoneError as error:
             status = self._child.kill()
             raise ModelError(
-                f"model {self._model}: its chat template could not be compiled in {_START_TIMEOUT_S} s "
-                f"(the renderer ended with status {status})"
+                f"model {self._model}: its chat template could not be compiled: the renderer ended with status {status}; "
+                f"its memory limit is {self._limits.memory_bytes} bytes (tokenizer.render_memory_bytes)"
             ) from error
-        except ModelError:
+        except HeadraceError:
             self._child.kill()
             raise
+        return True
 
     def render(
         self,
@@ -88,9 +130,10 @@ class Renderer:
         Raises:
             InvalidRequestError: The conversation does not fit the template.
             RequestFailedError: The template failed, took too long, or took too much memory.
+            UnavailableError: The child had ended, and another one did not start.
         """
-        if not self._child.is_running:
-            self.start()
+        if not self._child.is_running and not self._start_once():
+            raise UnavailableError("tokenizer: the renderer of chat templates ended and did not start again in time; ask again")
         request = {
             "messages": list(messages),
             "add_generation_prompt": add_generation_prompt,

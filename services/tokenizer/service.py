@@ -7,6 +7,7 @@ costs less than deciding would. Each thread has an engine of its own (tokenizer,
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import queue
 import time
@@ -31,6 +32,7 @@ from headrace.errors import (
     RequestFailedError,
     UnavailableError,
 )
+from headrace.lifecycle import State
 from headrace.models.embedding_config import load_embedding_config
 from headrace.models.model_config import TOKENIZER_FILE, load_generation_defaults, load_model_config, load_tokenizer_config
 from headrace.output_formats import REASONING_FORMATS
@@ -280,6 +282,7 @@ class TokenizerService:
             tokenizer_json = (directory / TOKENIZER_FILE).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{directory / TOKENIZER_FILE}: cannot be read: {error}; pull the model again") from error
+        waits = itertools.count(1)
         for _ in range(self._settings.num_threads):
             encoder = Encoder(tokenizer_json, self._limits)
             if encoder.tokenizer_vocab_size > config.vocab_size:
@@ -300,7 +303,7 @@ class TokenizerService:
                     ),
                 )
                 self._renderers.append(renderer)
-                renderer.start()
+                renderer.start(lambda reason: self._tell_wait(next(waits), reason))
             self._engines.put(_Engine(encoder, renderer))
         self._formats = _output_formats(tokenizer_config.chat_template, encoder, self._settings)
         self._constraints = make_desk(
@@ -316,6 +319,13 @@ class TokenizerService:
         if (vectors := load_embedding_config(directory, config)) is not None:
             self._model.embedding.size, self._model.embedding.is_matryoshka = vectors.size, vectors.is_matryoshka
             self._model.embedding.dimensions.extend(vectors.dimensions)
+
+    def _tell_wait(self, number: int, reason: str) -> None:
+        """The start goes on, though slowly: for the log, and for the supervisor, whose time for a start begins anew."""
+        log.warning("renderer.awaited", reason=reason)
+        if self._context.notifier is not None:
+            self._context.notifier.state(State.STARTING, reason)
+            self._context.notifier.progress({"num_waits": number})
 
     def _admit(self, job: _Job) -> None:
         if self._is_draining:

@@ -7,13 +7,16 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from headrace.errors import ModelError
+from headrace.lifecycle import State
 from headrace.service import ServiceContext
+from headrace.supervision.child import Notifier
 from headrace.telemetry import traces
 from headrace.v1.common_pb2 import WorkHeader
 from headrace.v1.router_pb2 import RouterInbox
@@ -22,7 +25,9 @@ from headrace.wire import topology
 from headrace.wire.fake import FakeNetwork
 from headrace.wire.session import Peer
 from services.tokenizer.config import Settings
+from services.tokenizer.renderer import Renderer
 from services.tokenizer.service import TokenizerService
+from tests.patience import WAIT_S
 
 SETTINGS = Settings(num_threads=1)
 
@@ -75,7 +80,7 @@ class World:
         self.network.settle()
 
     async def replies(self, count: int) -> list[tuple[Any, list[int]]]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             while len(self.router.replies) < count:
                 await asyncio.sleep(0.002)
                 self.network.settle()
@@ -241,7 +246,7 @@ async def test_drain_answers_what_is_open_and_refuses_more(make: Make) -> None:
     drain = asyncio.create_task(world.service.drain())
     await asyncio.sleep(0)
     world.send(Tokenize(work=_work(), model="tiny", text="ab"))
-    await asyncio.wait_for(drain, 20)
+    await asyncio.wait_for(drain, WAIT_S)
     codes = [reply.error.code for reply, _ in await world.replies(2)]
     assert sorted(codes) == ["", "unavailable"]
 
@@ -250,11 +255,41 @@ async def test_a_reply_to_a_router_that_is_gone_is_dropped_and_counted(make: Mak
     world = await make()
     world.send(Tokenize(work=_work(), model="tiny", text="ab"))
     world.router_wire.kill()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WAIT_S):
         while world.service.progress().num_steps == 0:  # noqa: ASYNC110 (nothing signals it)
             await asyncio.sleep(0.002)
     labels = {"kind": "text", "outcome": "unanswered"}
     assert world.context.registry.get_sample_value("headrace_tokenizer_requests_total", labels) == 1
+
+
+async def test_a_start_that_waits_for_its_renderers_tells_log_and_supervisor(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    class Supervisor:
+        def state(self, state: State, detail: str = "") -> None:
+            told.append((state, detail))
+
+        def progress(self, counters: dict[str, float]) -> None:
+            told.append(dict(counters))
+
+    started = Renderer.start
+
+    def start_slowly(self: Renderer, on_wait: Callable[[str], None]) -> None:
+        on_wait("it is slow")
+        started(self, on_wait)
+
+    monkeypatch.setattr(Renderer, "start", start_slowly)
+    world = World(model_directory, Settings(num_threads=2), None)
+    world.context.notifier = cast("Notifier", Supervisor())
+    with capture_logs() as lines:
+        await world.service.start()
+    await world.service.stop()
+    slow = (State.STARTING, "it is slow")
+    # Counters that change are what makes the supervisor wait on.
+    assert told == [slow, {"num_waits": 1}, slow, {"num_waits": 2}]
+    assert [line["reason"] for line in lines if line["event"] == "renderer.awaited"] == ["it is slow"] * 2
 
 
 async def test_spans_cover_the_queue_and_the_encoding(make: Make) -> None:
