@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 STATE_POLL_S = 0.1
+"""Between two looks at what keeps a service from being ready."""
+READY_POLL_S = 0.5
+"""Between two looks whether a ready one still is; /ready and the service itself look for themselves, at each request."""
 PROGRESS_INTERVAL_S = 1.0
 
 
@@ -61,7 +65,7 @@ class Service(Protocol):
         """Why no request could be served now; None when one could."""
 
     def load(self) -> Load:
-        """How busy it is; cheap, asked at each tick."""
+        """How busy it is; cheap, asked before each heartbeat and for each page of metrics, whose gauges it sets."""
 
     def progress(self) -> Progress:
         """Whether work moves; cheap."""
@@ -254,7 +258,9 @@ class _Runner:
         module = importlib.import_module(f"services.{name}.service")
         self._service: Service = getattr(module, f"{name.capitalize()}Service")(self._context, settings.sections[name])
         self._context.end_phase("imports")
-        self._exposition = Exposition(registry, health=self._health, not_ready_reason=self._service.not_ready_reason)
+        self._exposition = Exposition(
+            registry, health=self._health, not_ready_reason=self._service.not_ready_reason, refresh=self._service.load
+        )
 
     async def run(self) -> None:
         """From start to stop; raises what ended the life, if anything did."""
@@ -289,18 +295,17 @@ class _Runner:
         loop = asyncio.get_running_loop()
         while not self._stop.is_set():
             reason = self._service.not_ready_reason()
-            if reason is None:
-                self._set_state(State.READY, " ".join(self._service.health().get("addresses", ())))
-            else:
+            if reason is not None:
                 self._set_state(State.STARTED, reason)
+            elif self._state is not State.READY:
+                self._set_state(State.READY, " ".join(self._service.health().get("addresses", ())))
             if loop.time() >= progress_due:
                 progress_due = loop.time() + PROGRESS_INTERVAL_S
                 load, progress = self._service.load(), self._service.progress()
                 self._notifier.progress({"num_steps": progress.num_steps}, is_busy=bool(load.num_running or load.num_waiting))
-            try:
-                await asyncio.wait_for(self._stop.wait(), STATE_POLL_S)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STATE_POLL_S if reason is not None else READY_POLL_S):
+                    await self._stop.wait()
 
     async def _drain(self) -> None:
         self._set_state(State.DRAINING)

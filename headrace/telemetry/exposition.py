@@ -19,9 +19,16 @@ class Exposition:
     """Serves one registry and two questions. Knows GET only, closes after each answer."""
 
     def __init__(
-        self, registry: CollectorRegistry, *, health: Callable[[], dict[str, Any]], not_ready_reason: Callable[[], str | None]
+        self,
+        registry: CollectorRegistry,
+        *,
+        health: Callable[[], dict[str, Any]],
+        not_ready_reason: Callable[[], str | None],
+        refresh: Callable[[], object] = lambda: None,
     ) -> None:
+        """`refresh` is called before a page of metrics is made: what sets gauges need not run all the time."""
         self._registry = registry
+        self._refresh = refresh
         self._health = health
         self._not_ready_reason = not_ready_reason
         self._server: asyncio.Server | None = None
@@ -69,6 +76,7 @@ class Exposition:
         if method != "GET":
             return "405 Method Not Allowed", "text/plain", b"GET only\n"
         if path == "/metrics":
+            self._refresh()
             return "200 OK", "text/plain; version=0.0.4; charset=utf-8", generate_latest(self._registry)
         if path == "/health":
             return "200 OK", "application/json", json.dumps(self._health()).encode()

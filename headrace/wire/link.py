@@ -34,10 +34,13 @@ MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 RECEIVE_SLICE = 64
 """Messages handled in one turn of the event loop, so that one busy socket does not starve the others."""
 TICK_S = 0.05
-"""Between two looks at leases and heartbeats, which are far longer; each look costs an idle process some 200 microseconds."""
+"""Between two looks while some front has not accepted us yet. Once all have, a look comes when a heartbeat or the end of a lease
+is due: each costs an idle process some 200 microseconds."""
+TICK_MIN_S = 0.005
 RESOLVE_INTERVAL_S = 3.0
 INQUIRY_SETTLE_S = 0.3
 GOODBYE_LINGER_MS = 200
+_NEVER_NS = 60_000_000_000
 
 
 def new_incarnation() -> int:
@@ -113,6 +116,10 @@ class Front:
         """Leases and heartbeats."""
         self.session.tick(now_ns)
 
+    def due_ns(self) -> int:
+        """When the next tick is wanted."""
+        return self.session.due_ns()
+
     def close(self, reason: str) -> None:
         """Say goodbye, unbind, and remove the socket's file."""
         self.session.goodbye(reason)
@@ -140,9 +147,21 @@ class Front:
 class _Connection:
     """One dialled address."""
 
-    def __init__(self, socket: zmq.Socket[bytes], make_session: Callable[[Callable[[Parts], None]], BackSession]) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        make_session: Callable[[Callable[[Parts], None]], BackSession],
+        on_unsettled: Callable[[], None],
+    ) -> None:
         self.session = make_session(self._send)
-        self.socket = _Socket(socket, lambda parts: self.session.receive(parts, time.monotonic_ns()))
+        self.socket = _Socket(socket, self._on_parts)
+        self._on_unsettled = on_unsettled
+        on_unsettled()
+
+    def _on_parts(self, parts: list[bytes]) -> None:
+        self.session.receive(parts, time.monotonic_ns())
+        if self.session.peer is None:
+            self._on_unsettled()
 
     def _send(self, parts: Parts) -> None:
         try:
@@ -222,6 +241,13 @@ class Back:
             connection.session.tick(now_ns)
         if self._join == "fewest_lanes":
             self._choose(now_ns)
+
+    def due_ns(self) -> int | None:
+        """When the next tick is wanted; None: soon, as some front has not accepted us yet."""
+        dues_ns = [connection.session.due_ns() for connection in self._connections.values()]
+        if None in dues_ns:
+            return None
+        return min((due_ns for due_ns in dues_ns if due_ns is not None), default=time.monotonic_ns() + _NEVER_NS)
 
     def close(self, reason: str) -> None:
         """Say goodbye everywhere and hang up."""
@@ -378,7 +404,7 @@ class Wire:
                     is_active=is_active,
                 )
 
-            return _Connection(socket, make_session)
+            return _Connection(socket, make_session, self._tick_soon)
 
         back = Back(self, edge, backplane.default_port, targets, connect=connect, join=join)
         self._add(back)
@@ -413,6 +439,7 @@ class Wire:
         self._links.append(link)
         if self._ticker is None:
             self._tick()
+        self._tick_soon()
 
     def _tick(self) -> None:
         now_ns = time.monotonic_ns()
@@ -420,7 +447,23 @@ class Wire:
             self._before_beat()
         for link in list(self._links):
             link.tick(now_ns)
-        self._ticker = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        self._set_ticker(self._pause_s(now_ns))
+
+    def _pause_s(self, now_ns: int) -> float:
+        dues_ns = [link.due_ns() for link in self._links]
+        earliest_ns = min((due_ns for due_ns in dues_ns if due_ns is not None), default=now_ns + _NEVER_NS)
+        pause_s = max(TICK_MIN_S, (earliest_ns - now_ns) / 1e9)
+        return min(TICK_S, pause_s) if None in dues_ns else pause_s
+
+    def _tick_soon(self) -> None:
+        """A connection is to be made, or made anew: the next look may not wait for the next heartbeat."""
+        if self._ticker is not None and self._ticker.when() > asyncio.get_running_loop().time() + TICK_S:
+            self._set_ticker(TICK_S)
+
+    def _set_ticker(self, pause_s: float) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._ticker = asyncio.get_running_loop().call_later(pause_s, self._tick)
 
     def _make_socket(self, kind: int, queue_messages: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

@@ -228,7 +228,7 @@ class FrontSession(Session):
             self._dispatch(peer, message, arm, parts)
 
     def tick(self, now_ns: int) -> None:
-        """Expire leases; heartbeat every registered peer when it is time. Call it at least every register interval."""
+        """Expire leases; heartbeat every registered peer when it is time. Call it at `due_ns`, or before."""
         for peer in [p for p in self.peers.values() if now_ns - p.last_seen_ns > self.leases.lease_ns]:
             self.lose(peer, f"not heard of for {self.leases.lease_ns / 1e9:g} s")
         if now_ns < self._next_heartbeat_ns:
@@ -243,6 +243,11 @@ class FrontSession(Session):
                 self.metrics.overloads.labels(peer.edge.name).inc()
             except ReplicaDeadError as error:
                 self.lose(peer, error.message)
+
+    def due_ns(self) -> int:
+        """When `tick` has something to do next, unless something is heard before."""
+        expiries = (peer.last_seen_ns + self.leases.lease_ns + 1 for peer in self.peers.values())
+        return min((self._next_heartbeat_ns, *expiries))
 
     def goodbye(self, reason: str) -> None:
         """Tell every peer that this life ends."""
@@ -408,6 +413,12 @@ class BackSession(Session):
             self.lose(f"not heard of for {self.leases.lease_ns / 1e9:g} s")
         elif now_ns >= self._next_heartbeat_ns:
             self.beat(now_ns)
+
+    def due_ns(self) -> int | None:
+        """When `tick` has something to do next, unless something is heard before; None while no front has accepted us: soon."""
+        if self.peer is None:
+            return None
+        return min(self._next_heartbeat_ns, self.peer.last_seen_ns + self.leases.lease_ns + 1)
 
     def register_now(self, now_ns: int) -> None:
         """Register at once, without waiting for the interval since the inquiry."""

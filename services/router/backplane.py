@@ -63,11 +63,12 @@ class Backplane:
         for request in self.streams:
             self.end(request.request_id, error)
 
-    def tick(self) -> None:
-        """Timers of open requests, and what could not be sent before."""
+    def tick(self) -> bool:
+        """Timers of open requests, and what could not be sent before; whether the next tick may have to do something."""
         self._courier.perform(self.streams.on_time(self._clock.monotonic_ns()))
         self._courier.send_unsent()
         self.caches.watch()
+        return bool(len(self.streams) or self._courier.has_unsent)
 
     # From the links.
 

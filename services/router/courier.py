@@ -82,6 +82,11 @@ class Courier:
         self._clock = clock
         self._unsent: deque[SendAbort | SendCloseStream] = deque()
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something waits for room in a queue."""
+        return bool(self._unsent)
+
     def send_unsent(self) -> None:
         """Try again what found a full queue."""
         unsent, self._unsent = self._unsent, deque()

@@ -242,6 +242,7 @@ class Turnstile:
         self._admission = admission
         self._is_idle = asyncio.Event()
         self._is_idle.set()
+        self._is_busy = asyncio.Event()
 
     @property
     def num_open(self) -> int:
@@ -252,16 +253,22 @@ class Turnstile:
         """Count a request in, each of its choices as one, or refuse it."""
         self._admission.admit(now_ns, num_choices)
         self._is_idle.clear()
+        self._is_busy.set()
 
     def leave(self, now_ns: int, num_choices: int = 1) -> None:
         """Count a request out."""
         self._admission.release(now_ns, num_choices)
         if not self._admission.num_open:
             self._is_idle.set()
+            self._is_busy.clear()
 
     async def wait_idle(self) -> None:
         """Wait until no request is open."""
         await self._is_idle.wait()
+
+    async def wait_busy(self) -> None:
+        """Wait until a request is open."""
+        await self._is_busy.wait()
 
 
 class Gateway:

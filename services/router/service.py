@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 log = logs.get_logger()
 
 TICK_S = 0.05
+IDLE_TICK_S = 0.25
 
 
 class RouterService:
@@ -114,11 +116,12 @@ class RouterService:
             )
 
     async def _run_timers(self) -> None:
+        is_idle = False
         try:
             while True:
-                await asyncio.sleep(TICK_S)
+                await self._pause(is_idle)
                 self._num_ticks += 1
-                self._backplane.tick()
+                is_idle = not self._backplane.tick()
                 self._metrics.open_requests.set(self.gateway.turnstile.num_open)
                 self.gateway.cut_off_slow_clients()
                 is_ready = self.gateway.not_ready_reason() is None
@@ -128,6 +131,14 @@ class RouterService:
             # Without timers no deadline would be kept: better to be restarted.
             log.exception("timers.failed")
             self._context.fail(error)
+
+    async def _pause(self, is_idle: bool) -> None:
+        """Until the next look; while nothing is open it comes later, and soon when a request comes."""
+        if is_idle and not self.gateway.turnstile.num_open:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_TICK_S - TICK_S):
+                    await self.gateway.turnstile.wait_busy()
+        await asyncio.sleep(TICK_S)
 
     def not_ready_reason(self) -> str | None:
         """Why a request could not be served now."""

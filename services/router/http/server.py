@@ -28,6 +28,7 @@ MAX_HEAD_BYTES = 64 * 1024
 BACKLOG = 2048
 GRACE_S = 2
 START_TIMEOUT_S = 10.0
+_DATE_INTERVAL_S = 1.0
 
 
 class _Protocol(HttpToolsProtocol):
@@ -76,6 +77,19 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._is_started = asyncio.Event()
+        self._is_ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Take no more connections; `serve` returns when answers under way have ended, or had their time."""
+        self.should_exit = True
+        self._is_ending.set()
+
+    async def main_loop(self) -> None:
+        """Once a second the time in the head of answers is set; uvicorn's own loop also looks ten times whether it is to end."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DATE_INTERVAL_S):
+                    await self._is_ending.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,7 +148,7 @@ class HttpServer:
     async def stop(self) -> None:
         """Close the port; answers under way get a moment to end."""
         if self._task is not None:
-            self._server.should_exit = True
+            self._server.end()
             await self._task
 
 

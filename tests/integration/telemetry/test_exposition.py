@@ -11,13 +11,12 @@ from typing import Any
 import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from headrace.errors import ConfigError
 from headrace.telemetry import traces
 from headrace.telemetry.exposition import Exposition
-
-pytestmark = pytest.mark.timeout(30)
+from tests.patience import WAIT_S
 
 
 class Answers:
@@ -40,7 +39,7 @@ async def ask(port: int, raw: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(raw)
     writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), WAIT_S)
     writer.close()
     await writer.wait_closed()
     return answer
@@ -78,6 +77,19 @@ async def test_nonsense_does_not_stop_the_next_question(exposition: tuple[Exposi
     assert (await ask(exposition[0].port, b"GET /health HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 200")
 
 
+async def test_gauges_are_set_for_the_page_that_shows_them() -> None:
+    registry = CollectorRegistry()
+    gauge = Gauge("headrace_things", "Things.", registry=registry)
+    made = Exposition(registry, health=dict, not_ready_reason=lambda: None, refresh=gauge.inc)
+    await made.start("127.0.0.1", 0)
+    try:
+        assert b"headrace_things 1.0" in await ask(made.port, b"GET /metrics HTTP/1.1\r\n\r\n")
+        await ask(made.port, b"GET /health HTTP/1.1\r\n\r\n")
+        assert b"headrace_things 2.0" in await ask(made.port, b"GET /metrics HTTP/1.1\r\n\r\n")
+    finally:
+        await made.stop()
+
+
 async def test_busy_metrics_port_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -111,7 +123,7 @@ def test_spans_reach_an_otlp_collector() -> None:
         tracer.start("child", parent=root.context).end()
         root.end()
         tracer.close()
-        server.stop(None).wait(5)
+        server.stop(None).wait(WAIT_S)
     resources = [resource for request in collector.requests for resource in request.resource_spans]
     names = [span.name for resource in resources for scope in resource.scope_spans for span in scope.spans]
     assert sorted(names) == ["child", "root"]

@@ -15,16 +15,15 @@ from prometheus_client import CollectorRegistry
 from headrace.errors import ConfigError, OverloadedError
 from headrace.v1.control_pb2 import Register
 from headrace.v1.tokenizer_pb2 import Tokenize, TokenizeReply
-from headrace.wire import topology
+from headrace.wire import link, topology
 from headrace.wire.envelope import int32_array, int32_frame, seal
 from headrace.wire.keys import create_keys, load_keys
 from headrace.wire.link import Wire
+from tests.patience import WAIT_S
 from tests.unit.wire.test_session import Recorder, register
 
-pytestmark = pytest.mark.timeout(30)
 
-
-async def until(condition: Callable[[], object], timeout_s: float = 10) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - the condition is told by sockets
             await asyncio.sleep(0.01)
@@ -90,11 +89,13 @@ async def test_curve_admits_known_keys_only(wires: Wires, tmp_path: Path) -> Non
     assert not create_keys(keys)
     router, friend, stranger, naked = Recorder(), Recorder(), Recorder(), Recorder()
     front = wires("router", "router-0", keys).bind(topology.ROUTER_BACKPLANE, "tcp://127.0.0.1:0", router)
-    for name, handler, directory in (("friend", friend, keys), ("stranger", stranger, strange_keys), ("naked", naked, None)):
+    for name, handler, directory in (("stranger", stranger, strange_keys), ("naked", naked, None), ("friend", friend, keys)):
         wires("tokenizer", name, directory).dial(topology.ROUTER_BACKPLANE, [front.address], handler, register=_register(name))
     await until(lambda: router.peers)
-    await asyncio.sleep(0.5)
-    assert [peer.instance for peer in router.peers] == ["friend"]
+    # Whoever dials after them is let in, while they try again and again.
+    wires("tokenizer", "late", keys).dial(topology.ROUTER_BACKPLANE, [front.address], Recorder(), register=_register("late"))
+    await until(lambda: len(router.peers) >= 2)
+    assert [peer.instance for peer in router.peers] == ["friend", "late"]
     assert not stranger.peers
     assert not naked.peers
 
@@ -135,7 +136,11 @@ async def test_peer_that_never_reads_overloads_only_itself(wires: Wires, tmp_pat
         await until(lambda: good.messages)
 
 
-async def test_worker_joins_the_scheduler_with_the_fewest_lanes(wires: Wires, tmp_path: Path) -> None:
+async def test_worker_joins_the_scheduler_with_the_fewest_lanes(
+    wires: Wires, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both are heard, however far apart their answers come.
+    monkeypatch.setattr(link, "INQUIRY_SETTLE_S", WAIT_S)
     busy, idle, worker = Recorder(), Recorder(), Recorder()
     addresses = []
     for name, handler, lanes in (("scheduler-0", busy, 2), ("scheduler-1", idle, 1)):
@@ -146,8 +151,7 @@ async def test_worker_joins_the_scheduler_with_the_fewest_lanes(wires: Wires, tm
     wires("worker", "worker-0").dial(
         topology.SCHEDULER_BACKPLANE, addresses, worker, register=lambda: register("worker", "worker-0"), join="fewest_lanes"
     )
-    await until(lambda: worker.peers)
-    await asyncio.sleep(0.3)
+    await until(lambda: worker.peers and idle.peers)
     assert [peer.instance for peer in worker.peers] == ["scheduler-1"]
     assert not busy.peers
 
@@ -165,3 +169,32 @@ async def test_second_process_cannot_take_an_ipc_address_over(wires: Wires, tmp_
     assert os.listdir(tmp_path) == []
     wires("router", "router-2").bind(topology.ROUTER_BACKPLANE, address, second)
     await until(lambda: second.peers)
+
+
+async def test_looks_are_rare_once_all_are_acquainted_and_soon_when_one_is_lost(
+    wires: Wires, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses_s: dict[str, list[float]] = {"router": [], "tokenizer": []}
+    set_ticker = Wire._set_ticker
+
+    def record(self: Wire, pause_s: float) -> None:
+        pauses_s[self.identity.role].append(pause_s)
+        set_ticker(self, pause_s)
+
+    monkeypatch.setattr(Wire, "_set_ticker", record)
+    tokenizer = Recorder()
+    router = wires("router", "router-0")
+    front = router.bind(topology.ROUTER_BACKPLANE, f"ipc://{tmp_path}/r", Recorder())
+    wires("tokenizer", "tokenizer-0").dial(topology.ROUTER_BACKPLANE, [front.address], tokenizer, register=_register("tokenizer-0"))
+    await until(lambda: tokenizer.peers)
+    for role, found in pauses_s.items():
+        found.clear()
+        await until(lambda found=found: max(found, default=0.0) > 4 * link.TICK_S)  # type: ignore[misc]
+        assert max(found) <= 0.5, f"{role}: heartbeats come as often as before"
+    await router.close()
+    await until(lambda: tokenizer.lost)
+    found = pauses_s["tokenizer"]
+    assert found[-1] <= link.TICK_S
+    found.clear()
+    await until(lambda: len(found) >= 3)
+    assert max(found) <= link.TICK_S, "it tries again and again"

@@ -188,3 +188,28 @@ def test_goodbye_ends_the_lease_at_once(network: FakeNetwork, router: Recorder) 
         back.close("stopped")
     network.settle()
     assert router.lost == [("tokenizer-0", "left: stopped")]
+
+
+def test_ticks_at_due_times_alone_hold_an_acquaintance_and_end_it_in_time(network: FakeNetwork, router: Recorder) -> None:
+    """Goal: nothing is missed between two ticks. Method: time leaps from one due time to the next, for a minute."""
+    wire, tokenizer = connect(network)
+    front, back = network.fronts[ADDRESS].session, wire._backs[0].connections[ADDRESS].session
+    assert back.due_ns() is None, "nobody has accepted it: soon"
+    network.settle()
+    num_ticks = 0
+    while network.now_ns < 60e9:
+        due_ns = back.due_ns()
+        assert due_ns is not None
+        assert min(due_ns, front.due_ns()) > network.now_ns
+        network.now_ns = min(due_ns, front.due_ns())
+        network.settle()
+        num_ticks += 1
+    assert num_ticks <= 2 * 60 / 0.5 + 2, "each end's heartbeats, and no more"
+    assert not router.lost and not tokenizer.lost
+    last_heard_ns = tokenizer.peers[0].last_seen_ns
+    network.fronts[ADDRESS].wire.kill()
+    while (due_ns := back.due_ns()) is not None:
+        network.now_ns = due_ns
+        network.settle()
+    assert tokenizer.lost
+    assert network.now_ns == last_heard_ns + back.leases.lease_ns + 1
