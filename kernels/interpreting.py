@@ -1,7 +1,7 @@
 """Triton's interpreter, which runs kernels on the CPU: whether it is on, and its roundings put right.
 
-Triton 3.9's interpreter cuts float32 off to bfloat16 where every GPU rounds to nearest, loses carries when it rounds to 8-bit
-floats, and multiplies matrices of bfloat16 as if their bits were integers. `prepare_interpreter` replaces these, so that what
+Triton's interpreter (3.7 and 3.9) cuts float32 off to bfloat16 where every GPU rounds to nearest, loses carries when it rounds to
+8-bit floats, and multiplies matrices of bfloat16 as if their bits were integers. `prepare_interpreter` replaces these, so that what
 is compared under the interpreter is the kernel. Other arithmetic on bfloat16 is wrong there still: kernels cast to float32 first.
 
 It also swaps the language's functions for its own anew at every call of a helper, `tl.sum` among them; here that is done once a

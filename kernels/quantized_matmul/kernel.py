@@ -1,4 +1,5 @@
-"""Triton kernels of `quantized_matmul`: products with 4-bit, int8 and FP8 weights, and what quantises activations for the last two.
+"""Triton kernels of `quantized_matmul`: products with weights of 4 and of 8 bits, of which some quantise activations
+as well, and what does that.
 
 See README.md. In all products a program owns BLOCK_M tokens and BLOCK_N outputs, and walks the inputs in one order that depends on
 nothing else: a token's result does not depend on its neighbours.
@@ -91,6 +92,7 @@ def quantized_matmul_w4a16_kernel(
     qweight_ptr,
     scales_ptr,
     qzeros_ptr,
+    minimums_ptr,
     group_index_ptr,
     bias_ptr,
     out_ptr,
@@ -103,9 +105,11 @@ def quantized_matmul_w4a16_kernel(
     stride_qweight_row,
     stride_scales_group,
     stride_qzeros_group,
+    stride_minimums_group,
     stride_out_token,
     IS_AWQ: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    HAS_MINIMUMS: tl.constexpr,
     HAS_GROUP_INDEX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -113,10 +117,11 @@ def quantized_matmul_w4a16_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """`out = x @ ((values - zeros) * scales) + bias`, sums in float32.
+    """`out = x @ ((values - zeros) * scales) + bias`, sums in float32; with minimums `values * scales + minimums`.
 
     Where groups are runs of inputs, a step of BLOCK_K inputs lies in one group: `values - zeros` goes into the product as the small
-    integer it is, exact in every type, and the sum is scaled. With a group index, weights are scaled before the product.
+    integer it is, exact in every type, and the sum is scaled; minimums are multiplied by the sum of the inputs. With a group index,
+    weights are scaled before the product.
     """
     block_m, block_n = block_of_program(tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N), GROUP_M)
     tokens = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -149,12 +154,71 @@ def quantized_matmul_w4a16_kernel(
         else:
             group = (first // group_size).to(tl.int64)
             scales = tl.load(scales_ptr + group * stride_scales_group + columns, mask=is_column, other=0.0)  # [BLOCK_N]
-            zeros = tl.full((BLOCK_N,), 8, tl.int32)
+            zeros = tl.full((BLOCK_N,), 0 if HAS_MINIMUMS else 8, tl.int32)
             if HAS_ZEROS:
                 zero_words = tl.load(qzeros_ptr + group * stride_qzeros_group + words, mask=is_word, other=0)
                 zeros = (unpack_words(zero_words, shifts, BLOCK_N) + zero_offset) & 15
             part = tl.dot(x, (values - zeros[None, :]).to(tl.float32).to(x.dtype), input_precision="ieee")
             total += part * scales.to(tl.float32)[None, :]
+            if HAS_MINIMUMS:
+                minimums = tl.load(minimums_ptr + group * stride_minimums_group + columns, mask=is_column, other=0.0)
+                total += tl.sum(x.to(tl.float32), axis=1)[:, None] * minimums.to(tl.float32)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + tokens.to(tl.int64)[:, None] * stride_out_token + columns[None, :]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
+
+
+@triton.jit
+def quantized_matmul_w8a16_kernel(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    minimums_ptr,
+    bias_ptr,
+    out_ptr,
+    num_tokens,
+    num_outputs,
+    num_inputs,
+    group_size,
+    zero,
+    stride_x_token,
+    stride_codes_row,
+    stride_scales_group,
+    stride_minimums_group,
+    stride_out_token,
+    IS_FLOAT8: tl.constexpr,
+    HAS_MINIMUMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """`out = x @ ((codes - zero) * scales) + bias`, sums in float32; with minimums `codes * scales + minimums`.
+
+    A step of BLOCK_K inputs lies in one group. What goes into the product is exact in every type, an integer of up to 8 bits or an
+    e4m3fn, and the sum is scaled; minimums are multiplied by the sum of the inputs.
+    """
+    block_m, block_n = block_of_program(tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N), GROUP_M)
+    tokens = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_token, is_column = tokens < num_tokens, columns < num_outputs
+    steps = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * stride_x_token + steps[None, :]
+    code_ptrs = codes_ptr + columns.to(tl.int64)[None, :] * stride_codes_row + steps[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, num_inputs, BLOCK_K):
+        is_step = start + steps < num_inputs
+        x = tl.load(x_ptrs + start, mask=is_token[:, None] & is_step[None, :], other=0.0)
+        codes = tl.load(code_ptrs + start, mask=is_step[:, None] & is_column[None, :], other=0)
+        weight = decode_fp8(codes).to(tl.float32) if IS_FLOAT8 else (codes.to(tl.int32) - zero).to(tl.float32)
+        group = (start // group_size).to(tl.int64)
+        scales = tl.load(scales_ptr + group * stride_scales_group + columns, mask=is_column, other=0.0)  # [BLOCK_N]
+        total += tl.dot(x, weight.to(x.dtype), input_precision="ieee") * scales.to(tl.float32)[None, :]
+        if HAS_MINIMUMS:
+            minimums = tl.load(minimums_ptr + group * stride_minimums_group + columns, mask=is_column, other=0.0)
+            total += tl.sum(x.to(tl.float32), axis=1)[:, None] * minimums.to(tl.float32)[None, :]
     if HAS_BIAS:
         total += tl.load(bias_ptr + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + tokens.to(tl.int64)[:, None] * stride_out_token + columns[None, :]

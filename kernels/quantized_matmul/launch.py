@@ -15,8 +15,9 @@ from kernels.quantized_matmul.kernel import (
     quantized_matmul_quantize_fp8_kernel,
     quantized_matmul_quantize_int8_kernel,
     quantized_matmul_w4a16_kernel,
+    quantized_matmul_w8a16_kernel,
 )
-from kernels.quantized_matmul.reference import FP8_BLOCK, PER_WORD, Layout, W4Weight
+from kernels.quantized_matmul.reference import FP8_BLOCK, PER_WORD, Layout, W4Weight, W8Weight
 
 GROUP_M: Final = 8
 """Blocks of tokens that walk the weights together."""
@@ -59,7 +60,7 @@ class Tiles:
 
 
 def w4_tiles_of(architecture: Architecture, dtype: torch.dtype, block_k_max: int, *, is_prefill: bool = False) -> Tiles:
-    """Choose the tile of a product with 4-bit weights.
+    """Choose the tile of a product with weights of 4 or of 8 bits, whose activations stay as they are.
 
     Args:
         architecture: Where it runs.
@@ -76,12 +77,11 @@ def w4_tiles_of(architecture: Architecture, dtype: torch.dtype, block_k_max: int
     return Tiles(32, 64, min(64, block_k_max), LaunchConfig(num_warps=4, num_stages=stages))
 
 
-def block_k_max_of(weight: W4Weight, num_inputs: int) -> int:
+def block_k_max_of(group_size: int, num_inputs: int) -> int:
     """Give the longest step of 16 to 128 inputs that never leaves a group; 0 where there is none."""
-    if weight.group_index is not None or weight.group_size >= num_inputs:
+    if group_size >= num_inputs:
         return 128
-    size = weight.group_size
-    return min(size & -size, 128) if size % BLOCK_K_MIN == 0 else 0
+    return min(group_size & -group_size, 128) if group_size % BLOCK_K_MIN == 0 else 0
 
 
 def int8_tiles_of(architecture: Architecture) -> Tiles:
@@ -130,18 +130,17 @@ def matmul_w4a16(
     num_outputs = _check_w4(arguments, weight, num_inputs)
     out = _check_out(arguments, x.new_empty((num_tokens, num_outputs)) if out is None else out, bias, num_tokens, num_outputs)
     arguments.require(out.dtype == x.dtype, "out", str(x.dtype), out.dtype)
-    block_k_max = block_k_max_of(weight, num_inputs)
-    arguments.require(block_k_max > 0, "group_size", f"a multiple of {BLOCK_K_MIN}, or all inputs", weight.group_size)
-    tiles = tiles or w4_tiles_of(architecture_of(x.device), x.dtype, block_k_max)
-    arguments.require(tiles.block_k <= block_k_max, "tiles", f"block_k up to {block_k_max}", tiles.block_k)
+    # With a group index a step may lie in any groups.
+    tiles = _weight_tiles(arguments, x, num_inputs if weight.group_index is not None else weight.group_size, tiles)
     if num_tokens == 0:
         return out
-    qzeros = weight.qzeros
+    qzeros, minimums = weight.qzeros, weight.minimums
     quantized_matmul_w4a16_kernel[tiles.grid(num_tokens, num_outputs)](
         x,
         weight.qweight,
         weight.scales,
         qzeros,
+        minimums,
         weight.group_index,
         bias,
         out,
@@ -154,15 +153,26 @@ def matmul_w4a16(
         weight.qweight.stride(0),
         weight.scales.stride(0),
         0 if qzeros is None else qzeros.stride(0),
+        0 if minimums is None else minimums.stride(0),
         out.stride(0),
         IS_AWQ=weight.layout == "awq",
         HAS_ZEROS=qzeros is not None,
+        HAS_MINIMUMS=minimums is not None,
         HAS_GROUP_INDEX=weight.group_index is not None,
         HAS_BIAS=bias is not None,
         **tiles.constants(),
         **tiles.config.options(),
     )
     return out
+
+
+def _weight_tiles(arguments: Arguments, x: torch.Tensor, group_size: int, tiles: Tiles | None) -> Tiles:
+    """Choose or check the tile of a product whose activations stay as they are."""
+    block_k_max = block_k_max_of(group_size, x.shape[1])
+    arguments.require(block_k_max > 0, "group_size", f"a multiple of {BLOCK_K_MIN}, or all inputs", group_size)
+    tiles = tiles or w4_tiles_of(architecture_of(x.device), x.dtype, block_k_max)
+    arguments.require(tiles.block_k <= block_k_max, "tiles", f"block_k up to {block_k_max}", tiles.block_k)
+    return tiles
 
 
 def _check_w4(arguments: Arguments, weight: W4Weight, num_inputs: int) -> int:
@@ -183,9 +193,82 @@ def _check_w4(arguments: Arguments, weight: W4Weight, num_inputs: int) -> int:
         arguments.require(num_groups == wanted, "scales", f"{wanted} groups of {weight.group_size}", num_groups)
     else:
         arguments.tensor("group_index", weight.group_index, shape=(num_inputs,), dtypes=(torch.int32,))
+    if weight.minimums is not None:
+        is_alone = weight.qzeros is None and weight.group_index is None
+        arguments.require(is_alone, "minimums", "None beside zero points or a group index", "both")
+        arguments.tensor("minimums", weight.minimums, shape=(num_groups, num_outputs), dtypes=FLOAT_TYPES)
     if weight.qzeros is not None:
         arguments.tensor("qzeros", weight.qzeros, shape=(num_groups, num_outputs // PER_WORD), dtypes=(torch.int32,))
     return num_outputs
+
+
+def matmul_w8a16(
+    x: torch.Tensor,
+    weight: W8Weight,
+    *,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Multiply by weights of a byte each; see `reference.matmul_w8a16`.
+
+    Args:
+        x: `[num_tokens, num_inputs]`; rows may be strided.
+        weight: The weights, on x's device; rows may be strided.
+        bias: `[num_outputs]`.
+        out: `[num_tokens, num_outputs]` of x's type. A new tensor by default.
+        tiles: By default `w4_tiles_of` the device; its `block_k` must divide the groups.
+
+    Returns:
+        `out`.
+
+    Raises:
+        KernelArgumentError: A shape, type, stride or device is wrong, or a group has no multiple of 16 inputs.
+    """
+    arguments = Arguments("matmul_w8a16", x.device)
+    arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
+    num_tokens, num_inputs = x.shape
+    arguments.require(num_inputs > 0, "x", "at least 1 input", num_inputs)
+    arguments.tensor("codes", weight.codes, shape=(None, num_inputs), dtypes=(torch.uint8,))
+    arguments.require(weight.group_size > 0, "group_size", "positive", weight.group_size)
+    num_outputs, minimums = weight.codes.shape[0], weight.minimums
+    shape = (-(-num_inputs // weight.group_size), num_outputs)
+    arguments.tensor("scales", weight.scales, shape=shape, dtypes=FLOAT_TYPES)
+    arguments.require(0 <= weight.zero <= 255, "zero", "0 to 255", weight.zero)
+    if weight.is_float8 or minimums is not None:
+        arguments.require(weight.zero == 0, "zero", "0 for e4m3fn and beside minimums", weight.zero)
+    if minimums is not None:
+        arguments.require(not weight.is_float8, "minimums", "None for e4m3fn", "a tensor")
+        arguments.tensor("minimums", minimums, shape=shape, dtypes=FLOAT_TYPES)
+    out = _check_out(arguments, x.new_empty((num_tokens, num_outputs)) if out is None else out, bias, num_tokens, num_outputs)
+    arguments.require(out.dtype == x.dtype, "out", str(x.dtype), out.dtype)
+    tiles = _weight_tiles(arguments, x, weight.group_size, tiles)
+    if num_tokens == 0 or num_outputs == 0:
+        return out
+    quantized_matmul_w8a16_kernel[tiles.grid(num_tokens, num_outputs)](
+        x,
+        weight.codes,
+        weight.scales,
+        minimums,
+        bias,
+        out,
+        num_tokens,
+        num_outputs,
+        num_inputs,
+        weight.group_size,
+        weight.zero,
+        x.stride(0),
+        weight.codes.stride(0),
+        weight.scales.stride(0),
+        0 if minimums is None else minimums.stride(0),
+        out.stride(0),
+        IS_FLOAT8=weight.is_float8,
+        HAS_MINIMUMS=minimums is not None,
+        HAS_BIAS=bias is not None,
+        **tiles.constants(),
+        **tiles.config.options(),
+    )
+    return out
 
 
 def _check_out(

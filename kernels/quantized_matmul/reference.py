@@ -1,7 +1,8 @@
 """The definition of `quantized_matmul` in plain torch: layouts of quantised weights, what they stand for, and the products.
 
-Three forms: W4A16, 4-bit weights in groups along the inputs, laid out as GPTQ or AWQ checkpoints are; W8A8, int8 by int8 with a
-scale a token and a scale an output; FP8 (e4m3fn) by FP8 with a scale for every 128 inputs of a token and every 128 x 128 weights.
+Four forms: W4A16, 4-bit weights in groups along the inputs, laid out as GPTQ or AWQ checkpoints are; W8A16, the same with a byte a
+weight, which is an integer or e4m3fn; W8A8, int8 by int8 with a scale a token and a scale an output; FP8 (e4m3fn) by FP8 with a
+scale for every 128 inputs of a token and every 128 x 128 weights.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class W4Weight:
         qzeros: See `pack_w4`; without them every zero point is 8.
         group_index: … or, where this int32 `[num_inputs]` is given (GPTQ's `g_idx`), to group `group_index[k]`.
         zero_offset: See `pack_w4`.
+        minimums: `[num_groups, num_outputs]`: what code 0 stands for. With them there are neither zero points nor a group index.
     """
 
     qweight: torch.Tensor
@@ -89,10 +91,11 @@ class W4Weight:
     qzeros: torch.Tensor | None = None
     group_index: torch.Tensor | None = None
     zero_offset: int = 0
+    minimums: torch.Tensor | None = None
 
 
 def dequantize_w4(weight: W4Weight) -> torch.Tensor:
-    """Compute `(value - zero) * scale`, float32 `[num_inputs, num_outputs]`."""
+    """Compute `(value - zero) * scale`, or `value * scale + minimum`, float32 `[num_inputs, num_outputs]`."""
     is_gptq = weight.layout == "gptq"
     values = unpack_words(weight.qweight.T, GPTQ_ORDER).T if is_gptq else unpack_words(weight.qweight, AWQ_ORDER)
     zeros = torch.full(weight.scales.shape, 8)
@@ -101,7 +104,44 @@ def dequantize_w4(weight: W4Weight) -> torch.Tensor:
         zeros = (stored + weight.zero_offset) & 15
     index = weight.group_index
     group = torch.arange(values.shape[0]) // weight.group_size if index is None else index.long()
+    if weight.minimums is not None:
+        return values.float() * weight.scales[group].float() + weight.minimums[group].float()
     return (values - zeros[group]).float() * weight.scales[group].float()
+
+
+@dataclass(frozen=True, slots=True)
+class W8Weight:
+    """A matrix of weights of a byte each, in groups along the inputs.
+
+    Attributes:
+        codes: uint8 `[num_outputs, num_inputs]`: 0 … 255, or e4m3fn bit by bit.
+        scales: `[num_groups, num_outputs]`.
+        group_size: Inputs of a group; input k belongs to group `k // group_size`.
+        zero: The code that stands for zero; of integers without minimums alone.
+        minimums: As `scales`: what code 0 stands for.
+        is_float8: Whether codes are e4m3fn.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    group_size: int
+    zero: int = 0
+    minimums: torch.Tensor | None = None
+    is_float8: bool = False
+
+
+def dequantize_w8(weight: W8Weight) -> torch.Tensor:
+    """Compute `(code - zero) * scale`, or `code * scale + minimum`, float32 `[num_inputs, num_outputs]`."""
+    group = torch.arange(weight.codes.shape[1]) // weight.group_size
+    values = weight.codes.view(torch.float8_e4m3fn).float() if weight.is_float8 else weight.codes.float() - weight.zero
+    scaled = values.T * weight.scales[group].float()
+    return scaled if weight.minimums is None else scaled + weight.minimums[group].float()
+
+
+def matmul_w8a16(x: torch.Tensor, weight: W8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply `x [num_tokens, num_inputs]` by the dequantised weights; float32 `[num_tokens, num_outputs]`."""
+    out = x.float() @ dequantize_w8(weight)
+    return out if bias is None else out + bias.float()
 
 
 def matmul_w4a16(x: torch.Tensor, weight: W4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

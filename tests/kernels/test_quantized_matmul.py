@@ -11,7 +11,7 @@ import torch
 from kernels.launching import KernelArgumentError, LaunchConfig
 from kernels.quantized_matmul import launch, reference
 from kernels.quantized_matmul.launch import Tiles
-from kernels.quantized_matmul.reference import W4Weight
+from kernels.quantized_matmul.reference import W4Weight, W8Weight
 from tests.kernels.comparing import BOUNDS, FLOATS, assert_matches, lazy_zeros, normal, poisoned, strided
 
 CONFIG = LaunchConfig(num_warps=4)
@@ -132,6 +132,66 @@ def test_4_bit_rows_may_be_strided_and_gaps_stay_as_they_were() -> None:
     out = strided(poisoned(4, 16, dtype=torch.float32))
     launch.matmul_w4a16(strided(x), gaps, out=out, tiles=SMALL)
     assert_matches(out, reference.matmul_w4a16(x, weight))
+    assert out.as_strided((3, 3), (19, 1), 16).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_4_bit_groups_may_have_minimums(layout: reference.Layout, dtype: torch.dtype) -> None:
+    """GGUF's Q4_1 and Q4_K: code 0 stands for a number that is no multiple of the scale. Scales may be of another type than x."""
+    x, bias = normal(17, 72, dtype=dtype), normal(24, dtype=dtype)
+    weight = w4_weight(72, 24, layout, dtype=torch.float16)
+    weight = dataclasses.replace(weight, qzeros=None, minimums=strided(-normal(5, 24).abs() * 8))
+    out = launch.matmul_w4a16(x, weight, bias=bias, tiles=SMALL)
+    assert_matches(out, reference.matmul_w4a16(x, weight, bias).to(dtype))
+    assert_matches(launch.matmul_w4a16(x, weight), reference.matmul_w4a16(x, weight).to(dtype))
+
+
+# Weights of a byte
+
+
+def w8_weight(num_inputs: int, num_outputs: int, *, group_size: int = 16, kind: str = "zero") -> W8Weight:
+    shape = (-(-num_inputs // group_size), num_outputs)
+    codes, scales = torch.randint(0, 256, (num_outputs, num_inputs), dtype=torch.uint8), torch.rand(shape) + 0.5
+    if kind == "float8":
+        codes = normal(num_outputs, num_inputs, scale=100).to(torch.float8_e4m3fn).view(torch.uint8)
+        return W8Weight(codes, scales, group_size, is_float8=True)
+    if kind == "minimums":
+        return W8Weight(codes, scales.half(), group_size, minimums=-normal(*shape).abs() * 128)
+    return W8Weight(codes, scales.half(), group_size, zero=128)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["zero", "minimums", "float8"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_inputs", "num_outputs", "group_size"),
+    [(6, 16, 7, 16), (17, 45, 33, 16), (3, 51, 20, 1000)],
+    ids=["one-step", "short-last-group", "one-group"],
+)
+def test_weights_of_bytes(
+    num_tokens: int, num_inputs: int, num_outputs: int, group_size: int, kind: str, dtype: torch.dtype
+) -> None:
+    x, bias = normal(num_tokens, num_inputs, dtype=dtype), normal(num_outputs, dtype=dtype)
+    weight = w8_weight(num_inputs, num_outputs, group_size=group_size, kind=kind)
+    out = launch.matmul_w8a16(x, weight, bias=bias, tiles=SMALL)
+    assert_matches(out, reference.matmul_w8a16(x, weight, bias).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_weights_of_bytes_in_the_default_tiles(dtype: torch.dtype) -> None:
+    x, weight = normal(33, 160, dtype=dtype), w8_weight(160, 70, group_size=32)
+    assert_matches(launch.matmul_w8a16(x, weight), reference.matmul_w8a16(x, weight).to(dtype))
+
+
+def test_rows_of_bytes_may_be_strided_and_gaps_stay_as_they_were() -> None:
+    x, weight = normal(4, 32), w8_weight(32, 16, kind="minimums")
+    assert weight.minimums is not None
+    gaps = dataclasses.replace(
+        weight, codes=strided(weight.codes), scales=strided(weight.scales), minimums=strided(weight.minimums)
+    )
+    out = strided(poisoned(4, 16, dtype=torch.float32))
+    launch.matmul_w8a16(strided(x), gaps, out=out, tiles=SMALL)
+    assert_matches(out, reference.matmul_w8a16(x, weight))
     assert out.as_strided((3, 3), (19, 1), 16).isnan().all()
 
 
@@ -271,7 +331,10 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
     eight, ones = normal(16, 64).to(torch.float8_e4m3fn), torch.ones(1, 1)
     out = poisoned(20, 16, dtype=torch.bfloat16)
     together, in_fp8 = launch.matmul_w4a16(x, weight, tiles=SMALL), launch.matmul_fp8(codes, scale, eight, ones, out=out)
+    by_bytes = w8_weight(64, 16)
+    in_bytes = launch.matmul_w8a16(x, by_bytes, tiles=SMALL)
     for row in (slice(0, 1), slice(19, 20)):
+        assert torch.equal(launch.matmul_w8a16(x[row], by_bytes, tiles=SMALL), in_bytes[row])
         assert torch.equal(launch.matmul_w4a16(x[row], weight, tiles=SMALL), together[row])
         alone = launch.matmul_fp8(codes[row], scale[row], eight, ones, out=poisoned(1, 16, dtype=torch.bfloat16))
         assert torch.equal(alone, in_fp8[row])
@@ -279,6 +342,7 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
 
 def test_an_empty_batch_is_an_empty_result() -> None:
     assert launch.matmul_w4a16(normal(0, 32), w4_weight(32, 16, "gptq")).shape == (0, 16)
+    assert launch.matmul_w8a16(normal(0, 32), w8_weight(32, 16)).shape == (0, 16)
     codes, scale = launch.quantize_int8(normal(0, 32))
     out = launch.matmul_int8(codes, scale, torch.zeros(8, 32, dtype=torch.int8), torch.ones(8), out=torch.empty(0, 8))
     assert out.shape == (0, 8)
@@ -306,6 +370,14 @@ def test_offsets_reach_past_two_to_the_31() -> None:
     assert_matches(out.nan_to_num(), wanted.nan_to_num())
 
 
+def test_offsets_of_bytes_reach_past_two_to_the_31() -> None:
+    x, weight = normal(2, 16), w8_weight(16, 9)
+    far = lazy_zeros(9, 2**28 + 1, dtype=torch.uint8)[:, :16]
+    far.copy_(weight.codes)
+    out = launch.matmul_w8a16(x, dataclasses.replace(weight, codes=far), tiles=SMALL)
+    assert_matches(out, reference.matmul_w8a16(x, weight))
+
+
 def test_4_bit_offsets_reach_past_two_to_the_31() -> None:
     x, weight = normal(2, 32), w4_weight(32, 16, "awq")
     far = lazy_zeros(32, 2**26 + 2**22, dtype=torch.int32)[:, :2]
@@ -330,6 +402,8 @@ def test_wrong_4_bit_arguments_are_named() -> None:
         ({"zero_offset": 2}, "zero_offset must have or be 0 or 1, got 2"),
         ({"qzeros": weight.qzeros[:1]}, r"qzeros must have or be shape \(2, 2\), got shape \(1, 2\)"),
         ({"scales": weight.scales[:, :12]}, "scales must have or be a multiple of 8 outputs, got 12"),
+        ({"minimums": weight.scales}, "minimums must have or be None beside zero points or a group index, got both"),
+        ({"minimums": weight.scales[:1], "qzeros": None}, r"minimums must have or be shape \(2, 16\), got shape \(1, 16\)"),
         ({"group_index": torch.zeros(8).int()}, r"group_index must have or be shape \(32\), got shape \(8,\)"),
     ):
         with pytest.raises(KernelArgumentError, match=f"matmul_w4a16: {message}"):
@@ -341,6 +415,26 @@ def test_wrong_4_bit_arguments_are_named() -> None:
     ):
         with pytest.raises(KernelArgumentError, match=f"matmul_w4a16: {message}"):
             launch.matmul_w4a16(x, weight, **form)
+
+
+def test_wrong_arguments_of_weights_of_bytes_are_named() -> None:
+    x, weight = normal(2, 32), w8_weight(32, 16)
+    for changes, message in (
+        ({"codes": weight.codes.char()}, "codes must have or be torch.uint8, got torch.int8"),
+        ({"codes": weight.codes[:, :31]}, r"codes must have or be shape \(any, 32\), got shape \(16, 31\)"),
+        ({"scales": weight.scales[:1]}, r"scales must have or be shape \(2, 16\), got shape \(1, 16\)"),
+        ({"group_size": 0}, "group_size must have or be positive, got 0"),
+        ({"group_size": 24}, "group_size must have or be a multiple of 16, or all inputs, got 24"),
+        ({"zero": 256}, "zero must have or be 0 to 255, got 256"),
+        ({"is_float8": True}, "zero must have or be 0 for e4m3fn and beside minimums, got 128"),
+        ({"minimums": weight.scales}, "zero must have or be 0 for e4m3fn and beside minimums, got 128"),
+        ({"minimums": weight.scales, "zero": 0, "is_float8": True}, "minimums must have or be None for e4m3fn, got a tensor"),
+        ({"minimums": weight.scales[:1], "zero": 0}, r"minimums must have or be shape \(2, 16\), got shape \(1, 16\)"),
+    ):
+        with pytest.raises(KernelArgumentError, match=f"matmul_w8a16: {message}"):
+            launch.matmul_w8a16(x, dataclasses.replace(weight, **changes))
+    with pytest.raises(KernelArgumentError, match=r"out must have or be torch\.float32, got torch\.float16"):
+        launch.matmul_w8a16(x, weight, out=torch.zeros(2, 16).half())
 
 
 def test_wrong_8_bit_arguments_are_named() -> None:
