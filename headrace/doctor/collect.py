@@ -13,6 +13,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,8 @@ FEATURES: Final = (
 """CPU features worth telling, as /proc/cpuinfo names them."""
 
 HEALTH_TIMEOUT_S: Final = 1.0
-_TRITON_DISTRIBUTIONS: Final = ("triton", "pytorch-triton", "pytorch-triton-rocm")
+TRITON_DISTRIBUTIONS: Final = ("triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
+"""All of them install a package `triton`; torch's builds for ROCm, and its nightly ones, ask for one of their own."""
 
 Import = Callable[[str], Any]
 
@@ -75,25 +77,40 @@ def machine_facts(import_module: Import, root: Path) -> Machine:
 
 def torch_facts(import_module: Import, root: Path) -> Torch:
     """torch's build and the GPUs that it can use. A build for GPUs on a machine without one imports like any other."""
-    version, driver = _version("torch"), _driver(root)
-    triton_version = next((found for name in _TRITON_DISTRIBUTIONS if (found := _version(name))), None)
+    found = triton_facts(import_module, Torch(_version("torch"), "", "", (), _driver(root), None))
     try:
         torch = import_module("torch")
     except ImportError as error:
         # Without a distribution it is simply not there; with one, something that it needs is not.
-        return Torch(version, "", str(error) if version else "", (), driver, triton_version)
+        return replace(found, error=str(error) if found.version else "")
     except Exception as error:  # noqa: BLE001 - a broken installation may fail in any way
-        return Torch(version, "", f"{type(error).__name__}: {error}", (), driver, triton_version)
-    version = str(torch.__version__)
+        return replace(found, error=f"{type(error).__name__}: {error}")
     cuda, hip = torch.version.cuda, getattr(torch.version, "hip", None)
     build = f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else "CPU"
+    found = replace(found, version=str(torch.__version__), build=build)
     if build == "CPU":
-        return Torch(version, build, "", (), driver, triton_version)
+        return found
     try:
-        devices = _devices(torch)
+        return replace(found, devices=_devices(torch))
     except Exception as error:  # noqa: BLE001 - so may a driver that does not fit
-        return Torch(version, build, f"{type(error).__name__}: {error}", (), driver, triton_version)
-    return Torch(version, build, "", devices, driver, triton_version)
+        return replace(found, error=f"{type(error).__name__}: {error}")
+
+
+def triton_facts(import_module: Import, torch: Torch) -> Torch:
+    """Which Triton is there, which one torch asks for, and which ones the kernels are tried with."""
+    versions = {name: version for name in TRITON_DISTRIBUTIONS if (version := _version(name))}
+    wanted = [text.partition(";")[0].strip() for text in _requirements("torch")]
+    try:
+        tried = tuple(import_module("kernels.triton_versions").TRIED)
+    except ImportError:
+        tried = ()
+    return replace(
+        torch,
+        triton_version=next(iter(versions.values()), None),
+        triton_wanted=next((text for text in wanted if re.split(r"[^a-z-]", text)[0] in TRITON_DISTRIBUTIONS), ""),
+        triton_owners=tuple(f"{name} {version}" for name, version in versions.items()),
+        triton_tried=tried,
+    )
 
 
 def _devices(torch: Any) -> tuple[Device, ...]:
@@ -218,6 +235,13 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _requirements(distribution: str) -> list[str]:
+    try:
+        return metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _field(path: Path, key: str) -> str:

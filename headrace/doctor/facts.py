@@ -47,6 +47,9 @@ class Torch:
         devices: GPUs that it can use.
         driver: The GPU driver that the kernel has loaded, for example `NVIDIA 570.86`; empty for none.
         triton_version: None where it is not installed.
+        triton_wanted: What torch itself asks for, for example `triton==3.7.1`; empty for a build that needs none.
+        triton_owners: Distributions that have installed a package of the name `triton`, with their versions.
+        triton_tried: Versions that the kernels are tried with.
     """
 
     version: str | None
@@ -55,6 +58,9 @@ class Torch:
     devices: tuple[Device, ...]
     driver: str
     triton_version: str | None
+    triton_wanted: str = ""
+    triton_owners: tuple[str, ...] = ()
+    triton_tried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from headrace.doctor.facts import Facts
+from headrace.doctor.facts import Facts, Torch
 
 NATIVE_SPEED: Final = (
     "the worker computes with torch then, which takes 14 times as long for a decode step of one sequence and 7 times for 16 "
@@ -72,6 +72,24 @@ def _gpu(facts: Facts) -> Iterator[Finding]:
         )
     elif torch.triton_version is None:
         yield Finding("warning", "Triton is not installed, and there is a GPU", "pip install triton")
+    else:
+        yield from _triton(torch)
+
+
+def _triton(torch: Torch) -> Iterator[Finding]:
+    """Whether the Triton that is there is the one that torch and the kernels are made for."""
+    if len(torch.triton_owners) > 1:
+        what = f"{' and '.join(torch.triton_owners)} share one folder, and which of them it holds is what was installed last"
+        yield Finding("warning", what, f"uninstall all of them, then install {torch.triton_wanted or 'triton'} alone")
+        return
+    _, _, exact = torch.triton_wanted.partition("==")
+    if exact and exact != torch.triton_version:
+        what = f"torch {torch.version} asks for {torch.triton_wanted}, and {torch.triton_version} is installed"
+        yield Finding("warning", what, f"pip install {torch.triton_wanted}")
+    if torch.triton_version not in torch.triton_tried:
+        tried = " and ".join(torch.triton_tried)
+        what = f"the kernels are tried with Triton {tried}, not with {torch.triton_version}, which is installed"
+        yield Finding("warning", what, "install torch as constraints.txt has it, or run make test-gpu before you trust it")
 
 
 def _native(facts: Facts) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from headrace.doctor.facts import Facts
+from headrace.doctor.facts import Facts, Torch
 from headrace.doctor.findings import Finding, can_serve
 
 _GIBIBYTE = 1 << 30
@@ -28,7 +28,7 @@ def rows(facts: Facts) -> list[tuple[str, str]]:
         ("", f"CPU features: {' '.join(machine.cpu_features) or 'none of note'}"),
         ("python", facts.python_version),
         *_torch_rows(facts),
-        ("triton", facts.torch.triton_version or "not installed"),
+        ("triton", _triton_text(facts.torch)),
         ("native kernels", f"built, {native.instruction_set} on this CPU" if native.is_built else f"not usable: {native.error}"),
         ("models", f"in {facts.store}" if facts.models else f"none in {facts.store}"),
     ]
@@ -50,6 +50,12 @@ def _torch_rows(facts: Facts) -> list[tuple[str, str]]:
     lines += [("", f"GPU: {gpu.name}, {gpu.capability}, {gpu.memory_bytes / _GIBIBYTE:.1f} GiB") for gpu in torch.devices]
     lines.append(("", f"GPU driver: {torch.driver or 'none'}"))
     return lines
+
+
+def _triton_text(torch: Torch) -> str:
+    there = ", ".join(torch.triton_owners) or "not installed"
+    wanted = f"; torch asks for {torch.triton_wanted}" if torch.triton_wanted else ""
+    return f"{there}{wanted}; the kernels are tried with {', '.join(torch.triton_tried) or 'none'}"
 
 
 def finding_lines(found: list[Finding]) -> list[str]:

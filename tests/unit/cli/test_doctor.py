@@ -97,6 +97,41 @@ def test_gpus_are_told_with_their_memory(facts: Facts, tmp_path: Path) -> None:
     assert [finding.what for finding in findings(all_facts)] == ["Triton is not installed, and there is a GPU"]
 
 
+@pytest.mark.parametrize(
+    ("versions", "wanted", "messages"),
+    [
+        ({"triton": "3.7.1"}, "triton==3.7.1", []),
+        ({"triton": "3.9.0"}, "triton==3.7.1", ["torch 2.13.0 asks for triton==3.7.1, and 3.9.0 is installed"]),
+        ({"triton": "3.8.1"}, "triton~=3.8.0", ["the kernels are tried with Triton 3.7.1 and 3.9.0, not with 3.8.1, which"]),
+        ({"triton-rocm": "3.7.1"}, "triton-rocm==3.7.1", []),
+        (
+            {"triton": "3.7.1", "triton-rocm": "3.7.1"},
+            "triton-rocm==3.7.1",
+            ["triton 3.7.1 and triton-rocm 3.7.1 share"],
+        ),
+    ],
+)
+def test_a_triton_that_is_not_the_one_of_torch_or_of_the_kernels_is_told(
+    facts: Facts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    versions: dict[str, str],
+    wanted: str,
+    messages: list[str],
+) -> None:
+    monkeypatch.setattr(collect, "_version", lambda name: versions.get(name) if "triton" in name else "2.13.0")
+    monkeypatch.setattr(collect, "_requirements", lambda name: ["filelock", f'{wanted}; platform_system == "Linux"'])
+    gpu = SimpleNamespace(name="H100", total_memory=80 << 30, major=9, minor=0)
+    tried = SimpleNamespace(TRIED=("3.7.1", "3.9.0"))
+    torch = collect.torch_facts(importing(torch=fake_torch(cuda="12.8", gpus=(gpu,)), kernels_triton_versions=tried), tmp_path)
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    all_facts = dataclasses.replace(facts, torch=torch)
+    assert ("triton", f"{told}; torch asks for {wanted}; the kernels are tried with 3.7.1, 3.9.0") in rows(all_facts)
+    judged = findings(all_facts)
+    assert [finding.level for finding in judged] == ["warning"] * len(messages)
+    assert all(finding.what.startswith(message) for finding, message in zip(judged, messages, strict=True))
+
+
 def test_a_driver_that_does_not_fit_is_no_crash(facts: Facts, tmp_path: Path) -> None:
     torch = fake_torch(cuda="12.8", gpus=(None,))
     torch.cuda.get_device_properties = lambda index: (_ for _ in ()).throw(RuntimeError("driver too old"))
