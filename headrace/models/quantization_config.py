@@ -29,12 +29,15 @@ class QuantizationScheme:
         bits: Size of a packed code; None where each tensor says it itself.
         zero_offset: What is added to a stored zero point: 1 in GPTQ's first format.
         block_shape: Rows and columns that share a scale; None where scales are of whole rows or tensors.
+        input_type: What the checkpoint's maker quantised the inputs of its matrices to, symmetrically: `int8` or `float8`; empty
+            where inputs stayed as they were, or not all groups of layers say the same.
     """
 
     method: str
     bits: int | None = None
     zero_offset: int = 0
     block_shape: tuple[int, int] | None = None
+    input_type: str = ""
 
 
 def read_scheme(config: Mapping[str, Any]) -> QuantizationScheme | None:
@@ -85,7 +88,12 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantizationScheme:
     blocks = {_compressed_group(raw, f"config_groups.{name}", group) for name, group in groups.items()} - {None}
     if len(blocks) > 1:
         raise _refused("config_groups have block_structure", sorted(filter(None, blocks)), "one for all groups")
-    return QuantizationScheme("compressed-tensors", block_shape=next(iter(blocks), None))
+    input_types = {_input_type(group.get("input_activations")) for group in groups.values()}
+    return QuantizationScheme(
+        "compressed-tensors",
+        block_shape=next(iter(blocks), None),
+        input_type=input_types.pop() if len(input_types) == 1 else "",
+    )
 
 
 def _compressed_group(raw: Mapping[str, Any], name: str, group: Any) -> tuple[int, int] | None:
@@ -105,10 +113,21 @@ def _compressed_group(raw: Mapping[str, Any], name: str, group: Any) -> tuple[in
     return _block_shape(f"{name}.weights.block_structure", weights.get("block_structure"))
 
 
+def _input_type(declared: Any) -> str:
+    """What a group of layers has its inputs quantised to; see `QuantizationScheme`."""
+    if not isinstance(declared, dict) or declared.get("num_bits") != 8 or declared.get("symmetric") is False:
+        return ""
+    return {"int": "int8", "float": "float8"}.get(declared.get("type", "int"), "")
+
+
 def _fp8(raw: Mapping[str, Any]) -> QuantizationScheme:
     _check(raw, "fmt", ("e4m3", "e5m2"), default="e4m3")
     block = raw.get("weight_block_size")
-    return QuantizationScheme("fp8", block_shape=None if block is None else _block_shape("weight_block_size", block))
+    return QuantizationScheme(
+        "fp8",
+        block_shape=None if block is None else _block_shape("weight_block_size", block),
+        input_type="float8" if raw.get("activation_scheme") in ("dynamic", "static") else "",
+    )
 
 
 def _fbgemm_fp8(raw: Mapping[str, Any]) -> QuantizationScheme:

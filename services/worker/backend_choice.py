@@ -5,7 +5,7 @@
 | cpu | auto | native kernels where they are built and know the model, else torch (`worker.backend`) |
 | cpu | native, torch | the one that is named |
 | cpu | triton | torch, and Triton kernels under their interpreter: for tests |
-| cuda, rocm | auto, triton | torch's matrix products, and Triton kernels |
+| cuda, rocm | auto, triton | torch's products of plain matrices, and Triton kernels |
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Decisions only; what they were is in `LoadReport`, for the log.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ class LoadReport:
 
     Attributes:
         unknown_fields: Those of config.json of which it is not known whether they matter.
-        unpacked_names: Matrices that could not stay quantised: see `WeightLoader`.
+        unpacked: Matrices that could not stay quantised, each with the reason: see `WeightLoader`.
     """
 
     config: ModelConfig
@@ -93,7 +93,7 @@ class LoadReport:
     dtype_reason: str
     memory: MemoryPlan
     unknown_fields: tuple[str, ...]
-    unpacked_names: tuple[str, ...]
+    unpacked: Mapping[str, str]
     device: DeviceReport
 
 
@@ -133,7 +133,7 @@ class _Backend:
         reason: Why it was taken, for the log.
         weight_bytes: Memory of the weights.
         kv_dtype: Type of the pages.
-        unpacked_names: See `LoadReport`.
+        unpacked: See `LoadReport`.
         make_network: Makes the pages, given their number and shape.
     """
 
@@ -141,7 +141,7 @@ class _Backend:
     reason: str
     weight_bytes: int
     kv_dtype: torch.dtype
-    unpacked_names: tuple[str, ...]
+    unpacked: Mapping[str, str]
     make_network: Callable[[int, PageShape], Network]
 
 
@@ -188,7 +188,7 @@ def load_runner(
             dtype_reason=dtype_reason,
             memory=loaded.memory,
             unknown_fields=unknown_fields(config),
-            unpacked_names=tuple(weights.unpacked_names),
+            unpacked=dict(weights.unpacked),
             device=loaded.report,
         )
     options = replace(options, backend=_check_kv_dtype(options, chosen))
@@ -224,7 +224,7 @@ def load_runner(
         dtype_reason=dtype_reason,
         memory=memory,
         unknown_fields=unknown_fields(config),
-        unpacked_names=backend.unpacked_names,
+        unpacked=backend.unpacked,
         device=DeviceReport(device.name, device_reason),
     )
     return runner, report
@@ -284,7 +284,7 @@ def _load_backend(
         return TorchNetwork(model, ops, KvCache(shape, num_pages=num_pages))
 
     kv_dtype = _torch_kv_dtype(options, dtype)
-    return _Backend("torch", reason, weights.num_bytes, kv_dtype, tuple(weights.unpacked_names), make_network)
+    return _Backend("torch", reason, weights.num_bytes, kv_dtype, dict(weights.unpacked), make_network)
 
 
 def _load_native(
@@ -312,7 +312,7 @@ def _load_native(
         network.make_pages(num_pages, shape.num_bytes // (shape.num_layers * shape.dtype.itemsize))
         return network
 
-    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, tuple(weights.unpacked_names), make_network)
+    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, dict(weights.unpacked), make_network)
 
 
 def _load_triton(

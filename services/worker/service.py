@@ -548,8 +548,9 @@ def _log_capped(max_tokens: int) -> None:
 def _log_decisions(loaded: LoadReport, directory: Path) -> None:
     if loaded.unknown_fields:
         log.warning("model.fields_ignored", directory=str(directory), fields=list(loaded.unknown_fields))
-    if loaded.unpacked_names:
-        log.warning("weights.unpacked", num_matrices=len(loaded.unpacked_names), first=loaded.unpacked_names[0])
+    if loaded.unpacked:
+        first, reason = next(iter(loaded.unpacked.items()))
+        log.warning("weights.unpacked", num_matrices=len(loaded.unpacked), first=first, reason=reason)
     report = loaded.device
     if report.dropped_batch_sizes:
         log.warning(

@@ -112,7 +112,7 @@ class TritonLoader:
                 raise
             raise weights_too_large(free_bytes, self._device.total_bytes()) from error
         weights.check_all_taken()
-        return self._load_pages(model, ops, weights.num_bytes, weights.dtype)
+        return self._load_pages(model, ops, ops.num_bytes, weights.dtype)
 
     def _load_pages(self, model: Model, ops: TritonOps, weight_bytes: int, dtype: torch.dtype) -> Loaded:
         config, limits = self._config, self._limits

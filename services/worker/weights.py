@@ -21,9 +21,9 @@ from headrace.errors import ModelError
 from headrace.models.expert_weights import with_single_experts
 from headrace.models.weights import Weights, open_weights
 from services.worker.dequantize import BLOCK_TYPES, dequantize_into
-from services.worker.quantization.checkpoint_matrices import FP8_DTYPES, read_into, read_quantized
+from services.worker.quantization.checkpoint_matrices import FP8_DTYPES, read_float8, read_into, read_quantized
 from services.worker.quantization.gguf_blocks import BLOCK_LAYOUTS, unpack_blocks
-from services.worker.quantization.quantized_matrix import QuantizedMatrix
+from services.worker.quantization.quantized_matrix import Float8Matrix, QuantizedMatrix
 from services.worker.row_runs import row_runs
 
 OnProgress = Callable[[int, int], None]
@@ -59,8 +59,8 @@ class WeightLoader:
         self.map = map_parts
         # One entry a tensor given: appending is safe from several threads, adding up is not.
         self._sizes_bytes: list[int] = []
-        self.unpacked_names: list[str] = []
-        """Matrices of integer codes that could be given as plain numbers only, since their groups are not of neighbours."""
+        self.unpacked: dict[str, str] = {}
+        """Quantised matrices that the model has as plain numbers, each with the reason."""
         self._directory = directory
         self._weights: Weights = with_single_experts(open_weights(directory))
         self._left = {name for name in self._weights.names() if not name.endswith(_DERIVED_SUFFIXES)}
@@ -97,7 +97,7 @@ class WeightLoader:
         stacked = torch.empty((num_rows, *parts[0][1][1:]), dtype=self.dtype)
         first_row = 0
         for name, shape in parts:
-            self._read_into(name, stacked[first_row : first_row + shape[0]])
+            _read_into(self._weights, name, stacked[first_row : first_row + shape[0]])
             first_row += shape[0]
             self._tell(shape)
         self._sizes_bytes.append(stacked.nbytes)
@@ -123,10 +123,16 @@ class WeightLoader:
 
         def read(rows: slice) -> torch.Tensor:
             place = torch.empty((rows.stop - rows.start, shape[1]), dtype=self.dtype)
-            self._fill(name, rows, place)
+            _fill(self._weights, name, rows, place)
             return place
 
         return self._counted(map(read, row_runs(*shape, multiple=multiple)), shape)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the files hold this tensor as codes or as eight-bit floats."""
+        if not self.has(name):
+            return False
+        return self._weights.stored_matrix(name) is not None or self._weights.info(name).dtype_name in (*BLOCK_LAYOUTS, "mxfp4")
 
     def take_quantized(self, name: str, shape: tuple[int, int], *, multiple: int) -> Iterator[QuantizedMatrix] | None:
         """Read one matrix as `take_rows` does, in the form in which it is quantised.
@@ -142,13 +148,33 @@ class WeightLoader:
         if stored is not None:
             matrices = read_quantized(self._weights, stored, multiple=multiple)
             if matrices is None and stored.layout != "fp8":
-                self.unpacked_names.append(name)
+                self.unpacked[name] = "its groups are not of neighbours (act-order)"
         elif dtype_name in BLOCK_LAYOUTS:
             runs = row_runs(*shape, multiple=multiple)
             matrices = (unpack_blocks(self._weights.load_packed(name, rows), dtype_name) for rows in runs)
         else:
             matrices = None
         if matrices is None:
+            return None
+        self._left.remove(name)
+        return self._counted(matrices, shape)
+
+    def take_float8(self, name: str, shape: tuple[int, int], *, multiple: int) -> Iterator[Float8Matrix] | None:
+        """Read one matrix as `take_rows` does, as the eight-bit floats that it is stored as.
+
+        Returns:
+            None, and nothing taken, where it is stored as anything else, or as e5m2.
+
+        Raises:
+            ModelError: As for `take`.
+        """
+        self._check(name, shape)
+        stored = self._weights.stored_matrix(name)
+        if stored is None or stored.layout != "fp8":
+            return None
+        matrices = read_float8(self._weights, stored, multiple=multiple)
+        if matrices is None:
+            self.unpacked[name] = "eight-bit floats of type e5m2"
             return None
         self._left.remove(name)
         return self._counted(matrices, shape)
@@ -211,7 +237,7 @@ class WeightLoader:
 
     def _counted(self, runs: Iterator[_Run], shape: tuple[int, int]) -> Iterator[_Run]:
         for run in runs:
-            self._sizes_bytes.append(run.num_bytes if isinstance(run, QuantizedMatrix) else run.nbytes)
+            self._sizes_bytes.append(run.num_bytes if isinstance(run, QuantizedMatrix | Float8Matrix) else run.nbytes)
             yield run
         self._tell(shape)
 
@@ -219,25 +245,8 @@ class WeightLoader:
         if self._on_progress is not None:
             self._on_progress(math.prod(shape), self._num_values)
 
-    def _read_into(self, name: str, place: torch.Tensor) -> None:
-        stored = self._weights.stored_matrix(name)
-        if stored is not None:
-            read_into(self._weights, stored, place)
-            return
-        place = place.view(-1, place.shape[-1])
-        runs = row_runs(*place.shape) if self._weights.reads_by_rows(name) else [slice(0, len(place))]
-        for rows in runs:
-            self._fill(name, rows, place[rows])
 
-    def _fill(self, name: str, rows: slice, place: torch.Tensor) -> None:
-        fill = _filler(self._weights.info(name).dtype_name)
-        if fill is None:
-            dtype_name = self._weights.info(name).dtype_name
-            raise ModelError(f"{self._directory}: tensor {name} holds {dtype_name}, not floating-point numbers", param=name)
-        fill(self._weights.load_packed(name, rows), place)
-
-
-_Run = TypeVar("_Run", bound=QuantizedMatrix | torch.Tensor | npt.NDArray[np.uint8])
+_Run = TypeVar("_Run", bound=QuantizedMatrix | Float8Matrix | torch.Tensor | npt.NDArray[np.uint8])
 
 _PLAIN_DTYPES: Final = {
     "f64": torch.float64,
@@ -248,6 +257,25 @@ _PLAIN_DTYPES: Final = {
     **FP8_DTYPES,
 }
 """Numbers that are read as they are, by the name in `TensorInfo.dtype_name`, and the type of what is read."""
+
+
+def _read_into(weights: Weights, name: str, place: torch.Tensor) -> None:
+    stored = weights.stored_matrix(name)
+    if stored is not None:
+        read_into(weights, stored, place)
+        return
+    place = place.view(-1, place.shape[-1])
+    runs = row_runs(*place.shape) if weights.reads_by_rows(name) else [slice(0, len(place))]
+    for rows in runs:
+        _fill(weights, name, rows, place[rows])
+
+
+def _fill(weights: Weights, name: str, rows: slice, place: torch.Tensor) -> None:
+    dtype_name = weights.info(name).dtype_name
+    fill = _filler(dtype_name)
+    if fill is None:
+        raise ModelError(f"tensor {name} holds {dtype_name}, not floating-point numbers", param=name)
+    fill(weights.load_packed(name, rows), place)
 
 
 def _filler(dtype_name: str) -> Callable[[npt.NDArray[np.uint8], torch.Tensor], None] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.interpreted.quantizing import FORMS, assert_agree, quantize_checkpoint
 from tests.parity.families import FAMILIES, assert_near, make_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +44,19 @@ def test_a_gpu_gives_the_tokens_and_logits_of_the_cpu(
     expected, expected_logits = mixed_steps(make_driver(tmp_path, "cpu")[0])
     assert tokens == expected
     assert_near("torch", torch.stack([each.cpu() for each in logits]), torch.stack(expected_logits))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "gguf"])
+def test_a_gpu_multiplies_quantised_weights_as_the_cpu_does_unpacked_ones(form: str, tmp_path: Path, gpu: torch.device) -> None:
+    from services.worker.device import find_device
+    from tests.interpreted.running import mixed_steps
+
+    plain = tmp_path / "plain"
+    make_checkpoint(FAMILIES["llama" if form == "gguf" else "llama biases"], plain, intermediate_size=160)
+    quantize_checkpoint(plain, tmp_path, form)
+    driver, _ = make_driver(tmp_path, find_device("auto")[0].name, graph_batch_sizes=(1, 2, 4))
+    tokens, logits = mixed_steps(driver)
+    assert_agree(form, (tokens, [each.cpu() for each in logits]), mixed_steps(make_driver(tmp_path, "cpu")[0]))
 
 
 def test_draws_and_penalties_on_a_gpu_are_those_of_the_cpu(tmp_path: Path, gpu: torch.device) -> None:

@@ -20,6 +20,7 @@ from services.worker.device import GpuDevice
 from services.worker.layers.triton_ops import TritonOps
 from services.worker.loading import LoadReport
 from tests.interpreted.fake_cuda import FakeCuda
+from tests.interpreted.quantizing import quantize_checkpoint
 from tests.interpreted.running import load, make_driver, mixed_steps, options_for, token_ids
 from tests.parity.conftest import Driver
 from tests.parity.families import assert_near
@@ -46,11 +47,13 @@ def load_gpu(cuda: FakeCuda, checkpoint: Callable[..., Path], monkeypatch: pytes
     device = GpuDevice("cuda", torch.device("cpu"), cuda=cuda, pin=lambda tensor: tensor)
     monkeypatch.setattr(loading, "find_device", lambda setting: (device, "a stand-in") if setting == "cuda" else find(setting))
 
-    def make(*, on_capped: Any = lambda max_tokens: None, **changes: Any) -> tuple[Driver, LoadReport]:
+    def make(
+        *, on_capped: Any = lambda max_tokens: None, directory: Path | None = None, **changes: Any
+    ) -> tuple[Driver, LoadReport]:
         fields = {"device": "cuda", "graph_batch_sizes": (1, 2), "kv_cache_bytes": 64 * KV_BYTES, "reserve_bytes": 1 << 20}
         split = {key: changes.pop(key) for key in list(changes) if key in DeviceOptions.__dataclass_fields__}
         sizes = {"max_num_batched_tokens": MAX_TOKENS, "kv_cache_tokens": None} | changes
-        options = options_for(one_layer(checkpoint), "auto", device=DeviceOptions(**(fields | split)), **sizes)
+        options = options_for(directory or one_layer(checkpoint), "auto", device=DeviceOptions(**(fields | split)), **sizes)
         runner, report = load(options, on_capped=on_capped)
         return Driver(runner), report
 
@@ -78,6 +81,25 @@ def test_replayed_graphs_give_the_tokens_and_logits_of_torch(
     assert [graph.num_replays for graph in cuda.graphs] == [1, 2, 1]
     assert runs[0][0] == runs[1][0]
     assert_near("torch", runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("form", ["gguf", "int8 for int8", "fp8 blocks"])
+def test_products_with_quantised_weights_are_captured(
+    form: str, load_gpu: Callable[..., Any], cuda: FakeCuda, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Goal: all kinds of segments in a graph. Method: replayed steps, one with a padded row, beside the same without graphs."""
+    directory = quantize_checkpoint(checkpoint("llama", num_hidden_layers=1, intermediate_size=160), tmp_path, form)
+    outputs = []
+    for batch_sizes in ((2,), ()):
+        driver, report = load_gpu(directory=directory, graph_batch_sizes=batch_sizes)
+        assert not report.unpacked
+        driver.enter(0, token_ids(5, seed=1))
+        driver.enter(1, token_ids(3, seed=2))
+        driver.step({0: 5, 1: 3})
+        logits = [driver.step(rows)[1] for rows in ({0: 1, 1: 1}, {0: 1})]
+        outputs.append(torch.stack([by_slot[slot] for by_slot in logits for slot in sorted(by_slot)]))
+    assert [graph.num_replays for graph in cuda.graphs] == [2]
+    torch.testing.assert_close(*outputs)
 
 
 def test_norms_of_queries_and_keys_lie_on_two_streams_while_a_graph_is_captured_and_at_no_other_time(

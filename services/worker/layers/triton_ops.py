@@ -1,4 +1,4 @@
-"""The operations of a network on a GPU: matrix products by torch, all else that a decoder is made of by Triton kernels.
+"""The operations of a network on a GPU: products of plain matrices by torch, all else that a decoder is made of by Triton kernels.
 
 A residual's sum is not computed where it is stated: the norm that mostly follows adds by the way (`Sum`). Norms of queries and of
 keys do not depend on each other and lie side by side in a captured graph. Nothing waits for the device.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Final, Literal
 
 import torch
@@ -15,8 +16,10 @@ import torch
 from headrace.errors import ModelError
 from headrace.models.pooling_config import Pooling
 from kernels.act_and_mul.launch import act_and_mul
+from kernels.architecture import architecture_of
 from kernels.fused_moe.launch import fused_moe, route
 from kernels.fused_moe.reference import Experts as ExpertWeights
+from kernels.quantized_matmul.launch import fp8_tiles_of
 from kernels.rms_norm.launch import add_rms_norm, rms_norm
 from kernels.rotary.launch import rotary
 from services.worker.attention.triton_paged import TritonAttention
@@ -25,6 +28,8 @@ from services.worker.layers.linear import Linear
 from services.worker.layers.ops import AttentionSpec, ClampedSwiglu, MixtureSpec, Part
 from services.worker.layers.rotary import RotaryTables
 from services.worker.layers.torch_ops import TorchOps
+from services.worker.layers.triton_linear import PlainSegment, QuantizedLinear, Segment, join_alike, placed
+from services.worker.layers.triton_packing import take_segment
 from services.worker.weights import WeightLoader
 
 _ACTIVATIONS: Final = {
@@ -81,17 +86,33 @@ class TritonOps(TorchOps):
     def __init__(self, weights: WeightLoader, device: Device) -> None:
         super().__init__(weights, TritonAttention())
         self._device = device
+        self._multiplies_float8 = fp8_tiles_of(architecture_of(device.torch_device)).is_native
         self._mixtures: dict[int, ExpertWeights] = {}
+        # Appended to from several threads at load.
+        self._sizes_bytes: list[int] = []
 
-    def matrix(self, weights: Sequence[Part], biases: Sequence[Part] = ()) -> Linear:
-        """See `Ops.matrix`."""
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the device that all weights given so far take."""
+        return sum(self._sizes_bytes)
+
+    def matrix(self, weights: Sequence[Part], biases: Sequence[Part] = ()) -> Linear | QuantizedLinear:  # type: ignore[override]
+        """See `Ops.matrix`; what is stored as codes stays so where a kernel multiplies them."""
         bias = self._placed(self._weights.take_stacked(biases)) if biases else None
-        return Linear(self._placed(self._weights.take_stacked(weights)), bias)
+        if not any(self._weights.is_quantized(name) for name, _ in weights):
+            return Linear(self._placed(self._weights.take_stacked(weights)), bias)
+        segments = join_alike([self._segment(name, shape) for name, shape in weights])
+        (segment,) = segments if len(segments) == 1 else (None,)
+        return Linear(segment.weight, bias) if isinstance(segment, PlainSegment) else QuantizedLinear(segments, bias)
 
     def experts(self, weights: Sequence[Sequence[Part]], biases: Sequence[Sequence[Part]] = ()) -> StackedExperts:  # type: ignore[override]
         """See `Ops.experts`; an expert after the other goes to its place."""
         shape = (len(weights), sum(part_shape[0] for _, part_shape in weights[0]), weights[0][0][1][1])
         stacked = torch.empty(shape, dtype=self._weights.dtype, device=self._device.torch_device)
+        self._sizes_bytes.append(stacked.nbytes)
+        for name, _ in chain(*weights):
+            if self._weights.is_quantized(name):
+                self._weights.unpacked[name] = "experts are multiplied as plain numbers"
         for index, parts in enumerate(weights):
             stacked[index] = self._weights.take_stacked(parts)
         bias = torch.stack([self._placed(self._weights.take_stacked(parts)) for parts in biases]) if biases else None
@@ -107,7 +128,8 @@ class TritonOps(TorchOps):
 
     def rotary(self, tables: RotaryTables) -> RotaryTables:  # type: ignore[override]
         """See `Ops.rotary`."""
-        return RotaryTables(cos=self._placed(tables.cos).contiguous(), sin=self._placed(tables.sin).contiguous())
+        cos, sin = (table.to(self._device.torch_device).contiguous() for table in (tables.cos, tables.sin))
+        return RotaryTables(cos=cos, sin=sin)
 
     def rms_norm(self, x: Value, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
         """See `Ops.rms_norm`."""
@@ -120,7 +142,7 @@ class TritonOps(TorchOps):
         """See `Ops.layer_norm`."""
         return super().layer_norm(_settled(x), weight, bias, eps=eps)
 
-    def linear(self, x: Value, matrix: Linear) -> torch.Tensor:
+    def linear(self, x: Value, matrix: Linear | QuantizedLinear) -> torch.Tensor:
         """See `Ops.linear`."""
         return matrix(_settled(x))
 
@@ -173,7 +195,12 @@ class TritonOps(TorchOps):
         """See `Ops.scaled`."""
         return super().scaled(_settled(x), scale)
 
+    def _segment(self, name: str, shape: tuple[int, ...]) -> Segment:
+        segment = take_segment(self._weights, name, (shape[0], shape[1]), multiplies_float8=self._multiplies_float8)
+        return placed(segment, self._placed)
+
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._sizes_bytes.append(tensor.nbytes)
         return tensor.to(self._device.torch_device)
 
     def _norm_heads(self, queries: torch.Tensor, keys: torch.Tensor, spec: AttentionSpec) -> None:

@@ -1,12 +1,14 @@
 """Quantised matrices of safetensors checkpoints: AWQ, GPTQ, compressed-tensors and eight-bit floats.
 
 Integer codes come in the common form, but where the inputs of a matrix are spread over its groups in no order (GPTQ's act-order):
-such a matrix has no groups of neighbours and is given as plain numbers. So are eight-bit floats. Which tensors make a matrix, and
+such a matrix has no groups of neighbours and is given as plain numbers. So are eight-bit floats, unless a backend asks for their
+bits (`read_float8`). Which tensors make a matrix, and
 that they fit together, has been found before: see `headrace/models/quantized_layout.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,7 +20,7 @@ import torch
 from headrace.errors import ModelError
 from headrace.models.quantized_layout import StoredMatrix, is_in_order
 from headrace.models.weights import Weights
-from services.worker.quantization.quantized_matrix import Floats, QuantizedMatrix, narrowed
+from services.worker.quantization.quantized_matrix import Float8Matrix, Floats, QuantizedMatrix, narrowed
 from services.worker.row_runs import row_runs
 
 Bytes = npt.NDArray[np.uint8]
@@ -73,9 +75,45 @@ def read_quantized(weights: Weights, stored: StoredMatrix, *, multiple: int) -> 
             scales=parts.scales[rows],
             zero=zero,
             minimums=None if minimums is None else minimums[rows],
+            input_type=stored.scheme.input_type,
         )
         for rows in row_runs(*stored.shape, multiple=multiple)
     )
+
+
+def read_float8(weights: Weights, stored: StoredMatrix, *, multiple: int) -> Iterator[Float8Matrix] | None:
+    """Give a matrix of eight-bit floats as its bits, a run of rows at a time; None where they are e5m2.
+
+    Args:
+        weights: Where its parts are.
+        stored: The matrix.
+        multiple: Each run but the last has a multiple of so many rows.
+    """
+    if stored.dtype_name != "f8_e4m3":
+        return None
+    num_rows, num_columns = stored.shape
+    scales, block = _float8_scales(weights, stored)
+    block_rows, block_columns = block or (1, num_columns)
+    if block is None:
+        scales = np.broadcast_to(scales.reshape(-1, 1), (num_rows, 1))
+    return (
+        Float8Matrix(
+            codes=weights.load_packed(stored.parts["codes"], rows),
+            scales=np.ascontiguousarray(scales[rows.start // block_rows : -(-rows.stop // block_rows)]),
+            block_rows=block_rows,
+            block_columns=block_columns,
+            input_type=stored.scheme.input_type,
+        )
+        for rows in row_runs(num_rows, num_columns, multiple=math.lcm(multiple, block_rows))
+    )
+
+
+def _float8_scales(weights: Weights, stored: StoredMatrix) -> tuple[npt.NDArray[np.float32], tuple[int, int] | None]:
+    """Scales of eight-bit floats, and the shape of their blocks; without blocks there is one for all, or one a row."""
+    scales = _floats(weights, stored.parts["scales"]).astype(np.float32)
+    num_rows, block = stored.shape[0], stored.scheme.block_shape
+    is_by_block = block is not None and scales.size > 1 and scales.shape not in ((num_rows,), (num_rows, 1))
+    return scales, block if is_by_block else None
 
 
 def read_into(weights: Weights, stored: StoredMatrix, place: torch.Tensor) -> None:
@@ -107,11 +145,10 @@ def read_into(weights: Weights, stored: StoredMatrix, place: torch.Tensor) -> No
 
 def _read_fp8_into(weights: Weights, stored: StoredMatrix, place: torch.Tensor) -> None:
     num_rows, num_columns = stored.shape
-    scales = torch.from_numpy(_floats(weights, stored.parts["scales"]).astype(np.float32))
-    block = stored.scheme.block_shape
-    is_by_block = block is not None and scales.numel() > 1 and scales.shape not in ((num_rows,), (num_rows, 1))
+    found, block = _float8_scales(weights, stored)
+    scales = torch.from_numpy(found)
     for rows in row_runs(num_rows, num_columns):
-        if block is not None and is_by_block:
+        if block is not None:
             of_rows = scales[torch.arange(rows.start, min(rows.stop, num_rows)) // block[0]]
             factors = of_rows.repeat_interleave(block[1], dim=1)[:, :num_columns]
         else:

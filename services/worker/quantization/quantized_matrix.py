@@ -42,6 +42,7 @@ class QuantizedMatrix:
         scales: `[num_rows, num_columns / group_size]`, float16 where the file's own are, else float32. May be 0 or negative.
         zero: The code that stands for zero, one for the whole matrix; None where `minimums` are given.
         minimums: As `scales`, in a type of their own; None where `zero` is given.
+        input_type: See `QuantizationScheme`.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -50,6 +51,7 @@ class QuantizedMatrix:
     scales: Floats
     zero: int | None = None
     minimums: Floats | None = None
+    input_type: str = ""
 
     def __post_init__(self) -> None:
         num_rows, num_columns = self.codes.shape
@@ -101,4 +103,33 @@ class QuantizedMatrix:
             scales=np.repeat(self.scales, repeats, axis=1),
             zero=self.zero,
             minimums=None if self.minimums is None else np.repeat(self.minimums, repeats, axis=1),
+            input_type=self.input_type,
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Float8Matrix:
+    """A matrix `[num_rows, num_columns]` of e4m3fn numbers, each times the scale of its block.
+
+    Attributes:
+        codes: uint8 `[num_rows, num_columns]`: the numbers, bit by bit.
+        scales: float32 `[num_rows / block_rows, num_columns / block_columns]`, rounded up.
+        block_rows: Rows of a block; 1 where each row has a scale of its own.
+        block_columns: Columns of a block; `num_columns` for one scale a row. The last blocks may be short.
+        input_type: See `QuantizationScheme`.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float32]
+    block_rows: int
+    block_columns: int
+    input_type: str = ""
+
+    def __post_init__(self) -> None:
+        num_rows, num_columns = self.codes.shape
+        assert self.scales.shape == (-(-num_rows // self.block_rows), -(-num_columns // self.block_columns))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all arrays, in bytes."""
+        return self.codes.nbytes + self.scales.nbytes

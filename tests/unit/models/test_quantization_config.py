@@ -13,6 +13,10 @@ def compressed(group=None, **changes):
     return {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"g": {"weights": weights}}} | changes
 
 
+def with_inputs(inputs):
+    return {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}, "input_activations": inputs}
+
+
 GOOD = {
     "awq": ({"quant_method": "awq", "bits": 4, "version": "GEMM"}, QuantizationScheme("awq", bits=4)),
     "gptq": ({"quant_method": "gptq", "bits": 8}, QuantizationScheme("gptq", bits=8, zero_offset=1)),
@@ -35,6 +39,30 @@ GOOD = {
     ),
     "fp8": ({"quant_method": "fp8", "fmt": "e4m3"}, QuantizationScheme("fp8")),
     "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [128, 64]}, QuantizationScheme("fp8", block_shape=(128, 64))),
+    "fp8 with inputs": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        QuantizationScheme("fp8", input_type="float8"),
+    ),
+    "compressed with int8 inputs": (
+        compressed(config_groups={"a": with_inputs({"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"})}),
+        QuantizationScheme("compressed-tensors", input_type="int8"),
+    ),
+    "compressed with float8 inputs": (
+        compressed(config_groups={"a": with_inputs({"num_bits": 8, "type": "float", "symmetric": True})}),
+        QuantizationScheme("compressed-tensors", input_type="float8"),
+    ),
+    "compressed, inputs with zero points": (
+        compressed(config_groups={"a": with_inputs({"num_bits": 8, "type": "int", "symmetric": False})}),
+        QuantizationScheme("compressed-tensors"),
+    ),
+    "compressed, inputs of 4 bits": (
+        compressed(config_groups={"a": with_inputs({"num_bits": 4, "type": "int"})}),
+        QuantizationScheme("compressed-tensors"),
+    ),
+    "compressed, inputs of some layers": (
+        compressed(config_groups={"a": with_inputs({"num_bits": 8, "type": "int"}), "b": with_inputs(None)}),
+        QuantizationScheme("compressed-tensors"),
+    ),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, QuantizationScheme("modelopt")),
     "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, QuantizationScheme("mxfp4")),
     "none": (None, None),

@@ -174,7 +174,7 @@ def test_inputs_spread_over_the_groups_are_given_as_numbers_only(layout: str, tm
     loader = open_loader(tmp_path, made)
     assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8) is None
     assert np.array_equal(loader.take(f"{NAME}.weight", (NUM_OUT, NUM_IN)).numpy(), case.weights(groups).astype(np.float32))
-    assert loader.unpacked_names == [f"{NAME}.weight"]
+    assert loader.unpacked == {f"{NAME}.weight": "its groups are not of neighbours (act-order)"}
 
 
 def test_an_order_of_minus_one_is_none(tmp_path: Path) -> None:
@@ -246,6 +246,52 @@ def test_eight_bit_floats_are_given_as_numbers(kind: str, dtype: torch.dtype, tm
         assert loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8) is None
         assert torch.equal(loader.take(f"{NAME}.weight", (NUM_OUT, NUM_IN)), (codes.float() * spread).to(wanted))
         loader.check_all_taken()
+
+
+@pytest.mark.parametrize("kind", FP8_CONFIGS)
+def test_eight_bit_floats_are_given_as_their_bits_to_a_backend_that_asks(kind: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randn(NUM_OUT, NUM_IN, generator=generator).to(torch.float8_e4m3fn)
+    shape = {"tensor": (1,), "scalar": (), "rows": (NUM_OUT, 1), "blocks": (2, 3)}[kind.rsplit(maxsplit=1)[-1]]
+    suffix = "weight_scale_inv" if kind == "blocks" else "weight_scale"
+    tensors = {f"{NAME}.weight": codes, f"{NAME}.{suffix}": torch.rand(shape, generator=generator) + 0.5}
+    loader = open_loader(tmp_path, (FP8_CONFIGS[kind], tensors))
+    numbers = loader.take(f"{NAME}.weight", (NUM_OUT, NUM_IN))
+    loader = open_loader(tmp_path, (FP8_CONFIGS[kind], tensors))
+    assert loader.is_quantized(f"{NAME}.weight")
+    runs = loader.take_float8(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8)
+    assert runs is not None
+    by_run = list(runs)
+    # Blocks are not cut.
+    assert [len(run.codes) for run in by_run] == ([16, 8] if shape == (2, 3) else [8, 8, 8])
+    found = []
+    for run in by_run:
+        scales = np.repeat(np.repeat(run.scales, run.block_rows, axis=0), run.block_columns, axis=1)[: len(run.codes), :NUM_IN]
+        found.append(torch.from_numpy(run.codes).view(torch.float8_e4m3fn).float() * torch.from_numpy(scales))
+        assert run.input_type == ("float8" if kind in ("tensor", "blocks") else "")
+    assert torch.equal(torch.cat(found), numbers)
+    assert loader.num_bytes == sum(run.num_bytes for run in by_run)
+    loader.check_all_taken()
+
+
+def test_eight_bit_floats_of_another_type_are_numbers_with_the_reason(tmp_path: Path) -> None:
+    codes = torch.ones(NUM_OUT, NUM_IN).to(torch.float8_e5m2)
+    tensors = {f"{NAME}.weight": codes, f"{NAME}.weight_scale": torch.tensor(1.0)}
+    loader = open_loader(tmp_path, (FP8_CONFIGS["tensor"], tensors))
+    assert loader.take_float8(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8) is None
+    assert loader.unpacked == {f"{NAME}.weight": "eight-bit floats of type e5m2"}
+    assert loader.take(f"{NAME}.weight", (NUM_OUT, NUM_IN)).eq(1).all()
+
+
+def test_what_inputs_were_quantised_to_goes_with_the_codes(tmp_path: Path) -> None:
+    config, tensors = packed(Case(4))
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int"}
+    assert not open_loader(tmp_path, (None, {"a": torch.ones(2, 2)})).is_quantized("a")
+    loader = open_loader(tmp_path, (config, tensors))
+    assert not loader.is_quantized("not there")
+    runs = loader.take_quantized(f"{NAME}.weight", (NUM_OUT, NUM_IN), multiple=8)
+    assert runs is not None
+    assert {run.input_type for run in runs} == {"int8"}
 
 
 def test_eight_bit_floats_without_a_scheme_are_numbers(tmp_path: Path) -> None:
