@@ -31,7 +31,7 @@ from headrace.models.store import resolve
 from headrace.v1.common_pb2 import SamplingParams, SpeculativeMethod, SpeculativeParams, WorkHeader
 from headrace.wire.envelope import int32_array
 from services.scheduler import messages
-from services.scheduler.lane import LaneCapacity
+from services.scheduler.lane import LaneCapacity, StepRules
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox
 from services.scheduler.policies.registry import POLICIES
@@ -107,7 +107,7 @@ class Lane:
         self._runner = runner
         queue = WaitingQueue(POLICIES["fcfs"](lanes), max_requests=10**6, max_tokens=10**9)
         # Nothing is cached, so that no run finds the prompts of the one before.
-        self._core = Scheduler(lanes, queue, Outbox(linger_s=30), None, run_ahead=False)
+        self._core = Scheduler(lanes, queue, Outbox(linger_s=30), None, rules=StepRules(run_ahead=False))
         capacity = LaneCapacity(
             model="m",
             max_model_len=limits.max_model_len,

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     scheduler.add_argument(
         "--run-ahead", choices=("off", "on"), default="off", help="plan a step as soon as the one before it begins"
     )
+    scheduler.add_argument("--mixed-step-target-s", type=_at_least_0, default=0.0, help="as in the settings [default: no limit]")
     scheduler.add_argument("--max-waiting-requests", type=_at_least_1, default=10**7, help="further ones are refused")
     scheduler.add_argument("--fixed-share", type=_at_least_0, help="admit by this share of what is asked for [default: measured]")
     scheduler.add_argument("--asked-tokens", type=_at_least_1, help="output every request allows [default: what it will get]")
@@ -139,6 +140,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         eviction=None if options.prefix_cache == "off" else options.prefix_cache,
         step_model=_step_model(options.step_model),
         run_ahead=options.run_ahead == "on",
+        mixed_step_target_s=options.mixed_step_target_s,
         max_waiting_requests=options.max_waiting_requests,
         fixed_share=options.fixed_share,
         asked_tokens=options.asked_tokens,

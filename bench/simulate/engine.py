@@ -20,7 +20,7 @@ from typing import Final
 
 from bench.simulate.trace import VOCAB_SIZE, SimRequest
 from headrace.errors import HeadraceError
-from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.lane import Lane, LaneCapacity, StepRules
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox
 from services.scheduler.output_lengths import Float64Array, Int64Array
@@ -38,12 +38,21 @@ END_TOKEN: Final = 0
 
 @dataclass(frozen=True)
 class StepModel:
-    """Time of a step in seconds: `base_s`, and so much a row, a further token of prompts, and 1,000 tokens of context."""
+    """Time of a step in seconds.
+
+    Attributes:
+        base_s: Whatever it computes.
+        row_s: A row.
+        token_s: A token of prompts.
+        context_s: 1,000 tokens that running sequences have.
+        depth_s: A token of prompts, again for each 1,000 tokens before its chunk.
+    """
 
     base_s: float
     row_s: float
     token_s: float
     context_s: float = 0.0
+    depth_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, seconds in asdict(self).items():
@@ -52,15 +61,19 @@ class StepModel:
         if not self.base_s:
             raise ValueError("step model: base_s must be above 0")
 
-    def duration_ns(self, plan: StepPlan, num_context_tokens: int) -> int:
-        """The time of one step."""
-        seconds = self.base_s + self.row_s * plan.num_rows + self.token_s * (plan.num_tokens - plan.num_rows)
+    def duration_ns(self, plan: StepPlan, num_context_tokens: int, depth: int) -> int:
+        """The time of one step; `depth` is how many tokens are before its prompts' chunks."""
+        num_prompt_tokens = plan.num_tokens - plan.num_rows
+        seconds = self.base_s + self.row_s * plan.num_rows
+        seconds += num_prompt_tokens * (self.token_s + self.depth_s * depth / 1000)
         return int((seconds + self.context_s * num_context_tokens / 1000) * 1e9)
 
 
 STEP_MODELS: Final = {
-    # Two CPU cores with the default model, as `make bench` finds it.
+    # Two CPU cores with the default model, on torch.
     "cpu": StepModel(base_s=0.025, row_s=0.002, token_s=0.0009),
+    # The same on native kernels.
+    "native": StepModel(base_s=0.0023, row_s=0.00036, token_s=0.00022, depth_s=0.00011),
     # An accelerator with a model of some ten billion parameters.
     "accelerator": StepModel(base_s=0.008, row_s=0.00002, token_s=0.00002, context_s=0.000002),
 }
@@ -99,6 +112,8 @@ class Cluster:
     step_model: StepModel = STEP_MODELS["cpu"]
     run_ahead: bool = False
     """Plan a step as soon as the one before it begins."""
+    mixed_step_target_s: float = 0.0
+    """See `services.scheduler.config`; 0 for no limit."""
     max_waiting_requests: int = 10**7
     delayer_limits: DelayerLimits = field(default_factory=DelayerLimits)
     fixed_share: float | None = None
@@ -176,6 +191,7 @@ class Outcome:
     num_preemptions: int = 0
     num_requeued: int = 0
     num_held: int = 0
+    num_limited_steps: int = 0
     max_waiting: int = 0
     simulated_s: float = 0.0
     busy_share: float = 0.0
@@ -243,7 +259,7 @@ class Simulation:
             queue,
             Outbox(linger_s=30),
             cluster.eviction,
-            run_ahead=cluster.run_ahead,
+            rules=StepRules(cluster.run_ahead, mixed_step_target_ns=int(cluster.mixed_step_target_s * 1e9)),
             preemption_threshold=10 if cluster.policy == "priority" else None,
             lengths=None if cluster.fixed_share is None else FixedShare(cluster.fixed_share),
             delayer_limits=cluster.delayer_limits,
@@ -285,6 +301,7 @@ class Simulation:
         outcome.simulated_s = self.now_ns / 1e9
         outcome.num_steps, outcome.num_preemptions = counts.num_steps, counts.num_preemptions
         outcome.num_requeued, outcome.num_held = counts.num_requeued, counts.num_held
+        outcome.num_limited_steps = counts.num_limited_steps
         busy_ns = sum(site.busy_ns * len(site.lanes) for site in {id(s): s for s in self._sites.values()}.values())
         outcome.busy_share = busy_ns / (self.now_ns * self._cluster.num_lanes) if self.now_ns else 0.0
         outcome.wall_s = time.perf_counter() - begun_s
@@ -434,7 +451,8 @@ class Simulation:
         longest_ns = 0
         for lane, plans in site.lanes.items():
             if plans:
-                duration_ns = model.duration_ns(plans[0], lane.num_tokens)
+                share = lane.in_flight[plans[0].step_id].share
+                duration_ns = model.duration_ns(plans[0], lane.num_tokens, share.depth if share is not None else 0)
                 longest_ns = max(longest_ns, duration_ns)
                 site.step.append((lane, duration_ns))
         if not site.step:

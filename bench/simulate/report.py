@@ -42,6 +42,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "num_requeued": outcome.num_requeued,
         "num_held": outcome.num_held,
         "num_steps": outcome.num_steps,
+        "num_limited_steps": outcome.num_limited_steps,
         "max_waiting": outcome.max_waiting,
         "busy_share": round(outcome.busy_share, 4),
         "simulated_s": round(outcome.simulated_s, 3),

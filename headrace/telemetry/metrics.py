@@ -141,6 +141,12 @@ class SchedulerMetrics:
         self.held = Counter(
             "headrace_scheduler_held", "Waits for the same prefix to be computed for another sequence.", registry=registry
         )
+        self.limited_steps = Counter(
+            "headrace_scheduler_limited_steps",
+            "Steps that took fewer prompt tokens than the budget allowed, so as not to keep decodes waiting.",
+            registry=registry,
+        )
+        self.limited_tokens = Counter("headrace_scheduler_limited_step_prompt_tokens", "Prompt tokens of these.", registry=registry)
         self.requeues = Counter("headrace_scheduler_requeues", "Sequences requeued because their lane was lost.", registry=registry)
         self.rejections = Counter(
             "headrace_scheduler_rejections", "Requests refused, by stable error code.", ["error_type"], registry=registry

@@ -39,6 +39,13 @@ class Settings(Section):
     prefill_delay_low_watermark: float | None = Field(
         None, ge=0, le=1, description="Lanes of one group: with a smaller share of its pages in use, a lane's prefills do not wait."
     )
+    mixed_step_target_s: float = Field(
+        0.08,
+        ge=0,
+        le=60,
+        description="A step that computes prompts beside decoding sequences takes so much of the prompts as keeps it within this "
+        "time by measured costs, seconds, and at least a page; 0 does not limit it.",
+    )
     run_ahead: bool = Field(
         True,
         description="Plan a step while the worker computes the one before it, so that it never waits; false: after its result.",

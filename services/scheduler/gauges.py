@@ -44,6 +44,8 @@ class Gauges:
         metrics.preemptions.inc(counts.num_preemptions - self._seen.num_preemptions)
         metrics.forks.inc(counts.num_forked - self._seen.num_forked)
         metrics.held.inc(counts.num_held - self._seen.num_held)
+        metrics.limited_steps.inc(counts.num_limited_steps - self._seen.num_limited_steps)
+        metrics.limited_tokens.inc(counts.num_limited_tokens - self._seen.num_limited_tokens)
         metrics.requeues.inc(counts.num_requeued - self._seen.num_requeued)
         num_ignored = counts.num_ignored_results + counts.num_ignored_rows
         metrics.ignored_results.inc(num_ignored - self._seen.num_ignored_results - self._seen.num_ignored_rows)

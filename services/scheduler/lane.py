@@ -18,6 +18,7 @@ from services.scheduler.page_pool import PagePool
 from services.scheduler.radix_tree import NO_MATCH, Eviction, Match
 from services.scheduler.sequence import Sequence, Status
 from services.scheduler.slot_table import SlotTable
+from services.scheduler.step_costs import StepCosts
 from services.scheduler.step_plan import Rows, StepInFlight
 from services.scheduler.token_fanout import TokenFanout
 
@@ -68,6 +69,19 @@ class LaneCapacity:
         return min(self.max_model_len - 1, self.num_page_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """How a lane's steps are planned.
+
+    Attributes:
+        run_ahead: Plan a step while the one before it is at the worker.
+        mixed_step_target_ns: How long a step with decodes and prompts shall take, nanoseconds; 0 for no limit.
+    """
+
+    run_ahead: bool = True
+    mixed_step_target_ns: int = 0
+
+
 def preemption_order(sequence: Sequence) -> tuple[float, int, int]:
     """The smallest is preempted first: in the lowest class, who has the fewest outputs to compute again, then the latest."""
     return sequence.promoted_priority, sequence.num_output_tokens, -sequence.admission
@@ -86,19 +100,28 @@ class Lane:
         max_in_flight: Most of them: 2 to run ahead of the worker, 1 to wait for each result.
         version: Changes whenever a running sequence leaves or its output is redirected.
         rows: Those of `decoding`; None when it has changed since they were made.
+        costs: What its steps take.
         num_tokens: Tokens of its running sequences: its load.
         num_backlog_tokens: Of these, prompt tokens not yet scheduled.
         stop_token_ids: Stop tokens of its running sequences, counted.
     """
 
-    def __init__(self, lane_id: int, capacity: LaneCapacity, eviction: Eviction | None = "lru", *, max_in_flight: int = 2) -> None:
+    def __init__(
+        self,
+        lane_id: int,
+        capacity: LaneCapacity,
+        eviction: Eviction | None = "lru",
+        rules: StepRules | None = None,
+    ) -> None:
+        rules = rules or StepRules()
         self.lane_id = lane_id
         self.capacity = capacity
-        self.max_in_flight = max_in_flight
+        self.max_in_flight = 2 if rules.run_ahead else 1
         self.kv = KvPages(PagePool(capacity.num_pages, capacity.page_size, name=capacity.pool_name), eviction)
         # A decoding sequence gets a token in every step, so there may be no more of them than the token budget has tokens.
         self.slots = SlotTable(min(capacity.max_num_seqs, capacity.max_num_batched_tokens))
         self.clock = DecodeClock()
+        self.costs = StepCosts(rules.mixed_step_target_ns)
         self.fanout = TokenFanout()
         self.prefilling: dict[Sequence, None] = {}
         self.decoding: dict[Sequence, None] = {}
@@ -113,7 +136,6 @@ class Lane:
         self.num_tokens = 0
         self.num_backlog_tokens = 0
         self.stop_token_ids: Counter[int] = Counter()
-        self._num_admissions = 0
 
     @property
     def num_running(self) -> int:
@@ -174,11 +196,10 @@ class Lane:
         With a `source` here, whose prompt is the same and computed, it takes that over: only its last token is computed again.
         """
         self.kv.enter(sequence, match, source)
-        self._num_admissions += 1
         sequence.status = Status.RUNNING
         sequence.lane = self
         sequence.slot = self.slots.allocate()
-        sequence.admission = self._num_admissions
+        sequence.admission = self.slots.num_allocations
         sequence.num_scheduled = sequence.num_computed = sequence.num_reused_tokens
         most = self.capacity.max_num_drafts
         sequence.max_num_drafts = most if sequence.num_drafts_asked is None else min(most, sequence.num_drafts_asked)

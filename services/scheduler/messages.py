@@ -220,6 +220,7 @@ def step_result(body: scheduler.StepResult) -> StepResult:
         num_tokens=list(body.num_tokens),
         ended_slots=list(body.ended_slots),
         duration_ns=max(0, body.finished_unix_ns - body.started_unix_ns),
+        num_drafts=sum(body.num_drafts),
         logprobs=logprob_messages.logs_by_row(body.logprobs) if body.HasField("logprobs") else {},
         prompt_logprobs=logprob_messages.logs_by_row(body.prompt_logprobs) if body.HasField("prompt_logprobs") else {},
     )

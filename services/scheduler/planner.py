@@ -1,9 +1,10 @@
 """The planner: one step of one lane.
 
 Every decoding sequence gets one token. What is left of the token budget extends the prompts that are being prefilled, oldest first:
-a long prompt is spread over steps (chunked prefill) and shares them with decodes (mixed steps). A decoding sequence that crosses a
-page border gets a page; where none can be had, the sequences with the fewest output tokens lose theirs (preemption) and wait again
-at the front. The one with the most always goes on, so some sequence always comes to its end.
+a long prompt is spread over steps (chunked prefill) and shares them with decodes (mixed steps), which it may not make longer than
+is set (`step_costs.py`). A decoding sequence that crosses a page border gets a page; where none can be had, the sequences with the
+fewest output tokens lose theirs (preemption) and wait again at the front. The one with the most always goes on, so some sequence
+always comes to its end.
 
 A worker that speculates may answer a row with several tokens: how many drafts the row carries is its own affair, within the budget
 of the step, the pages the sequence has and the length at which it ends, less one token each. That one token is what makes the next
@@ -21,6 +22,7 @@ from __future__ import annotations
 from services.scheduler.lane import Lane, preemption_order
 from services.scheduler.logprobs import PROMPT_LOGITS_MAX
 from services.scheduler.sequence import Sequence, Status
+from services.scheduler.step_costs import PromptShare
 from services.scheduler.step_plan import Rows, StepInFlight, StepPlan
 
 
@@ -138,8 +140,10 @@ def _add_rows(lane: Lane, plan: StepPlan, rows: Rows, *, may_begin: bool) -> Non
     sampled = rows
     extended: list[tuple[Sequence, int, int, int]] = []
     completed: list[Sequence] = []
+    share = None
     if lane.prefilling:
-        extended, completed = _extend(lane, plan, rows.slots, may_begin=may_begin)
+        share = PromptShare(lane.costs, len(rows.slots), lane.capacity.page_size)
+        extended, completed = _extend(lane, plan, rows.slots, share, may_begin=may_begin)
         if completed:
             sampled = rows + Rows.of(completed)
     if plan.num_rows > len(rows.slots):
@@ -149,13 +153,13 @@ def _add_rows(lane: Lane, plan: StepPlan, rows: Rows, *, may_begin: bool) -> Non
     else:
         plan.row_slots = rows.slots
         lane.is_steady = True
-    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, plan.num_tokens, sampled, extended, completed)
+    lane.in_flight[plan.step_id] = StepInFlight(lane.clock.tick, lane.version, plan.num_tokens, sampled, extended, completed, share)
 
 
 def _extend(
-    lane: Lane, plan: StepPlan, decode_slots: list[int], *, may_begin: bool
+    lane: Lane, plan: StepPlan, decode_slots: list[int], share: PromptShare, *, may_begin: bool
 ) -> tuple[list[tuple[Sequence, int, int, int]], list[Sequence]]:
-    """Spend the rest of the budget on prompts. Returns those that go on in a later step, and those that are complete."""
+    """Spend the rest of the budget on prompts. Gives those that go on in a later step, and those that are complete."""
     budget = lane.capacity.max_num_batched_tokens - plan.num_tokens
     logits_budget = PROMPT_LOGITS_MAX
     extended: list[tuple[Sequence, int, int, int]] = []
@@ -173,6 +177,10 @@ def _extend(
             if not logits_budget:
                 continue
             num_new = min(num_new, logits_budget)
+        num_new = share.take(num_new, sequence.num_scheduled)
+        if not num_new:
+            break
+        if sequence.wants_prompt_logprobs:
             logits_budget -= num_new
         if not sequence.is_announced:
             sequence.is_announced = True

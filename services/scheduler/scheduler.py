@@ -21,7 +21,7 @@ from services.scheduler.admission import check_deadline, check_drafts, check_req
 from services.scheduler.counts import Counts
 from services.scheduler.deadlines import BestSpeed, Deadlines
 from services.scheduler.entrance import Entrance
-from services.scheduler.lane import Lane, LaneCapacity
+from services.scheduler.lane import Lane, LaneCapacity, StepRules
 from services.scheduler.lane_group import LaneGroups
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
@@ -71,7 +71,7 @@ class Scheduler:
         queue: Sequences that wait.
         outbox: Where tokens go.
         eviction: Which cached prefixes go first; None to keep none.
-        run_ahead: Whether a step is planned while the one before it is at the worker.
+        rules: How steps are planned; None for the usual.
         preemption_threshold: How far below a waiting sequence's priority a running one must be to make room for it; None for never.
         lengths: What outputs are expected to need; None for what is measured.
         delayer_limits: How long new prefills may be put off on lanes that step together; None for the usual.
@@ -93,7 +93,7 @@ class Scheduler:
         outbox: Outbox,
         eviction: Eviction | None = "lru",
         *,
-        run_ahead: bool = True,
+        rules: StepRules | None = None,
         preemption_threshold: int | None = None,
         lengths: LengthEstimate | None = None,
         delayer_limits: DelayerLimits | None = None,
@@ -107,7 +107,7 @@ class Scheduler:
         self._max_prompt_tokens = 0
         self._max_num_drafts = 0
         self._eviction: Eviction | None = eviction
-        self._max_in_flight = 2 if run_ahead else 1
+        self._rules = rules or StepRules()
         self._lengths = lengths or OutputLengths()
         self._entrance = Entrance(lanes, queue, self._lengths, self.counts, preemption_threshold=preemption_threshold)
         self._num_lanes_joined = 0
@@ -227,7 +227,7 @@ class Scheduler:
                 param="capacity.model",
             )
         self.lane_lost(lane_id, now_ns)
-        lane = Lane(lane_id, capacity, self._eviction, max_in_flight=self._max_in_flight)
+        lane = Lane(lane_id, capacity, self._eviction, self._rules)
         # A worker that comes back in the same life must see no step id twice.
         self._num_lanes_joined += 1
         lane.last_step_id = self._num_lanes_joined << 32
@@ -275,6 +275,9 @@ class Scheduler:
         self._speed.record(step.num_tokens, result.duration_ns)
         self.counts.num_steps += 1
         self.counts.num_ignored_rows += step.num_ignored_rows
+        if step.num_limited_tokens:
+            self.counts.num_limited_steps += 1
+            self.counts.num_limited_tokens += step.num_limited_tokens
         self.counts.num_output_tokens += sum(len(batch.token_ids) for batch in step.batches)
         self._outcome.batches += step.batches
         for sequence in step.finished:

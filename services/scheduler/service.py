@@ -31,7 +31,7 @@ from services.scheduler.config import Settings
 from services.scheduler.deadline_timer import DeadlineTimer
 from services.scheduler.embed_desk import EmbedDesk, WorkerSwitch
 from services.scheduler.gauges import Gauges
-from services.scheduler.lane import Lane
+from services.scheduler.lane import Lane, StepRules
 from services.scheduler.lanes import Lanes
 from services.scheduler.outbox import Outbox, Target
 from services.scheduler.policies.registry import POLICIES
@@ -455,7 +455,7 @@ class SchedulerService:
             queue,
             outbox,
             eviction,
-            run_ahead=settings.run_ahead,
+            rules=StepRules(settings.run_ahead, mixed_step_target_ns=int(settings.mixed_step_target_s * 1e9)),
             preemption_threshold=settings.priority_preemption_threshold if settings.policy == "priority" else None,
             delayer_limits=DelayerLimits(settings.prefill_delay_passes_max, settings.prefill_delay_low_watermark),
         )

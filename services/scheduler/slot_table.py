@@ -8,10 +8,16 @@ from __future__ import annotations
 
 
 class SlotTable:
-    """Owner of the slots 0 .. num_slots - 1."""
+    """Owner of the slots 0 .. num_slots - 1.
+
+    Attributes:
+        num_slots: How many there are.
+        num_allocations: How often one was taken.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.num_allocations = 0
         self._free = list(range(num_slots - 1, -1, -1))
         self._freed: list[int] = []
 
@@ -27,6 +33,7 @@ class SlotTable:
 
     def allocate(self) -> int:
         """Take a slot; there must be a free one."""
+        self.num_allocations += 1
         return self._free.pop()
 
     def free(self, slot: int, *, is_announced: bool) -> None:

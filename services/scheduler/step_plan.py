@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from services.scheduler.logprobs import TokenLogs
 from services.scheduler.sequence import Sequence
+from services.scheduler.step_costs import PromptShare
 
 
 @dataclass(slots=True)
@@ -90,6 +91,7 @@ class StepInFlight:
         sampled: Rows that sample a token, in order.
         extended: Sequences that compute a part of their prompt and sample nothing, with slot, stay and count after it.
         completed: Of those that sample, the ones whose prompt this step completes.
+        share: What it computes of prompts; None where there are none.
     """
 
     tick: int
@@ -98,6 +100,7 @@ class StepInFlight:
     sampled: Rows
     extended: list[tuple[Sequence, int, int, int]]
     completed: list[Sequence]
+    share: PromptShare | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class StepResult:
         unknown_slots: Slots of rows that the worker does not hold: it has forgotten them, or refused them when they entered.
         ended_slots: Slots whose sequence ends with the tokens given.
         duration_ns: Time at the worker, zero where it is not known.
+        num_drafts: Drafts verified, in all rows together.
         logprobs: Of sampled tokens, by slot; only of those who asked.
         prompt_logprobs: Of prompt tokens, by slot: those after the tokens that were computed.
     """
@@ -127,5 +131,6 @@ class StepResult:
     unknown_slots: list[int] = field(default_factory=list)
     ended_slots: list[int] = field(default_factory=list)
     duration_ns: int = 0
+    num_drafts: int = 0
     logprobs: dict[int, TokenLogs] = field(default_factory=dict)
     prompt_logprobs: dict[int, TokenLogs] = field(default_factory=dict)

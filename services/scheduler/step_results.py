@@ -27,6 +27,7 @@ class StepOutcome:
         lost: Sequences the worker does not hold and which may be tried again. They still hold their slot and pages here.
         num_ignored_rows: Rows for slots the plan did not have.
         num_tokens: Tokens that the step computed.
+        num_limited_tokens: Prompt tokens of a step that was to take no more of them; 0 for a step that was not limited.
     """
 
     batches: list[StreamBatch] = field(default_factory=list)
@@ -35,6 +36,7 @@ class StepOutcome:
     lost: list[Sequence] = field(default_factory=list)
     num_ignored_rows: int = 0
     num_tokens: int = 0
+    num_limited_tokens: int = 0
 
 
 # A worker that has lost its link for a moment forgets everything, unseen by us; but one that refuses a sequence says the same.
@@ -52,6 +54,7 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
     step = lane.in_flight.pop(result.step_id)
     lane.clock.num_done = step.tick
     outcome = StepOutcome(num_tokens=step.num_tokens)
+    _learn(lane, step, result, outcome)
     if not _is_complete(lane, step, result):
         gave = _sort_out(lane, step, result, outcome)
     elif step.version == lane.version:
@@ -82,6 +85,15 @@ def apply_result(lane: Lane, result: StepResult) -> StepOutcome | None:
         for batch in outcome.batches:
             batch.mark_finished()
     return outcome
+
+
+def _learn(lane: Lane, step: StepInFlight, result: StepResult, outcome: StepOutcome) -> None:
+    """Take note of what the step cost."""
+    if (share := step.share) is not None and share.num_tokens:
+        lane.costs.record_share(share, result.num_drafts, result.duration_ns)
+        outcome.num_limited_tokens = share.num_tokens if share.is_limited else 0
+    else:
+        lane.costs.record_decodes(step.num_tokens + result.num_drafts, result.duration_ns)
 
 
 def _without_withheld(lane: Lane, gave: RowTokens) -> RowTokens:

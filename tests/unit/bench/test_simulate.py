@@ -10,7 +10,7 @@ import pytest
 
 from bench.simulate import report
 from bench.simulate.__main__ import main
-from bench.simulate.engine import Cluster, GapHistogram, Outcome, Simulation, StepModel, Timeline
+from bench.simulate.engine import STEP_MODELS, Cluster, GapHistogram, Outcome, Simulation, StepModel, Timeline
 from bench.simulate.trace import TraceError, Workload, generate, read_trace
 from services.scheduler.prefill_delayer import DelayerLimits
 
@@ -129,12 +129,36 @@ def test_gaps_are_counted_by_step() -> None:
     assert GapHistogram().percentile(50) is None
 
 
+def test_a_prompts_token_costs_more_the_more_stand_before_it() -> None:
+    """A prompt of 2,000 tokens in two steps; before the second chunk stand 1,000."""
+    model = StepModel(base_s=0.01, row_s=0.001, token_s=0.0001, depth_s=0.0002)
+    trace = [json.dumps({"timestamp": 0, "input_length": 2000, "output_length": 1})]
+    outcome = Simulation(Cluster(step_model=model, max_num_batched_tokens=1000)).run(read_trace(trace), expected_s=1)
+    assert outcome.ttft_s[0] == pytest.approx(2 * 0.011 + 2 * 999 * 0.0001 + 999 * 0.0002)
+
+
+def test_long_prompts_do_not_stop_those_that_decode_where_a_target_is_set() -> None:
+    trace = [json.dumps({"timestamp": 0, "input_length": 4, "output_length": 400}) for _ in range(4)]
+    trace += [json.dumps({"timestamp": at, "input_length": 4000, "output_length": 1}) for at in range(500, 4000, 1000)]
+    gap_s = {}
+    for target_s in (0.0, 0.05):
+        cluster = Cluster(step_model=STEP_MODELS["native"], mixed_step_target_s=target_s)
+        outcome = Simulation(cluster).run(read_trace(trace), expected_s=5)
+        assert (outcome.num_limited_steps > 0) == (target_s > 0)
+        gap_s[target_s] = outcome.gaps.percentile(99)
+    assert gap_s[0.0] > 0.25
+    # Three steps are needed to learn it.
+    assert gap_s[0.05] <= 0.055
+
+
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("policy", ["fcfs", "fair", "priority"])
 def test_nothing_is_lost_and_a_run_can_be_repeated(policy: str, run_ahead: bool, group_size: int) -> None:
     def run() -> dict[str, object]:
-        cluster = replace(CLUSTER, policy=policy, num_pages=64, run_ahead=run_ahead, group_size=group_size)
+        cluster = replace(
+            CLUSTER, policy=policy, num_pages=64, run_ahead=run_ahead, group_size=group_size, mixed_step_target_s=0.02
+        )
         return comparable(Simulation(cluster).run(generate(WORKLOAD), expected_s=5))
 
     first = run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
-from services.scheduler.lane import LaneCapacity
+from services.scheduler.lane import Lane, LaneCapacity, StepRules
 from services.scheduler.lanes import Lanes
 from services.scheduler.logprobs import TokenLogs
 from services.scheduler.outbox import Outbox
@@ -15,6 +15,7 @@ from services.scheduler.prefill_delayer import DelayerLimits
 from services.scheduler.radix_tree import Eviction
 from services.scheduler.scheduler import Scheduler
 from services.scheduler.sequence import Sequence, StoppingRules
+from services.scheduler.step_costs import PromptShare, StepCosts
 from services.scheduler.waiting_queue import WaitingQueue
 
 MODEL = "tiny"
@@ -71,6 +72,7 @@ def scheduler(
     run_ahead: bool = False,
     has_foresight: bool = False,
     delayer_limits: DelayerLimits | None = None,
+    mixed_step_target_ns: int = 0,
 ) -> Scheduler:
     """A scheduler without lanes.
 
@@ -85,11 +87,19 @@ def scheduler(
         queue,
         Outbox(linger_s=linger_s),
         eviction,
-        run_ahead=run_ahead,
+        rules=StepRules(run_ahead, mixed_step_target_ns),
         preemption_threshold=10 if policy == "priority" else None,
         lengths=lengths,
         delayer_limits=delayer_limits,
     )
+
+
+def teach_costs(lane: Lane, *, token_ns: int) -> None:
+    """Let a lane know what a prompt's token costs beside decodes, as three steps would."""
+    for _ in range(3):
+        share = PromptShare(StepCosts(), 1, 1)
+        share.take(1, 0)
+        lane.costs.record_share(share, 0, token_ns)
 
 
 def sequence(

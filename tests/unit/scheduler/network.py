@@ -83,6 +83,8 @@ class WorkerEnd(Recorder):
             )
         )
         self.is_held = False
+        # How long it says that each token of a step took.
+        self.token_ns = 0
         # Fails the first row of the next result with this reason.
         self.fail_next: scheduler.RowError | None = None
         self._held: list[tuple[Peer, worker.StepPlan, list[memoryview]]] = []
@@ -126,7 +128,12 @@ class WorkerEnd(Recorder):
         result = self.fake.apply(plan)
         if result is not None:
             answer = scheduler.StepResult(
-                step_id=result.step_id, slots=result.slots, token_ids=result.token_ids, num_tokens=result.num_tokens
+                step_id=result.step_id,
+                slots=result.slots,
+                token_ids=result.token_ids,
+                num_tokens=result.num_tokens,
+                started_unix_ns=1,
+                finished_unix_ns=1 + self.token_ns * plan.num_tokens,
             )
             if self.fail_next is not None:
                 answer.failed_slots.append(answer.slots.pop(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.scheduler.lane import Lane, LaneCapacity
 from services.scheduler.outbox import Target
@@ -45,6 +45,21 @@ def check_tree(tree: RadixTree, locked: list[Node]) -> list[int]:
     assert tree.num_pages == len(pages)
     assert tree.num_evictable == num_evictable
     return pages
+
+
+def _check_goes_on(lane: Lane, plan: StepPlan) -> None:
+    """Assert that prompts left after a plan went on in it by all it had room for, or beside decodes by a page at least."""
+    step, capacity = lane.in_flight[plan.step_id], lane.capacity
+    # A group may put new prompts off; little is computed at a time of those whose logprobs are wanted.
+    if not lane.prefilling or capacity.group or any(sequence.wants_prompt_logprobs for sequence in lane.prefilling):
+        return
+    assert step.share is not None
+    room = capacity.max_num_batched_tokens - step.share.num_decodes
+    if not step.share.is_limited:
+        assert step.share.num_tokens == room
+    else:
+        assert step.share.num_decodes
+        assert min(capacity.page_size, room) <= step.share.num_tokens < room
 
 
 @dataclass
@@ -137,14 +152,16 @@ class System:
             result = site.worker.apply(plan)
             if result is not None:
                 site.results.append(result)
+                _check_goes_on(lane, plan)
             if len(lane.in_flight) >= lane.max_in_flight and not lane.capacity.group:
                 break
         return len(site.plans) > num_plans
 
-    def deliver_result(self, site: Site) -> None:
-        """A worker's oldest answer arrives."""
+    def deliver_result(self, site: Site, *, duration_ns: int = 0) -> None:
+        """A worker's oldest answer arrives; it took that long, 0 for not known."""
         if site.results:
-            assert self.core.step_result(site.lane, site.results.popleft(), self.now_ns)
+            result = replace(site.results.popleft(), duration_ns=duration_ns)
+            assert self.core.step_result(site.lane, result, self.now_ns)
             site.worker.check_agrees_with(site.lane)
             self.collect()
 

@@ -336,4 +336,5 @@ def test_messages_carry_what_a_worker_must_know_of_drafts() -> None:
     assert array("i", frames[0]).tolist() == [1, 2, 3, 7, 8]
     result = wire.StepResult(step_id=plan.step_id, slots=[0], token_ids=[4, 5], num_tokens=[2], num_drafts=[3])
     assert messages.step_result(result).num_tokens == [2]
+    assert messages.step_result(result).num_drafts == 3
     assert np.array_equal(messages.step_result(result).token_ids, [4, 5])

@@ -11,7 +11,7 @@ from array import array
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -26,6 +26,9 @@ from tests.unit.scheduler.system import Stream, System
 MAX_MODEL_LEN = 40
 VOCAB_SIZE = 20
 DETOKENIZERS = ["detokenizer-0", "detokenizer-1"]
+MS = 1_000_000
+# Not known, ordinary, or whatever a machine comes to.
+DURATIONS_NS = st.one_of(st.just(0), st.integers(1 * MS, 60 * MS), st.integers(1, 10**13))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -43,16 +46,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(["lru", "lfu", "fifo", "priority", None]),
         run_ahead=st.booleans(),
         has_foresight=st.booleans(),
+        mixed_step_target_ns=st.sampled_from([0, 1, 8 * MS]),
         max_num_drafts=st.sampled_from([0, 3]),
+        token_ns=st.sampled_from([0, 1 * MS]),
     )
-    def begin(self, policy: str, eviction: Eviction | None, run_ahead: bool, has_foresight: bool, max_num_drafts: int) -> None:
-        core = builders.scheduler(
-            max_requests=12, max_tokens=200, policy=policy, eviction=eviction, run_ahead=run_ahead, has_foresight=has_foresight
-        )
+    def begin(self, policy: str, eviction: Eviction | None, max_num_drafts: int, token_ns: int, **how: Any) -> None:
+        core = builders.scheduler(max_requests=12, max_tokens=200, policy=policy, eviction=eviction, **how)
         self.system = System(core)
-        self.system.join(
+        site = self.system.join(
             builders.capacity(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, num_pages=8, max_num_drafts=max_num_drafts)
         )
+        builders.teach_costs(site.lane, token_ns=token_ns)
 
     @precondition(lambda self: len(self.system.sites) < 3)
     @rule(
@@ -63,11 +67,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         group=st.sampled_from(["", "together"]),
         copies_pages=st.booleans(),
         max_num_drafts=st.integers(0, 6),
+        token_ns=st.sampled_from([0, 1 * MS]),
     )
-    def join(self, *, budget: int, **sizes: Any) -> None:
-        self.system.join(
+    def join(self, *, budget: int, token_ns: int, **sizes: Any) -> None:
+        site = self.system.join(
             builders.capacity(max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, **sizes)
         )
+        builders.teach_costs(site.lane, token_ns=token_ns)
 
     @precondition(lambda self: self.system.sites)
     @rule(data=st.data())
@@ -208,15 +214,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.system.plan_all()
 
     @precondition(lambda self: self.system.sites)
-    @rule(data=st.data())
-    def result(self, data: st.DataObject) -> None:
-        self.system.deliver_result(self.system.sites[data.draw(st.sampled_from(sorted(self.system.sites)))])
+    @rule(data=st.data(), duration_ns=DURATIONS_NS)
+    def result(self, data: st.DataObject, duration_ns: int) -> None:
+        site = self.system.sites[data.draw(st.sampled_from(sorted(self.system.sites)))]
+        self.system.deliver_result(site, duration_ns=duration_ns)
 
-    @rule(num_steps=st.integers(1, 20))
-    def run_some(self, num_steps: int) -> None:
-        for _ in range(num_steps):
+    @rule(durations_ns=st.lists(DURATIONS_NS, min_size=1, max_size=20))
+    def run_some(self, durations_ns: list[int]) -> None:
+        for duration_ns in durations_ns:
             for site in self.system.sites.values():
-                self.system.deliver_result(site)
+                self.system.deliver_result(site, duration_ns=duration_ns)
             self.system.plan_all()
 
     @rule(elapsed_ms=st.integers(-20, 40))
@@ -267,13 +274,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert stream_id in self.aborted | self.stopped
 
 
-def _alone(stream: Stream) -> tuple[array[int], FinishReason]:
+def _alone(stream: Stream, *, max_model_len: int = MAX_MODEL_LEN, vocab_size: int = VOCAB_SIZE) -> tuple[array[int], FinishReason]:
     """What the request would get alone."""
     sequence = stream.sequence
     tokens = sequence.tokens[: sequence.num_prompt_tokens + stream.num_former]
-    limit = sequence.token_limit(MAX_MODEL_LEN)
+    limit = sequence.token_limit(max_model_len)
     while len(tokens) < limit:
-        token = next_token(tokens, VOCAB_SIZE)
+        token = next_token(tokens, vocab_size)
         tokens.append(token)
         if token in sequence.stopping.stop_token_ids and len(tokens) - sequence.num_prompt_tokens >= sequence.stopping.min_tokens:
             return tokens[sequence.num_prompt_tokens :], FinishReason.STOP
@@ -284,6 +291,45 @@ SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None, sup
 
 SchedulerMachine.TestCase.settings = SETTINGS
 TestSchedulerHistories = SchedulerMachine.TestCase
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 12)), min_size=2, max_size=8),
+    durations_ns=st.lists(DURATIONS_NS, min_size=1, max_size=30),
+    target_ns=st.sampled_from([1, 8 * MS, 30 * MS]),
+    page_size=st.sampled_from([1, 3, 16, 64]),
+    budget=st.integers(8, 64),
+    run_ahead=st.booleans(),
+    is_taught=st.booleans(),
+)
+def test_prompts_beside_decodes_go_on_whatever_steps_take(
+    requests: list[tuple[int, int]],
+    durations_ns: list[int],
+    target_ns: int,
+    page_size: int,
+    budget: int,
+    run_ahead: bool,
+    is_taught: bool,
+) -> None:
+    """Requests come one a step, most prompts longer than the budget; `System` checks every plan."""
+    system = System(builders.scheduler(mixed_step_target_ns=target_ns, run_ahead=run_ahead))
+    capacity = builders.capacity(page_size=page_size, num_pages=800 // page_size, max_num_batched_tokens=budget, max_model_len=256)
+    site = system.join(capacity)
+    if is_taught:
+        builders.teach_costs(site.lane, token_ns=MS)
+    for step in range(1_000):
+        if step < len(requests):
+            num_tokens, max_tokens = requests[step]
+            system.submit(builders.sequence(system.core, f"r{step}", [step] * num_tokens, max_tokens=max_tokens, stream_id=step))
+        system.deliver_result(site, duration_ns=durations_ns[step % len(durations_ns)])
+        system.plan_all()
+        system.check_accounting()
+        if step >= len(requests) and not site.results:
+            break
+    event(f"limited: {system.core.counts.num_limited_steps > 0}")
+    assert system.core.num_requests == 0
+    assert all(stream.tokens == _alone(stream, max_model_len=256, vocab_size=50)[0] for stream in system.streams.values())
 
 
 def test_a_scheduler_that_never_had_a_lane_refuses() -> None:

@@ -380,6 +380,29 @@ async def test_metrics_follow_the_core(tmp_path: Path) -> None:
     assert world.service.progress().num_steps >= world.service.core.counts.num_steps
 
 
+async def test_prompts_beside_decodes_are_cut_to_the_time_that_is_set(tmp_path: Path) -> None:
+    num_rows = {}
+    for target_s in (0, 0.004):
+        world = await World.make(tmp_path, mixed_step_target_s=target_s, run_ahead=False)
+        worker = await world.join()
+        worker.is_held, worker.token_ns = True, 1_000_000
+        await world.submit("short", stream_id=1, stopping=common.StoppingParams(max_tokens=40))
+        await world.submit("long", [7] * 100, stream_id=2)
+        worker.go_on()
+        await until(world, lambda core=world.service.core: core.num_requests == 0)  # type: ignore[misc]
+        assert world.detokenizer.stream(2) == (outputs([7] * 100, 8), common.FINISH_REASON_LENGTH)
+        num_rows[target_s] = [list(plan.row_num_new_tokens) for plan in worker.bodies("step_plan") if plan.row_num_new_tokens]
+        world.service.load()
+        sample = world.context.registry.get_sample_value
+        num_limited = sample("headrace_scheduler_limited_steps_total")
+        assert num_limited == sum(row == [1, 4] for row in num_rows[target_s][:-1])
+        assert sample("headrace_scheduler_limited_step_prompt_tokens_total") == 4 * num_limited
+    assert [1, 15] in num_rows[0]
+    assert [1, 4] not in num_rows[0]
+    # As before until three such steps have told what they cost.
+    assert [row for row in num_rows[0.004] if row[0] == 1][3:5] == [[1, 4], [1, 4]]
+
+
 async def test_the_link_to_an_idle_detokenizer_is_dropped(tmp_path: Path) -> None:
     world = await World.make(tmp_path, detokenizer_idle_s=1000)
     await world.join()
