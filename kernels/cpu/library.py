@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 LIBRARY_FILE: Final = Path(__file__).resolve().parent / "libheadrace_cpu.so"
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 
 KIND_F32, KIND_Q8, KIND_BF16 = 0, 1, 2
 DOMAIN_TOKENS, DOMAIN_SAMPLED = 0, 1
@@ -112,6 +112,25 @@ class Step(Structure):
     ]
 
 
+class DrawRows(Structure):
+    """Rows to draw tokens from, and which of them; arrays are by row but `indices` and `tokens`."""
+
+    _fields_ = [
+        ("num_drawn", c_int64),
+        ("vocab_size", c_int64),
+        ("stride", c_int64),
+        ("logits", c_void_p),
+        ("indices", c_void_p),
+        ("temperature", c_void_p),
+        ("top_k", c_void_p),
+        ("top_p", c_void_p),
+        ("min_p", c_void_p),
+        ("seeds", c_void_p),
+        ("positions", c_void_p),
+        ("tokens", c_void_p),
+    ]
+
+
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "hr_abi_version": (c_int32, ()),
     "hr_best_isa": (c_int32, ()),
@@ -130,6 +149,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "hr_gated_linear": (None, (c_void_p, c_int32, c_int32, POINTER(Segment), c_void_p, c_int32)),
     "hr_plain": (c_int32, (c_void_p, c_int32, c_int32, c_int32, c_float)),
     "hr_attend": (None, (c_void_p, c_int32, c_int32, c_int32, POINTER(AttentionLayer))),
+    "hr_draw_scratch_bytes": (c_int64, (c_int64,)),
+    "hr_draw": (None, (c_int32, POINTER(DrawRows), c_void_p)),
     "hr_unit_bytes": (c_int64, (POINTER(Segment),)),
     "hr_pack_dense": (None, (POINTER(Segment), c_void_p, c_int64)),
     "hr_pack_codes": (None, (POINTER(Segment), c_void_p, c_void_p, c_void_p, c_int64)),

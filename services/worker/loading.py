@@ -33,6 +33,8 @@ from services.worker.layers.ops import Network
 from services.worker.layers.torch_ops import TorchEncoder, TorchNetwork, TorchOps
 from services.worker.model_runner import ModelRunner
 from services.worker.models.registry import build_encoder, build_model
+from services.worker.native_draw import NativeDraw
+from services.worker.sampler import Draw
 from services.worker.weights import MapParts, OnProgress, WeightLoader
 
 if TYPE_CHECKING:
@@ -135,6 +137,7 @@ class _Backend:
         kv_dtype: Type of the pages.
         unpacked: See `LoadReport`.
         make_network: Makes the pages, given their number and shape.
+        draw: See `ModelRunner`.
     """
 
     name: str
@@ -143,6 +146,7 @@ class _Backend:
     kv_dtype: torch.dtype
     unpacked: Mapping[str, str]
     make_network: Callable[[int, PageShape], Network]
+    draw: Draw | None = None
 
 
 def load_runner(
@@ -215,7 +219,7 @@ def load_runner(
         page_size=options.page_size,
         vocab_size=config.vocab_size,
     )
-    runner = ModelRunner(backend.make_network(memory.num_pages, shape), limits)
+    runner = ModelRunner(backend.make_network(memory.num_pages, shape), limits, draw=backend.draw)
     report = LoadReport(
         config=config,
         backend=backend.name,
@@ -312,7 +316,8 @@ def _load_native(
         network.make_pages(num_pages, shape.num_bytes // (shape.num_layers * shape.dtype.itemsize))
         return network
 
-    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, dict(weights.unpacked), make_network)
+    draw = NativeDraw(library, config.vocab_size)
+    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, dict(weights.unpacked), make_network, draw)
 
 
 def _load_triton(

@@ -56,8 +56,8 @@ class TokenMasks(Protocol):
         ...
 
 
-Draw = Callable[[torch.Tensor, SampledRows, Int64Array], torch.Tensor]
-"""Draws a token for each of some rows: from their logits, the parameters of all rows, and the indices of these among them."""
+Draw = Callable[[torch.Tensor, SampledRows, Int64Array], Int64Array]
+"""Draws a token for each of some rows: from the logits and the parameters of all rows, and the indices of these among them."""
 
 
 def sample(
@@ -93,13 +93,18 @@ def sample(
         masks.rule_out(logits, rows, token_ids)
     (drawn,) = np.nonzero((rows.temperature > 0) & is_finite)
     if len(drawn):
-        drawn_logits = logits if len(drawn) == len(logits) else logits[torch.from_numpy(drawn)]
-        token_ids[drawn] = (draw or draw_tokens)(drawn_logits, rows, drawn).numpy()
+        token_ids[drawn] = (draw or draw_tokens)(logits, rows, drawn)
     return token_ids, is_finite
 
 
-def draw_tokens(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> torch.Tensor:
-    """Draw on the CPU; see `Draw`."""
+def logits_of(logits: torch.Tensor, indices: Int64Array) -> torch.Tensor:
+    """The logits of some rows, ascending; not a copy where these are all."""
+    return logits if len(indices) == len(logits) else logits[torch.from_numpy(indices)]
+
+
+def draw_tokens(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> Int64Array:
+    """Draw by torch's operations on the CPU; see `Draw`."""
+    logits = logits_of(logits, indices)
     temperature = torch.from_numpy(rows.temperature[indices]).unsqueeze(1)
     # The largest becomes 0 before it is divided, so that the smallest temperature cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
@@ -116,7 +121,8 @@ def draw_tokens(logits: torch.Tensor, rows: SampledRows, indices: Int64Array) ->
     targets = torch.from_numpy(uniforms(rows.seeds[indices], rows.positions[indices])).unsqueeze(1) * cumulative[:, -1:]
     targets.clamp_(min=_LEAST_TARGET)
     # The first token whose cumulative mass is above the target; one without mass of its own never is.
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    token_ids: Int64Array = torch.searchsorted(cumulative, targets, right=True).squeeze(1).numpy()
+    return token_ids
 
 
 def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from kernels.sample.launch import sample
 from services.worker.batch_inputs import Limits
 from services.worker.device import Device
 from services.worker.gpu_step import Staging
+from services.worker.sampler import logits_of
 from services.worker.sampling_table import Int64Array, SampledRows
 
 _NUM_PARAMETERS: Final = 6
@@ -30,7 +31,7 @@ class TritonDraw:
         self._torch_device = device.torch_device
         self._staging = Staging(device, _NUM_PARAMETERS * limits.max_num_batched_tokens)
 
-    def __call__(self, logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, rows: SampledRows, indices: Int64Array) -> Int64Array:
         """Draw."""
         seeds, positions, top_k, temperature, top_p, min_p = self._staging.send(
             (
@@ -51,8 +52,9 @@ class TritonDraw:
             positions=positions,
         )
         # The draw changes no logits: neither adjustments nor a mask are handed to it.
-        tokens, _ = sample(logits.to(self._torch_device), parameters)
-        return tokens.cpu()
+        tokens, _ = sample(logits_of(logits, indices).to(self._torch_device), parameters)
+        token_ids: Int64Array = tokens.cpu().numpy()
+        return token_ids
 
 
 def _bits(values: npt.NDArray[np.float32]) -> torch.Tensor:

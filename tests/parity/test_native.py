@@ -17,6 +17,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from services.worker.native_draw import NativeDraw
+
 pytestmark = pytest.mark.usefixtures("native_library")
 
 MEAN_KL_MAX = 5e-3
@@ -86,3 +88,25 @@ def test_greedy_text_is_the_same_alone_and_together(native_driver: Any) -> None:
     together = native_driver.generate(prompts, 12)
     alone = {slot: native_driver.generate({slot: prompt}, 12)[slot] for slot, prompt in prompts.items()}
     assert together == alone
+
+
+SAMPLINGS: list[dict[str, float]] = [{}, {"top_p": 0.9, "top_k": 40}, {"top_p": 0.8}, {"min_p": 0.05}, {"repetition_penalty": 1.2}]
+
+
+def test_drawn_text_is_the_same_alone_and_beside_greedy_rows(native_driver: Any) -> None:
+    """Steps without and with other rows, among them rows that nothing is drawn for; what draws is the kernel."""
+    assert isinstance(native_driver.runner._draw, NativeDraw)
+
+    def drawn(slots: list[int]) -> dict[int, list[int]]:
+        for slot in slots:
+            sampling = {"temperature": 0.0} if slot % 2 else {"temperature": 0.9} | SAMPLINGS[slot // 2]
+            native_driver.enter(slot, tokens(20 + slot, seed=60 + slot), **sampling)
+        outputs = [native_driver.step({slot: 20 + slot for slot in slots})[0]]
+        outputs += [native_driver.step(dict.fromkeys(slots, 1))[0] for _ in range(9)]
+        for slot in slots:
+            native_driver.free(slot)
+        return {slot: [tokens_of[slot] for tokens_of in outputs] for slot in slots}
+
+    together = drawn(list(range(2 * len(SAMPLINGS))))
+    for slot in (0, 2, 4, 6, 8):
+        assert drawn([slot]) == {slot: together[slot]}

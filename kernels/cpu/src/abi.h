@@ -159,6 +159,44 @@ struct LinearTarget {
   int32_t activation;
 };
 
+// Tokens are drawn from rows in blocks of this many.
+constexpr int64_t DRAW_BLOCK = 256;
+constexpr int64_t DRAW_BINS = 2048;
+
+// How one row's token is drawn; the uniform number is in [0, 1). 0 tokens keep all, as do a mass of 1 and a share of 0.
+struct DrawParameters {
+  float temperature;  // above 0
+  int32_t top_k;
+  float top_p;
+  float min_p;
+  double uniform;
+};
+
+// What a draw works in.
+struct DrawScratch {
+  float* maximums;  // [blocks][16]
+  float* values;    // [tokens + 16]
+  float* masses;    // [tokens + 16]
+  double* bins;     // [DRAW_BINS]
+  double* totals;   // [blocks]
+};
+
+// Rows to draw from, and which of them; arrays without a size are by row.
+struct DrawRows {
+  int64_t num_drawn;
+  int64_t vocab_size;
+  int64_t stride;  // numbers from row to row
+  const float* logits;
+  const int64_t* indices;  // [num_drawn]
+  const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const uint64_t* seeds;
+  const int64_t* positions;  // of the tokens to be drawn in their sequences
+  int64_t* tokens;           // [num_drawn]
+};
+
 // What a build for one instruction set offers.
 struct Kernels {
   const char* name;
@@ -182,6 +220,7 @@ struct Kernels {
   void (*attend)(const AttendContext& context, const AttendUnit& unit, int kv_head);
   void (*merge)(const AttendContext& context, const AttendUnit* units, int64_t num_units, int kv_head);
   void (*best)(const Rows& in, int64_t begin, int64_t end, int64_t* best, uint8_t* is_finite);
+  int64_t (*draw)(const float* logits, int64_t size, const DrawParameters& parameters, const DrawScratch& scratch);
 };
 
 inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 768) + 256; }
@@ -190,5 +229,16 @@ const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();
+
+// By the number of the instruction set, as `hr_best_isa` tells it.
+inline const Kernels* kernels_for(int32_t isa) {
+#if defined(__x86_64__)
+  if (isa == 1) return kernels_avx2();
+  if (isa == 2) return kernels_avx512();
+  if (isa == 3) return kernels_avx512_bf16();
+#endif
+  (void)isa;
+  return kernels_generic();
+}
 
 }  // namespace headrace

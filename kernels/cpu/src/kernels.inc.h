@@ -10,6 +10,7 @@
 #include "rows.inc.h"
 #include "linear.inc.h"
 #include "attention.inc.h"
+#include "draw.inc.h"
 
 namespace headrace {
 
@@ -17,7 +18,7 @@ const Kernels* KERNELS() {
   static const Kernels kernels = {
       KERNELS_NAME, embed,  norm,          pack,         gated,  activate, add,
       scale_rows,   soft_cap_rows, linear, gated_linear, rotate_store, attend, merge,
-      best,
+      best,         draw_row,
   };
   return &kernels;
 }

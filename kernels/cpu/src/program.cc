@@ -511,7 +511,7 @@ using namespace headrace;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The number of the interface: a library of another build is refused.
-EXPORT int32_t hr_abi_version() { return 3; }
+EXPORT int32_t hr_abi_version() { return 4; }
 
 // The best instruction set of this CPU that is built in: 3 AVX-512 with BF16 and VNNI, 2 AVX-512 with VNNI, 1 AVX2, 0 any.
 EXPORT int32_t hr_best_isa() {
@@ -527,13 +527,7 @@ EXPORT int32_t hr_best_isa() {
 }
 
 EXPORT void* hr_program_new(int32_t isa, int64_t max_tokens, int64_t max_sampled, int32_t num_threads, int32_t page_size) {
-  const Kernels* kernels = kernels_generic();
-#if defined(__x86_64__)
-  if (isa == 1) kernels = kernels_avx2();
-  if (isa == 2) kernels = kernels_avx512();
-  if (isa == 3) kernels = kernels_avx512_bf16();
-#endif
-  return new Program(kernels, max_tokens, max_sampled, num_threads, page_size);
+  return new Program(kernels_for(isa), max_tokens, max_sampled, num_threads, page_size);
 }
 
 EXPORT void hr_program_free(void* program) { delete (Program*)program; }

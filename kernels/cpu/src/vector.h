@@ -51,6 +51,12 @@ INLINE vm vbetween(int32_t first, int32_t low, int32_t high) {
   return _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(low)) & _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(high));
 }
 INLINE vf vselect(vm mask, vf a, vf b) { return _mm512_mask_blend_ps(mask, b, a); }
+INLINE vm vat_least(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+// Stores the lanes of a mask one behind another and gives how many; what stands behind them, up to 16 lanes in all, is spoiled.
+INLINE int vkeep(float* p, vm mask, vf x) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(mask, x));
+  return __builtin_popcount(mask);
+}
 // 2 ** n for whole n from -126 to 127.
 INLINE vf vexp2i(vf n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
@@ -175,6 +181,17 @@ INLINE vm vbetween(int32_t first, int32_t low, int32_t high) { return {between_h
 INLINE vf vselect(vm mask, vf x, vf y) {
   return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(mask.a)), _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(mask.b))};
 }
+INLINE vm vat_least(vf x, vf y) {
+  return {_mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ)), _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))};
+}
+INLINE int vkeep(float* p, vm mask, vf x) {
+  const int low = _mm256_movemask_ps(_mm256_castsi256_ps(mask.a)), high = _mm256_movemask_ps(_mm256_castsi256_ps(mask.b));
+  float lanes[16];
+  vstore(lanes, x);
+  int count = 0;
+  for (int left = low | high << 8; left; left &= left - 1) p[count++] = lanes[__builtin_ctz((unsigned)left)];
+  return count;
+}
 INLINE __m256 exp2i_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
@@ -298,6 +315,15 @@ INLINE vm vbetween(int32_t first, int32_t low, int32_t high) {
   return (index >= low) & (index < high);
 }
 INLINE vf vselect(vm mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vm vat_least(vf a, vf b) { return a >= b; }
+INLINE int vkeep(float* p, vm mask, vf x) {
+  int count = 0;
+  for (int i = 0; i < 16; i++) {
+    p[count] = x[i];
+    count += mask[i] & 1;
+  }
+  return count;
+}
 INLINE vf vexp2i(vf n) { return (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
 INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
 INLINE int32_t vstore_int8(int8_t* p, vf x) {

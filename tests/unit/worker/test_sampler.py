@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.philox import uniforms
-from services.worker.sampler import sample
+from services.worker.sampler import draw_tokens, sample
 from services.worker.sampling_table import SampledRows
 
 VOCAB = 1000
@@ -161,6 +161,23 @@ def test_what_adjustments_rule_out_is_neither_the_likeliest_nor_drawn() -> None:
     assert by_kind[1] == {1, 3, 5, 6}
     assert by_kind[2] == {0}
     assert by_kind[3] == set(range(7))
+
+
+def test_what_draws_is_given_all_rows_and_which_of_them_to_draw_for() -> None:
+    """A greedy row and one that is not finite stand between those that are drawn; no logits are copied for these."""
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(7))
+    logits[3, 1] = torch.nan
+    asked = rows(5, temperature=[1.0, 0.0, 0.7, 1.0, 1.0])
+    calls = []
+
+    def draw(given: torch.Tensor, given_rows: SampledRows, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        calls.append((given.data_ptr(), given_rows, indices.tolist()))
+        return draw_tokens(given, given_rows, indices)
+
+    expected, _ = sample(logits, asked)
+    token_ids, _ = sample(logits, asked, draw=draw)
+    assert calls == [(logits.data_ptr(), asked, [0, 2, 4])]
+    assert token_ids.tolist() == expected.tolist()
 
 
 def plain_draw(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> set[int]:
