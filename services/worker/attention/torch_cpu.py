@@ -239,9 +239,14 @@ class TorchCpuAttention:
 
 
 def _as_codes(keys_values: torch.Tensor, kv_format: torch.dtype) -> torch.Tensor:
-    """Round to the nearest value of an 8-bit type, as bytes; what is out of its range becomes its largest."""
+    """Round to the nearest value of an 8-bit type, as bytes; what is out of its range becomes its largest, what is infinite NaN.
+
+    So a row that fails shows it when later ones attend to what it has left.
+    """
     largest = torch.finfo(kv_format).max
-    return keys_values.float().clamp(-largest, largest).to(kv_format).view(torch.uint8)
+    numbers = keys_values.float()
+    numbers = numbers.masked_fill(numbers.isinf(), math.nan)
+    return numbers.clamp_(-largest, largest).to(kv_format).view(torch.uint8)
 
 
 def _mask(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

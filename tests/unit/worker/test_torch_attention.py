@@ -137,3 +137,8 @@ def test_a_chunked_row_over_8_bit_pages_is_the_whole_one() -> None:
 def test_values_out_of_an_8_bit_type_become_its_largest() -> None:
     codes = _as_codes(torch.tensor([1e6, -1e6, 0.0, 448.0]), torch.float8_e4m3fn)
     assert codes.view(torch.float8_e4m3fn).float().tolist() == [448.0, -448.0, 0.0, 448.0]
+
+
+def test_what_is_not_finite_is_no_number_in_an_8_bit_type() -> None:
+    codes = _as_codes(torch.tensor([math.inf, -math.inf, math.nan, 1.0]), torch.float8_e4m3fn)
+    assert codes.view(torch.float8_e4m3fn).float().isnan().tolist() == [True, True, True, False]
