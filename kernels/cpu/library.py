@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 LIBRARY_FILE: Final = Path(__file__).resolve().parent / "libheadrace_cpu.so"
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 
 KIND_F32, KIND_Q8, KIND_BF16 = 0, 1, 2
 DOMAIN_TOKENS, DOMAIN_SAMPLED = 0, 1
+PAGES_BF16, PAGES_E4M3 = 0, 1
 FORMAT_F32, FORMAT_BF16, FORMAT_Q4, FORMAT_Q8 = 0, 1, 2, 3
 OP_PACK, OP_GATED, OP_ACTIVATE, OP_ADD, OP_SCALE, OP_SOFT_CAP, OP_GATHER = range(7)
 
@@ -134,7 +135,7 @@ class DrawRows(Structure):
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "hr_abi_version": (c_int32, ()),
     "hr_best_isa": (c_int32, ()),
-    "hr_program_new": (c_void_p, (c_int32, c_int64, c_int64, c_int32, c_int32)),
+    "hr_program_new": (c_void_p, (c_int32, c_int64, c_int64, c_int32, c_int32, c_int32)),
     "hr_program_free": (None, (c_void_p,)),
     "hr_program_threads": (c_int32, (c_void_p,)),
     "hr_value": (c_int32, (c_void_p, c_int32, c_int32, c_int32, c_int32)),

@@ -1,12 +1,14 @@
 """What the native kernels compute, in numpy: their specification, which tests/native holds every instruction set to.
 
-Results are float64. What the kernels round on purpose is rounded here too (int8 activations, bfloat16 inputs, keys, values and
-attention weights), so what is left between the two is the rounding of float32 sums, and bounds on it can be tight.
+Results are float64. What the kernels round on purpose is rounded here too (int8 activations, bfloat16 inputs, keys and
+values of bfloat16 or 8 bits, bfloat16 attention weights), so what is left between the two is the rounding of float32 sums, and
+bounds on it can be tight.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +27,12 @@ GROUP: Final = 32
 SCALE_MIN: Final = np.float32(1e-38)
 """A group of activations whose scale is no larger is taken for zeros."""
 
+E4M3_MAX: Final = 448.0
+"""Largest number of 8-bit pages."""
+
+E4M3_EXPONENT_MIN: Final = -6
+"""Below 2 to this power, numbers of 8-bit pages are equally far apart."""
+
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
@@ -33,6 +41,19 @@ def round_bfloat16(values: npt.NDArray[Any]) -> FloatArray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)
     return rounded.astype(np.uint32).view(np.float32)
+
+
+def round_e4m3(values: npt.NDArray[Any]) -> FloatArray:
+    """The nearest number of 8 bits (a sign, 4 bits of exponent, 3 of mantissa), ties to even mantissas.
+
+    What is beyond the largest, 448, becomes that; what is not finite becomes NaN.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    sizes = np.where(np.isfinite(x), np.abs(x), 0.0)
+    exponents = np.maximum(np.frexp(sizes)[1] - 1, E4M3_EXPONENT_MIN)
+    steps = np.ldexp(1.0, exponents - 3)
+    rounded = np.copysign(np.minimum(np.rint(sizes / steps) * steps, E4M3_MAX), x)
+    return np.where(np.isfinite(x), rounded, np.nan).astype(np.float32)
 
 
 def quantize(x: FloatArray) -> DoubleArray:
@@ -157,12 +178,15 @@ class Attention:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def attend(qkv: FloatArray, layer: Attention) -> DoubleArray:
+def attend(
+    qkv: FloatArray, layer: Attention, *, round_kv: Callable[[npt.NDArray[Any]], FloatArray] = round_bfloat16
+) -> DoubleArray:
     """Outputs of all tokens of one sequence, from its first on.
 
     Args:
         qkv: `[num_tokens, layer.width]`.
         layer: The layer.
+        round_kv: How pages keep keys and values.
 
     Returns:
         `[num_tokens, num_heads * head_dim]`.
@@ -171,8 +195,8 @@ def attend(qkv: FloatArray, layer: Attention) -> DoubleArray:
     ends = np.cumsum([layer.num_heads * hd, layer.num_kv_heads * hd])
     queries, keys, values = np.split(qkv, ends, axis=1)
     q = round_bfloat16(_rotate(_norm_heads(queries, layer.q_norm, layer), layer)).astype(np.float64)
-    k = round_bfloat16(_rotate(_norm_heads(keys, layer.k_norm, layer), layer)).astype(np.float64)
-    v = round_bfloat16(values).reshape(num_tokens, layer.num_kv_heads, hd).astype(np.float64)
+    k = round_kv(_rotate(_norm_heads(keys, layer.k_norm, layer), layer)).astype(np.float64)
+    v = round_kv(values).reshape(num_tokens, layer.num_kv_heads, hd).astype(np.float64)
     out = np.empty((num_tokens, layer.num_heads, hd))
     for head in range(layer.num_heads):
         kv_head = head // (layer.num_heads // layer.num_kv_heads)

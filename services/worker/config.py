@@ -57,7 +57,7 @@ class Settings(Section):
     kv_cache_dtype: Literal["auto", "fp8_e4m3"] = Field(
         "auto",
         description="Type of KV pages; auto is that of the computation. fp8_e4m3 holds twice the tokens of bfloat16 in the same "
-        "memory, loses some quality (docs/quality.md), and is torch's on a CPU: for contexts that do not fit otherwise.",
+        "memory, loses some quality (docs/quality.md), and is there on a CPU alone: for contexts that do not fit otherwise.",
     )
     kv_cache_tokens: int | None = Field(None, ge=1, description="Tokens that the KV pages hold; leads over kv_cache_bytes.")
     grammar_cache_bytes: int = Field(

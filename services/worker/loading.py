@@ -180,7 +180,7 @@ def load_runner(
     dtype = _DTYPES[dtype_name]
     chosen = choose_backend(device=device.name, backend=options.backend, attention_backend=options.device.attention_backend)
     if chosen == TRITON:
-        _check_kv_dtype(options, chosen)
+        _check_kv_dtype(options)
         weights = open_weights(dtype=dtype)
         loaded = _load_triton(options, config, weights, device, device_reason, max_model_len=max_model_len, on_capped=on_capped)
         runner = ModelRunner(loaded.network, loaded.limits, draw=loaded.draw)
@@ -195,9 +195,9 @@ def load_runner(
             unpacked=dict(weights.unpacked),
             device=loaded.report,
         )
-    options = replace(options, backend=_check_kv_dtype(options, chosen))
-    # Native kernels keep bfloat16, so no fewer pages than these can be needed.
-    smallest = _page_shape(options, config, _torch_kv_dtype(options, dtype) if options.backend == "torch" else torch.bfloat16)
+    options = replace(options, backend=chosen)
+    # Native kernels keep no larger type than bfloat16, so no fewer pages than these can be needed.
+    smallest = _page_shape(options, config, _kv_dtype(options, dtype if chosen == "torch" else torch.bfloat16))
     count_pages(
         smallest, kv_cache_bytes=options.kv_cache_bytes, kv_cache_tokens=options.kv_cache_tokens, max_model_len=max_model_len
     )
@@ -244,25 +244,22 @@ def _page_shape(options: LoadOptions, config: ModelConfig, dtype: torch.dtype) -
     )
 
 
-def _check_kv_dtype(options: LoadOptions, chosen: str) -> str:
-    """The backend for the type of the pages: those of 8 bits are torch's.
+def _check_kv_dtype(options: LoadOptions) -> None:
+    """Refuse pages of 8 bits, which Triton's kernels do not have; asked before weights are read.
 
     Raises:
-        ConfigError: Another one is asked for.
+        ConfigError: They are asked for.
     """
-    if options.kv_cache_dtype == "auto":
-        return chosen
-    if chosen not in ("auto", "torch"):
+    if options.kv_cache_dtype != "auto":
         raise ConfigError(
-            f"worker.kv_cache_dtype is {options.kv_cache_dtype}, which torch computes on a CPU, and the backend is {chosen}: "
-            "set worker.backend to torch, or worker.kv_cache_dtype to auto",
+            f"worker.kv_cache_dtype is {options.kv_cache_dtype}, which the native kernels and torch have on a CPU, and the backend "
+            f"is {TRITON}: set it to auto",
             param="worker.kv_cache_dtype",
         )
-    return "torch"
 
 
-def _torch_kv_dtype(options: LoadOptions, dtype: torch.dtype) -> torch.dtype:
-    """Type of torch's pages; those of an 8-bit format are kept as bytes, which every operation of torch can copy."""
+def _kv_dtype(options: LoadOptions, dtype: torch.dtype) -> torch.dtype:
+    """Type of the pages of a computation in `dtype`; those of an 8-bit format are kept as bytes, which every operation can copy."""
     return dtype if KV_FORMATS[options.kv_cache_dtype] is None else torch.uint8
 
 
@@ -287,7 +284,7 @@ def _load_backend(
     def make_network(num_pages: int, shape: PageShape) -> Network:
         return TorchNetwork(model, ops, KvCache(shape, num_pages=num_pages))
 
-    kv_dtype = _torch_kv_dtype(options, dtype)
+    kv_dtype = _kv_dtype(options, dtype)
     return _Backend("torch", reason, weights.num_bytes, kv_dtype, dict(weights.unpacked), make_network)
 
 
@@ -295,7 +292,7 @@ def _load_native(
     options: LoadOptions, config: ModelConfig, *, max_model_len: int, open_weights: Callable[..., WeightLoader]
 ) -> _Backend:
     if options.dtype == "float32":
-        raise UnsupportedError("the native kernels keep keys and values in bfloat16, and worker.dtype is float32")
+        raise UnsupportedError("the native kernels keep keys and values in bfloat16 or 8 bits, and worker.dtype is float32")
     check_page_size(options.page_size)
     library = load_library()
     # Quantised weights stay as they are; this is the type of all others.
@@ -308,6 +305,7 @@ def _load_native(
         model,
         ops,
         page_size=options.page_size,
+        kv_format=KV_FORMATS[options.kv_cache_dtype],
         max_tokens=options.max_num_batched_tokens,
         num_threads=options.num_threads,
     )
@@ -316,8 +314,9 @@ def _load_native(
         network.make_pages(num_pages, shape.num_bytes // (shape.num_layers * shape.dtype.itemsize))
         return network
 
+    kv_dtype = _kv_dtype(options, torch.bfloat16)
     draw = NativeDraw(library, config.vocab_size)
-    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, torch.bfloat16, dict(weights.unpacked), make_network, draw)
+    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, kv_dtype, dict(weights.unpacked), make_network, draw)
 
 
 def _load_triton(

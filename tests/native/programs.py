@@ -25,9 +25,18 @@ def aligned(values: npt.NDArray[Any]) -> FloatArray:
 class Program:
     """A program under construction, and then to be run; frees itself."""
 
-    def __init__(self, library: Any, *, isa: int, num_threads: int = 1, max_tokens: int = 64, page_size: int = 16) -> None:
+    def __init__(
+        self,
+        library: Any,
+        *,
+        isa: int,
+        num_threads: int = 1,
+        max_tokens: int = 64,
+        page_size: int = 16,
+        page_format: int = native.PAGES_BF16,
+    ) -> None:
         self.library = library
-        self.pointer = library.hr_program_new(isa, max_tokens, max_tokens, num_threads, page_size)
+        self.pointer = library.hr_program_new(isa, max_tokens, max_tokens, num_threads, page_size, page_format)
         self._kept: list[Any] = []
         self._num_buffers = 0
         self._logits_width = 0
@@ -116,8 +125,8 @@ class Program:
         self._logits_width = width
         return self
 
-    def set_pages(self, pages: npt.NDArray[np.uint16]) -> None:
-        """`[num_pages, items]`."""
+    def set_pages(self, pages: npt.NDArray[Any]) -> None:
+        """`[num_pages, items]`, of the type of the program's format."""
         self.library.hr_set_pages(self.pointer, 0, self.keep(pages).ctypes.data, pages.shape[1])
 
     def run(self, token_ids: npt.ArrayLike, rows: Rows | None = None, *, sampled: npt.ArrayLike = ()) -> FloatArray:

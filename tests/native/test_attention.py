@@ -12,16 +12,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
-from kernels.cpu.library import aligned_zeros
-from kernels.cpu.reference import Attention, attend
+from kernels.cpu.library import PAGES_BF16, PAGES_E4M3, aligned_zeros
+from kernels.cpu.reference import Attention, attend, round_bfloat16, round_e4m3
 from tests.native.programs import Program, Rows
 
 DIFFERENCE_MAX = 2e-2
 DIFFERENCE_MEAN = 2e-4
 """Of values that are of order 1."""
 
+PAGE_TYPES = {PAGES_BF16: np.uint16, PAGES_E4M3: np.uint8}
+
 FloatArray = npt.NDArray[np.float32]
+
+
+@pytest.fixture(params=PAGE_TYPES, ids=["bf16", "e4m3"])
+def page_format(request: pytest.FixtureRequest) -> int:
+    number: int = request.param
+    return number
+
+
+def expected_of(tokens: FloatArray, layer: Attention, page_format: int) -> npt.NDArray[np.float64]:
+    """What the reference gives over pages of a format."""
+    return attend(tokens, layer, round_kv=round_e4m3 if page_format == PAGES_E4M3 else round_bfloat16)
 
 
 def layer_of(random: np.random.Generator, **changes: Any) -> Attention:
@@ -46,6 +60,7 @@ class Sequences:
 
     def __init__(self, library: Any, isa: int, layer: Attention, tokens: list[FloatArray], **options: Any) -> None:
         page_size = options.setdefault("page_size", 16)
+        page_type = PAGE_TYPES[options.setdefault("page_format", PAGES_BF16)]
         self.layer = layer
         self._tokens = tokens
         self._page_size = page_size
@@ -58,8 +73,8 @@ class Sequences:
         counts = [-(-len(each) // page_size) for each in tokens]
         items = 2 * layer.num_kv_heads * layer.head_dim * page_size
         # Old numbers, but finite ones, as in pages that served other sequences.
-        pages = aligned_zeros((sum(counts) + 1) * items, np.uint16).reshape(-1, items)
-        pages[...] = 0x4640
+        pages = aligned_zeros((sum(counts) + 1) * items, page_type).reshape(-1, items)
+        pages[...] = 0x4640 if page_type is np.uint16 else 0x7C
         self._program.set_pages(pages)
         order = iter(np.random.default_rng(len(tokens)).permutation(sum(counts)) + 1)
         width = max(counts)
@@ -135,11 +150,13 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_prefill_and_decode_attend_as_the_reference(library: Any, isa: int, name: str, random: np.random.Generator) -> None:
+def test_prefill_and_decode_attend_as_the_reference(
+    library: Any, isa: int, name: str, page_format: int, random: np.random.Generator
+) -> None:
     layer = layer_of(random, **LAYERS[name])
     tokens = tokens_of(random, layer, 150, 23)
-    sequences = Sequences(library, isa, layer, tokens)
-    expected = [attend(each, layer) for each in tokens]
+    sequences = Sequences(library, isa, layer, tokens, page_format=page_format)
+    expected = [expected_of(each, layer, page_format) for each in tokens]
     first = sequences.step({1: 20, 0: 131})
     assert_near(first[0], expected[0][:131])
     assert_near(first[1], expected[1][:20])
@@ -150,27 +167,34 @@ def test_prefill_and_decode_attend_as_the_reference(library: Any, isa: int, name
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
-def test_pages_of_any_size_hold_the_same(library: Any, isa: int, page_size: int, random: np.random.Generator) -> None:
+def test_pages_of_any_size_hold_the_same(
+    library: Any, isa: int, page_size: int, page_format: int, random: np.random.Generator
+) -> None:
     layer = layer_of(random, pairs=16)
     tokens = tokens_of(random, layer, 150, 40, 1)
-    results = [Sequences(library, isa, layer, tokens, page_size=size).step({2: 1, 0: 150, 1: 40}) for size in (16, page_size)]
+    results = [
+        Sequences(library, isa, layer, tokens, page_size=size, page_format=page_format).step({2: 1, 0: 150, 1: 40})
+        for size in (16, page_size)
+    ]
     for which, each in enumerate(tokens):
-        assert_near(results[1][which], attend(each, layer))
+        assert_near(results[1][which], expected_of(each, layer, page_format))
         assert np.array_equal(results[0][which], results[1][which])
 
 
 @pytest.mark.parametrize("name", ["grouped", "wide_window", "sinks", "one_kv_head"])
-def test_chunks_neighbours_and_threads_change_no_bit(library: Any, isa: int, name: str, random: np.random.Generator) -> None:
+def test_chunks_neighbours_and_threads_change_no_bit(
+    library: Any, isa: int, name: str, page_format: int, random: np.random.Generator
+) -> None:
     """A long row alone is split by chunks among threads; among others it is not."""
     layer = layer_of(random, **LAYERS[name])
     tokens = tokens_of(random, layer, 300, 61, 17, 5, 130, 1, 2)
-    whole = [Sequences(library, isa, layer, [each]).step({0: len(each)})[0] for each in tokens]
+    whole = [Sequences(library, isa, layer, [each], page_format=page_format).step({0: len(each)})[0] for each in tokens]
     for num_threads in (1, 2, 3):
-        alone = Sequences(library, isa, layer, tokens, num_threads=num_threads)
+        alone = Sequences(library, isa, layer, tokens, num_threads=num_threads, page_format=page_format)
         for count in (297, 1, 1, 1):
             first = alone.num_computed[0]
             assert np.array_equal(alone.step({0: count})[0], whole[0][first : first + count])
-        together = Sequences(library, isa, layer, tokens, num_threads=num_threads)
+        together = Sequences(library, isa, layer, tokens, num_threads=num_threads, page_format=page_format)
         together.step({0: 200, 4: 129, 1: 1})
         for counts in ({4: 1, 0: 99, 1: 30, 2: 17, 3: 5}, {0: 1, 1: 30, 5: 1, 6: 2}):
             firsts = dict.fromkeys(counts, 0) | {which: together.num_computed[which] for which in counts}
@@ -189,14 +213,14 @@ def family_of(random: np.random.Generator, layer: Attention, shared: dict[int, i
 @pytest.mark.parametrize("name", ["grouped", "wide_window", "window", "sinks", "multi_head", "head_dim_64"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_sequences_that_share_pages_attend_together_to_the_same_bits(
-    library: Any, isa: int, name: str, num_threads: int, random: np.random.Generator
+    library: Any, isa: int, name: str, num_threads: int, page_format: int, random: np.random.Generator
 ) -> None:
     """Their rows read shared pages once. Some share all, some a chunk, some nothing, some have drafts or a prompt left."""
     layer = layer_of(random, **LAYERS[name])
     shared = {1: 384, 2: 384, 3: 128, 4: 256, 6: 384, 7: 384, 9: 16}
     tokens = family_of(random, layer, shared, [400, 395, 391, 300, 505, 390, 402, 384 + 9, 200, 140])
-    whole = [Sequences(library, isa, layer, [each]).step({0: len(each)})[0] for each in tokens]
-    together = Sequences(library, isa, layer, tokens, num_threads=num_threads, max_tokens=4000)
+    whole = [Sequences(library, isa, layer, [each], page_format=page_format).step({0: len(each)})[0] for each in tokens]
+    together = Sequences(library, isa, layer, tokens, num_threads=num_threads, page_format=page_format, max_tokens=4000)
     together.step({0: 390})
     for which, num_tokens in shared.items():
         together.share(which, 0, num_tokens)
@@ -250,7 +274,9 @@ def test_sampled_tokens_alone_are_the_same_bits(library: Any, isa: int, num_thre
 
 @pytest.mark.parametrize("name", ["grouped", "sinks", "window", "soft_cap", "norms_per_head"])
 @pytest.mark.parametrize("part", ["queries", "keys", "values"])
-def test_poison_ends_in_its_own_sequence(library: Any, isa: int, name: str, part: str, random: np.random.Generator) -> None:
+def test_poison_ends_in_its_own_sequence(
+    library: Any, isa: int, name: str, part: str, page_format: int, random: np.random.Generator
+) -> None:
     """From the poisoned token on, as far as its keys are seen; and in no other sequence."""
     layer = layer_of(random, **LAYERS[name])
     tokens = tokens_of(random, layer, 40, 25, 150)
@@ -258,16 +284,70 @@ def test_poison_ends_in_its_own_sequence(library: Any, isa: int, name: str, part
     start, end = {"queries": (0, width), "keys": (width, width + kv_width), "values": (width + kv_width, layer.width)}[part]
     poisoned = [each.copy() for each in tokens]
     poisoned[0][3:16, start:end] = np.nan
-    clean, dirty = (Sequences(library, isa, layer, given).step({0: 40, 1: 25, 2: 150}) for given in (tokens, poisoned))
+    clean, dirty = (
+        Sequences(library, isa, layer, given, page_format=page_format).step({0: 40, 1: 25, 2: 150}) for given in (tokens, poisoned)
+    )
     assert np.array_equal(clean[1], dirty[1])
     assert np.array_equal(clean[2], dirty[2])
     assert not np.isfinite(dirty[0][3:16]).all(axis=1).any()
     assert np.isfinite(clean[0]).all()
 
 
-def test_all_keys_poisoned_is_never_taken_for_none(library: Any, isa: int, random: np.random.Generator) -> None:
+def test_all_keys_poisoned_is_never_taken_for_none(library: Any, isa: int, page_format: int, random: np.random.Generator) -> None:
     """A sink would make the result finite."""
     layer = layer_of(random, **LAYERS["sinks"])
     tokens = tokens_of(random, layer, 40)
     tokens[0][:16] = np.nan
-    assert not np.isfinite(Sequences(library, isa, layer, tokens).step({0: 40})[0]).any()
+    assert not np.isfinite(Sequences(library, isa, layer, tokens, page_format=page_format).step({0: 40})[0]).any()
+
+
+def test_8_bit_pages_of_their_own_numbers_give_the_bits_of_bfloat16(library: Any, isa: int, random: np.random.Generator) -> None:
+    """Keys and values of all magnitudes that 8 bits have, so that nothing is rounded: reading is all that differs."""
+    layer = layer_of(random, head_dim=80)
+    tokens = tokens_of(random, layer, 300, 61, 1)
+    width = layer.num_heads * layer.head_dim
+    for each in tokens:
+        each[:, width:] = round_e4m3(each[:, width:] * 2.0 ** random.integers(-8, 2, each[:, width:].shape))
+    sequences = [Sequences(library, isa, layer, tokens, page_format=number, page_size=32) for number in PAGE_TYPES]
+    for counts in ({0: 150, 1: 40}, {0: 149, 2: 1}, {0: 1, 1: 21}):
+        ours, theirs = (each.step(counts) for each in sequences)
+        for which in counts:
+            assert np.array_equal(ours[which], theirs[which])
+
+
+def kept(library: Any, isa: int, values: FloatArray) -> FloatArray:
+    """What 8-bit pages give back of `[n, 256]` values: sequences of one token each."""
+    layer = Attention(num_heads=1, num_kv_heads=1, head_dim=256, scale=1.0)
+    tokens = np.zeros((len(values), 1, layer.width), np.float32)
+    tokens[:, 0, 512:] = values
+    outputs = Sequences(library, isa, layer, list(tokens), page_format=PAGES_E4M3).step(dict.fromkeys(range(len(values)), 1))
+    return np.concatenate(list(outputs.values()))
+
+
+def test_every_8_bit_number_is_kept(library: Any, isa: int) -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    assert np.isnan(numbers).sum() == 2
+    np.testing.assert_array_equal(kept(library, isa, numbers[None])[0], numbers)
+
+
+def test_numbers_are_kept_as_torch_rounds_them(library: Any, isa: int, random: np.random.Generator) -> None:
+    """Numbers of all magnitudes, all that lie halfway between two of 8 bits, their neighbours, and what is beyond the largest."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    ties = ((numbers[1:] + numbers[:-1]) / 2).astype(np.float32)
+    given = np.concatenate(
+        [
+            ties, -ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e3)),
+            [448, 449, 463, 464, 465, 1e6, -1e6, 3e38, 1e-40, 2**-10, 0.0],
+            random.standard_normal(1021) * 10.0 ** random.integers(-4, 4, 1021),
+        ]
+    ).astype(np.float32).reshape(6, 256)  # fmt: skip
+    expected = torch.from_numpy(given).clamp(-448, 448).to(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(kept(library, isa, given), expected)
+    np.testing.assert_array_equal(round_e4m3(given), expected)
+
+
+def test_what_is_not_finite_is_no_number_in_8_bit_pages(library: Any, isa: int) -> None:
+    """Infinity would become the largest number, and a row that has failed would look well."""
+    values = np.ones((4, 256), np.float32)
+    values[0, 3], values[1, 255], values[2, 0] = np.inf, -np.inf, np.nan
+    assert np.array_equal(np.isnan(kept(library, isa, values)), ~np.isfinite(values))

@@ -150,6 +150,7 @@ def _make_driver(
     dtype: str | None = None,
     page_size: int | None = None,
     kv_cache_tokens: int = 4096,
+    kv_cache_dtype: str = "auto",
     max_model_len: int | None = None,
 ) -> Driver:
     context = load_model_config(directory).max_position_embeddings
@@ -165,6 +166,7 @@ def _make_driver(
         page_size=page_size or {"torch": 8, "native": 16}[backend],
         kv_cache_bytes=0,
         kv_cache_tokens=kv_cache_tokens,
+        kv_cache_dtype=kv_cache_dtype,
     )
     runner, _ = load_runner(options, cpu_flags=frozenset(), available_bytes=lambda: 4 << 30)
     return Driver(runner)

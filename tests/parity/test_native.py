@@ -110,3 +110,30 @@ def test_drawn_text_is_the_same_alone_and_beside_greedy_rows(native_driver: Any)
     together = drawn(list(range(2 * len(SAMPLINGS))))
     for slot in (0, 2, 4, 6, 8):
         assert drawn([slot]) == {slot: together[slot]}
+
+
+def test_8_bit_pages_change_no_bit_either(default_model_directory: Path, make_driver: Callable[..., Any]) -> None:
+    """In chunks, beside others, by a fork (which shares pages and copies one), and after a failed row's pages were wiped."""
+    options = {"backend": "native", "dtype": "auto", "page_size": 32, "kv_cache_dtype": "fp8_e4m3"}
+    driver = make_driver(default_model_directory, **options)
+    prompt = tokens(250, seed=6)
+    whole = last_logits(driver, prompt, [250])
+    for chunks in ([249, 1], [33, 31, 97, 88, 1]):
+        assert torch.equal(last_logits(driver, prompt, chunks), whole), chunks
+
+    others = {slot: tokens(20 + 9 * slot, seed=slot) for slot in range(1, 6)}
+    driver.enter(0, prompt)
+    for slot, other in others.items():
+        driver.enter(slot, other)
+    driver.step({0: 249, **{slot: len(other) - 1 for slot, other in others.items()}})
+    driver.fork(6, 0, prompt)
+    _, together = driver.step(dict.fromkeys([0, *others, 6], 1))
+    assert torch.equal(together[0], whole)
+    assert torch.equal(together[6], whole)
+    for slot in (0, *others, 6):
+        driver.free(slot)
+
+    for layer_pages in driver.network._network._pages:
+        layer_pages[...] = 0x7F
+    driver.network.clear_pages(torch.arange(len(layer_pages)))
+    assert torch.equal(last_logits(driver, prompt, [250]), whole)

@@ -105,10 +105,14 @@ struct Rows {
   int64_t capacity;   // rows
 };
 
-// Keys and values of one layer, bfloat16: [num_pages][num_kv_heads]{keys [head_dim/2][page_size][2], values [page_size/2][head_dim][2]}.
+// What keys and values are kept as: bfloat16, or 8 bits with a sign, 4 of exponent and 3 of mantissa, largest 448, whose codes 0x7f and 0xff
+// are no numbers.
+enum PageFormat : int32_t { PAGES_BF16 = 0, PAGES_E4M3 = 1 };
+
+// Keys and values of one layer: [num_pages][num_kv_heads]{keys [head_dim/2][page_size][2], values [page_size/2][head_dim][2]}.
 struct Pages {
-  uint16_t* base;
-  int64_t page_stride;
+  void* base;           // uint16_t or uint8_t, by format
+  int64_t page_stride;  // numbers from page to page
   int32_t page_size;
 };
 
@@ -215,9 +219,10 @@ struct Kernels {
   // activation(gate) * up for 32 outputs of both; `gates` holds 32 floats a row.
   void (*gated_linear)(const Segment& gate, const Segment& up, int64_t unit, const Rows& in, const Rows& out, int64_t begin,
                        int64_t end, const LinearTarget& target, uint8_t* scratch, float* gates);
-  void (*rotate_store)(const Rows& qkv, const Rows& queries, const AttentionLayer& layer, const Pages& pages, const Step& step,
-                       int64_t begin, int64_t end);
-  void (*attend)(const AttendContext& context, const AttendUnit& unit, int kv_head);
+  // By format of the pages.
+  void (*rotate_store[2])(const Rows& qkv, const Rows& queries, const AttentionLayer& layer, const Pages& pages, const Step& step,
+                          int64_t begin, int64_t end);
+  void (*attend[2])(const AttendContext& context, const AttendUnit& unit, int kv_head);
   void (*merge)(const AttendContext& context, const AttendUnit* units, int64_t num_units, int kv_head);
   void (*best)(const Rows& in, int64_t begin, int64_t end, int64_t* best, uint8_t* is_finite);
   int64_t (*draw)(const float* logits, int64_t size, const DrawParameters& parameters, const DrawScratch& scratch);

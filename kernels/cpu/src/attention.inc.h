@@ -11,6 +11,30 @@ INLINE uint16_t to_bf16(float x) {
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// The nearest of the numbers that 8 bits hold, ties to even mantissas; what is larger than all of them becomes the largest, and what is not
+// finite no number, whoever looks at it later. Without branches, so that a loop over it is one of vectors.
+INLINE uint8_t to_e4m3(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  // Below 2 ** -6 all steps are 2 ** -9: those of float32 beside 2 ** 14.
+  float size;
+  memcpy(&size, &magnitude, 4);
+  const float shifted = size + 16384.0f;
+  uint32_t small;
+  memcpy(&small, &shifted, 4);
+  // Of the exponent's bias 127 - 7 go.
+  const uint32_t normal = ((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - (120 << 3);
+  uint32_t code = magnitude < 0x3c800000 ? small - 0x46800000 : normal;
+  code = magnitude > 0x43e00000 ? 0x7e : code;
+  code = magnitude >= 0x7f800000 ? 0x7f : code;
+  return (uint8_t)(code | ((bits >> 24) & 0x80));
+}
+
+// 16 pairs of a page, as products of bfloat16 take them.
+INLINE vi vload_pairs(const uint16_t* p) { return viload(p); }
+INLINE vi vload_pairs(const uint8_t* p) { return vload_e4m3(p); }
+
 INLINE void norm_heads(float* heads, int64_t size, const float* weight, float eps, int64_t num_heads, int spans_heads) {
   const int64_t width = spans_heads ? size * num_heads : size, count = spans_heads ? 1 : num_heads;
   for (int64_t h = 0; h < count; h++) {
@@ -39,6 +63,28 @@ INLINE void rotate_heads(float* heads, int64_t num_heads, int64_t head_dim, cons
   }
 }
 
+// A head's keys or values [head_dim] as pages keep them. Those of bfloat16 are rounded one by one as they are stored, which is quicker
+// than to write and read them once more; 8 bits take so many operations that they are rounded as vectors first.
+struct NarrowedBf16 {
+  typedef uint16_t Number;
+  NarrowedBf16(const float* x, int64_t) : x_(x) {}
+  uint16_t operator[](int64_t d) const { return to_bf16(x_[d]); }
+
+ private:
+  const float* x_;
+};
+struct NarrowedE4m3 {
+  typedef uint8_t Number;
+  NarrowedE4m3(const float* x, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d++) codes_[d] = to_e4m3(x[d]);
+  }
+  uint8_t operator[](int64_t d) const { return codes_[d]; }
+
+ private:
+  uint8_t codes_[256];
+};
+
+template <class Narrowed>
 void rotate_store(const Rows& qkv, const Rows& queries, const AttentionLayer& layer, const Pages& pages, const Step& step,
                   int64_t begin, int64_t end) {
   const int64_t hd = layer.head_dim, num_heads = layer.num_heads, num_kv_heads = layer.num_kv_heads, size = pages.page_size;
@@ -55,13 +101,15 @@ void rotate_store(const Rows& qkv, const Rows& queries, const AttentionLayer& la
     for (int64_t i = 0; i < num_heads * hd; i += 16) vstore_bf16(queries.bf16 + token * queries.stride + i, vload(q + i));
     const int64_t page = step.slot_mapping[token] / size, slot = step.slot_mapping[token] % size;
     for (int64_t h = 0; h < num_kv_heads; h++) {
-      uint16_t* keys = pages.base + page * pages.page_stride + h * 2 * hd * size;
-      uint16_t* values = keys + hd * size;
+      typename Narrowed::Number* keys = (typename Narrowed::Number*)pages.base + page * pages.page_stride + h * 2 * hd * size;
+      typename Narrowed::Number* values = keys + hd * size;
+      const Narrowed key(k + h * hd, hd);
       for (int64_t d = 0; d < hd; d += 2) {
-        keys[d * size + 2 * slot] = to_bf16(k[h * hd + d]);
-        keys[d * size + 2 * slot + 1] = to_bf16(k[h * hd + d + 1]);
+        keys[d * size + 2 * slot] = key[d];
+        keys[d * size + 2 * slot + 1] = key[d + 1];
       }
-      for (int64_t d = 0; d < hd; d++) values[(slot / 2) * 2 * hd + 2 * d + slot % 2] = to_bf16(v[h * hd + d]);
+      const Narrowed value(v + h * hd, hd);
+      for (int64_t d = 0; d < hd; d++) values[(slot / 2) * 2 * hd + 2 * d + slot % 2] = value[d];
     }
   }
 }
@@ -69,26 +117,62 @@ void rotate_store(const Rows& qkv, const Rows& queries, const AttentionLayer& la
 // Blocks of 16 keys of a chunk.
 constexpr int BLOCKS = CHUNK / 16;
 
+template <class Number>
 struct ChunkPlace {
-  const uint16_t* keys[BLOCKS];
-  const uint16_t* values[BLOCKS];
+  const Number* keys[BLOCKS];
+  const Number* values[BLOCKS];
   int num_blocks;
   // Keys of the chunk after it, where these are to be fetched meanwhile.
-  const uint16_t* next_keys[BLOCKS];
+  const Number* next_keys[BLOCKS];
   bool fetches_ahead;
 };
 
 // Ask for a line of memory that will be read soon.
 INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// A chunk's keys or values as bfloat16, where so many rows want them that they are better read once.
+struct Widened {
+  alignas(64) uint16_t numbers[CHUNK * 256];
+};
+
+// More rows than these take several turns over a chunk, each of which would read 8 bits anew.
+constexpr int DIRECT_ROWS = 3;
+
+// As in pages of 16 tokens.
+INLINE ChunkPlace<uint16_t> widen_keys(const ChunkPlace<uint8_t>& place, int64_t hd, int64_t page_size, Widened& widened) {
+  ChunkPlace<uint16_t> out;
+  out.num_blocks = place.num_blocks;
+  out.fetches_ahead = false;
+  for (int block = 0; block < BLOCKS; block++) {
+    // One past the end repeats the last.
+    uint16_t* to = widened.numbers + (block < place.num_blocks ? block : place.num_blocks - 1) * 16 * hd;
+    out.keys[block] = to;
+    if (block >= place.num_blocks) continue;
+    for (int64_t pair = 0; pair < hd / 2; pair++) vistore(to + 32 * pair, vload_e4m3(place.keys[block] + pair * 2 * page_size));
+  }
+  return out;
+}
+
+INLINE ChunkPlace<uint16_t> widen_values(const ChunkPlace<uint8_t>& place, int64_t hd, Widened& widened) {
+  ChunkPlace<uint16_t> out;
+  out.num_blocks = place.num_blocks;
+  out.fetches_ahead = false;
+  for (int block = 0; block < place.num_blocks; block++) {
+    uint16_t* to = widened.numbers + block * 16 * hd;
+    out.values[block] = to;
+    for (int64_t i = 0; i < 16 * hd; i += 32) vistore(to + i, vload_e4m3(place.values[block] + i));
+  }
+  return out;
+}
+
 // Scores of R rows against two blocks of keys.
-template <int R>
-INLINE void scores(const uint16_t* const* queries, const uint16_t* k0, const uint16_t* k1, int64_t hd, int64_t page_size,
-                   float (*out)[CHUNK], int first, const uint16_t* ahead0, const uint16_t* ahead1) {
+template <int R, class Number>
+INLINE void scores(const uint16_t* const* queries, const Number* k0, const Number* k1, int64_t hd, int64_t page_size,
+                   float (*out)[CHUNK], int first, const Number* ahead0, const Number* ahead1) {
   vf sum[R][2];
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vset(0.0f);
   for (int64_t pair = 0; pair < hd / 2; pair++) {
-    const vi a = viload(k0 + pair * 2 * page_size), b = viload(k1 + pair * 2 * page_size);
+    const vi a = vload_pairs(k0 + pair * 2 * page_size), b = vload_pairs(k1 + pair * 2 * page_size);
     if (ahead0) {
       fetch(ahead0 + 32 * pair);
       fetch(ahead1 + 32 * pair);
@@ -149,22 +233,22 @@ INLINE void take_up_sums(float* total, vf sums, float keep, float take) {
 }
 
 // Weighted sums of a chunk's values: rows [row, row + R), D blocks of 16 dimensions from `dim`, taken up into `sums`.
-template <int R, int D>
-INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, int64_t page_size, int64_t dim,
+template <int R, int D, class Number>
+INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace<Number>& place, int64_t hd, int64_t page_size, int64_t dim,
                      const Uptake& uptake, float* const* sums, int row) {
   vf sum[R][D];
   for (int r = 0; r < R; r++) {
     for (int d = 0; d < D; d++) sum[r][d] = vset(0.0f);
   }
   for (int block = 0; block < place.num_blocks; block++) {
-    const uint16_t* values = place.values[block] + 2 * dim;
-    const uint16_t* ahead = place.fetches_ahead && row == 0 ? place.next_keys[block] : nullptr;
+    const Number* values = place.values[block] + 2 * dim;
+    const Number* ahead = place.fetches_ahead && row == 0 ? place.next_keys[block] : nullptr;
     for (int pair = 0; pair < 8; pair++) {
       if (ahead) {
         for (int d = 0; d < D; d++) fetch(ahead + (dim / 2 + pair * D + d) * 2 * page_size);
       }
       vi v[D];
-      for (int d = 0; d < D; d++) v[d] = viload(values + pair * 2 * hd + 32 * d);
+      for (int d = 0; d < D; d++) v[d] = vload_pairs(values + pair * 2 * hd + 32 * d);
       for (int r = 0; r < R; r++) {
         uint32_t two;
         memcpy(&two, weights[row + r] + block * 16 + 2 * pair, 4);
@@ -178,8 +262,8 @@ INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, 
   }
 }
 
-template <int R>
-INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace& place, int64_t hd, int64_t page_size,
+template <int R, class Number>
+INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace<Number>& place, int64_t hd, int64_t page_size,
                           const Uptake& uptake, float* const* sums, int row) {
   int64_t dim = 0;
   if constexpr (TILE_ROWS == 12) {
@@ -199,6 +283,36 @@ struct Tile {
   int32_t position[ATTEND_ROWS];  // of the row's token in its sequence
 };
 
+// Scores of all rows of a tile against a chunk.
+template <class Number>
+INLINE void score_rows(const Tile& tile, const ChunkPlace<Number>& place, int64_t hd, int64_t size, bool fetches_values,
+                       float (*score)[CHUNK]) {
+  for (int block = 0; block < place.num_blocks; block += 2) {
+    const Number *k0 = place.keys[block], *k1 = place.keys[block + 1];
+    // The first rows' scores fetch the values.
+    const Number *v0 = fetches_values ? place.values[block] : nullptr, *v1 = fetches_values ? place.values[block + 1] : nullptr;
+    int r = 0;
+    if constexpr (TILE_ROWS == 12) {
+      for (; tile.count - r >= 12; r += 12, v0 = nullptr) scores<12>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+      for (; tile.count - r >= 4; r += 4, v0 = nullptr) scores<4>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+    }
+    for (; tile.count - r >= 3; r += 3, v0 = nullptr) scores<3>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+    for (; r < tile.count; r++, v0 = nullptr) scores<1>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+  }
+}
+
+// Weighted sums of a chunk's values for all rows of a tile, taken up into `sums`.
+template <class Number>
+INLINE void weigh_rows(const uint16_t (*weight)[CHUNK], int count, const ChunkPlace<Number>& place, int64_t hd, int64_t size,
+                       const Uptake& uptake, float* const* sums) {
+  int r = 0;
+  if constexpr (TILE_ROWS == 12) {
+    for (; count - r >= 6; r += 6) weighted_rows<6>(weight, place, hd, size, uptake, sums, r);
+  }
+  for (; count - r >= 3; r += 3) weighted_rows<3>(weight, place, hd, size, uptake, sums, r);
+  for (; r < count; r++) weighted_rows<1>(weight, place, hd, size, uptake, sums, r);
+}
+
 // The keys that a token sees, [low, high), and whether these are all of [start, end).
 struct Sight {
   int32_t low;
@@ -211,6 +325,7 @@ INLINE Sight sight_of(const AttentionLayer& layer, int32_t position, int32_t sta
   return {low, high, end <= high && start >= low};
 }
 
+template <class Number>
 void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t* table, int kv_head, int chunk, int next_chunk,
                   Partials& total) {
   const AttentionLayer& layer = *context.layer;
@@ -220,14 +335,15 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
   const int32_t start = chunk * CHUNK;
   int32_t last = 0;
   for (int r = 0; r < tile.count; r++) last = tile.position[r] > last ? tile.position[r] : last;
-  ChunkPlace place;
+  const Number* base = (const Number*)context.pages.base;
+  ChunkPlace<Number> place;
   const int32_t num_keys = last + 1 - start < CHUNK ? last + 1 - start : CHUNK;
   place.num_blocks = (num_keys + 15) / 16;
   for (int block = 0; block < BLOCKS; block++) {
     // Pairs of blocks are computed together; one past the end repeats the last and is never looked at.
     const int64_t key = start + 16 * (block < place.num_blocks ? block : place.num_blocks - 1);
     const int64_t slot = key & (size - 1);
-    const uint16_t* keys = context.pages.base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size;
+    const Number* keys = base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size;
     place.keys[block] = keys + 2 * slot;
     place.values[block] = keys + hd * size + slot * hd;
   }
@@ -235,22 +351,16 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
   for (int block = 0; block < (place.fetches_ahead ? BLOCKS : 0); block++) {
     const int64_t key = (int64_t)next_chunk * CHUNK + 16 * block;
     place.next_keys[block] =
-        context.pages.base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size + 2 * (key & (size - 1));
+        base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size + 2 * (key & (size - 1));
   }
   alignas(64) float score[ATTEND_ROWS][CHUNK];
   alignas(64) uint16_t weight[ATTEND_ROWS][CHUNK];
-  for (int block = 0; block < place.num_blocks; block += 2) {
-    const uint16_t *k0 = place.keys[block], *k1 = place.keys[block + 1];
-    // The first rows' scores fetch the values.
-    const uint16_t *v0 = next_chunk >= chunk ? place.values[block] : nullptr, *v1 = place.values[block + 1];
-    int r = 0;
-    if constexpr (TILE_ROWS == 12) {
-      for (; tile.count - r >= 12; r += 12, v0 = nullptr) scores<12>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
-      for (; tile.count - r >= 4; r += 4, v0 = nullptr) scores<4>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
-    }
-    for (; tile.count - r >= 3; r += 3, v0 = nullptr) scores<3>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
-    for (; r < tile.count; r++, v0 = nullptr) scores<1>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+  Widened widened;
+  const bool is_widened = sizeof(Number) == 1 && tile.count > DIRECT_ROWS;
+  if constexpr (sizeof(Number) == 1) {
+    if (is_widened) score_rows(tile, widen_keys(place, hd, size, widened), hd, 16, false, score);
   }
+  if (!is_widened) score_rows(tile, place, hd, size, next_chunk >= chunk, score);
   // Two passes over the rows: within a row each number waits for the one before it, rows wait for none.
   const int32_t end = start + 16 * place.num_blocks;
   alignas(64) float maximums[16] = {}, weights[16] = {};
@@ -290,12 +400,10 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
     weights[r] = vsum(sum);
   }
   take_up(total, maximums, weights, tile.count, uptake);
-  int r = 0;
-  if constexpr (TILE_ROWS == 12) {
-    for (; tile.count - r >= 6; r += 6) weighted_rows<6>(weight, place, hd, size, uptake, total.sums, r);
+  if constexpr (sizeof(Number) == 1) {
+    if (is_widened) weigh_rows(weight, tile.count, widen_values(place, hd, widened), hd, 16, uptake, total.sums);
   }
-  for (; tile.count - r >= 3; r += 3) weighted_rows<3>(weight, place, hd, size, uptake, total.sums, r);
-  for (; r < tile.count; r++) weighted_rows<1>(weight, place, hd, size, uptake, total.sums, r);
+  if (!is_widened) weigh_rows(weight, tile.count, place, hd, size, uptake, total.sums);
 }
 
 // Write a row's result: what it has summed by the weight of it all.
@@ -326,6 +434,7 @@ INLINE int first_seen(const AttentionLayer& layer, const Tile& tile, int first_c
 }
 
 // A member's rows, which are the tile's from `begin` on, over the chunks that are its own.
+template <class Number>
 void attend_alone(const AttendContext& context, const AttendMember& member, const Tile& tile, int begin, int first_chunk, int kv_head,
                   Partials& total) {
   Tile own;
@@ -341,7 +450,7 @@ void attend_alone(const AttendContext& context, const AttendMember& member, cons
   }
   const int64_t* table = context.step->page_tables + member.row * context.step->table_stride;
   for (int chunk = first_seen(*context.layer, own, first_chunk); chunk < member.end_chunk; chunk++) {
-    attend_chunk(context, own, table, kv_head, chunk, chunk, part);
+    attend_chunk<Number>(context, own, table, kv_head, chunk, chunk, part);
   }
   for (int r = 0; r < member.count; r++) {
     total.maximum[begin + r] = part.maximum[r];
@@ -349,6 +458,7 @@ void attend_alone(const AttendContext& context, const AttendMember& member, cons
   }
 }
 
+template <class Number>
 void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
   const AttentionLayer& layer = *context.layer;
   const Step& step = *context.step;
@@ -376,10 +486,10 @@ void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
   for (int chunk = first_seen(layer, tile, unit.first_chunk); chunk < unit.shared_end; chunk++) {
     // What a prompt's rows read stays in a cache for the rows after them; what decoding rows read comes from memory.
     const int next_chunk = !unit.is_read_once ? -1 : chunk + 1 < unit.shared_end ? chunk + 1 : chunk;
-    attend_chunk(context, tile, table, kv_head, chunk, next_chunk, total);
+    attend_chunk<Number>(context, tile, table, kv_head, chunk, next_chunk, total);
   }
   for (int m = 0, begin = 0; m < unit.num_members; begin += members[m++].count) {
-    if (members[m].end_chunk > unit.shared_end) attend_alone(context, members[m], tile, begin, unit.shared_end, kv_head, total);
+    if (members[m].end_chunk > unit.shared_end) attend_alone<Number>(context, members[m], tile, begin, unit.shared_end, kv_head, total);
   }
   for (int r = 0; r < tile.count; r++) {
     if (unit.partial < 0) {

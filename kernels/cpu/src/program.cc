@@ -74,8 +74,8 @@ struct AttendPlan {
 
 class Program {
  public:
-  Program(const Kernels* kernels, int64_t max_tokens, int64_t max_sampled, int num_threads, int page_size)
-      : kernels_(kernels), max_rows_{max_tokens, max_sampled}, page_size_(page_size), team_(num_threads) {
+  Program(const Kernels* kernels, int64_t max_tokens, int64_t max_sampled, int num_threads, int page_size, int page_format)
+      : kernels_(kernels), max_rows_{max_tokens, max_sampled}, page_size_(page_size), page_format_(page_format), team_(num_threads) {
     scratch_.resize((size_t)team_.size(), nullptr);
   }
 
@@ -137,7 +137,7 @@ class Program {
     return true;
   }
 
-  void set_pages(int layer, uint16_t* base, int64_t page_stride) {
+  void set_pages(int layer, void* base, int64_t page_stride) {
     if ((size_t)layer >= pages_.size()) pages_.resize((size_t)layer + 1, Pages{nullptr, 0, page_size_});
     pages_[(size_t)layer] = {base, page_stride, page_size_};
   }
@@ -417,7 +417,7 @@ class Program {
         break;
       case ROTATE_STORE:
         share(index, id, count, 1, [&](int64_t b, int64_t e) {
-          k.rotate_store(in, out, op.attention, pages_[(size_t)op.attention.layer], step_, b, e);
+          k.rotate_store[page_format_](in, out, op.attention, pages_[(size_t)op.attention.layer], step_, b, e);
         });
         break;
       case BEST:
@@ -436,7 +436,7 @@ class Program {
           for (int64_t piece = begin; piece < end; piece++) {
             const int head = (int)(piece / pieces);
             if (op.kind == ATTEND) {
-              k.attend(context, plan.units[(size_t)(piece % pieces)], head);
+              k.attend[page_format_](context, plan.units[(size_t)(piece % pieces)], head);
             } else {
               const AttendPlan::Split& split = plan.splits[(size_t)(piece % pieces)];
               k.merge(context, plan.units.data() + split.first, split.count, head);
@@ -482,6 +482,7 @@ class Program {
   const Kernels* kernels_;
   int64_t max_rows_[2];
   int page_size_;
+  int page_format_;
   Team team_;
   std::vector<Value> values_;
   std::vector<Op> ops_;
@@ -511,7 +512,7 @@ using namespace headrace;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The number of the interface: a library of another build is refused.
-EXPORT int32_t hr_abi_version() { return 4; }
+EXPORT int32_t hr_abi_version() { return 5; }
 
 // The best instruction set of this CPU that is built in: 3 AVX-512 with BF16 and VNNI, 2 AVX-512 with VNNI, 1 AVX2, 0 any.
 EXPORT int32_t hr_best_isa() {
@@ -526,8 +527,9 @@ EXPORT int32_t hr_best_isa() {
   return 0;
 }
 
-EXPORT void* hr_program_new(int32_t isa, int64_t max_tokens, int64_t max_sampled, int32_t num_threads, int32_t page_size) {
-  return new Program(kernels_for(isa), max_tokens, max_sampled, num_threads, page_size);
+EXPORT void* hr_program_new(int32_t isa, int64_t max_tokens, int64_t max_sampled, int32_t num_threads, int32_t page_size,
+                            int32_t page_format) {
+  return new Program(kernels_for(isa), max_tokens, max_sampled, num_threads, page_size, page_format);
 }
 
 EXPORT void hr_program_free(void* program) { delete (Program*)program; }
@@ -541,7 +543,7 @@ EXPORT int32_t hr_value(void* program, int32_t kind, int32_t width, int32_t doma
 EXPORT int32_t hr_finish(void* program, int32_t logits) { return ((Program*)program)->finish(logits); }
 
 EXPORT void hr_set_pages(void* program, int32_t layer, void* base, int64_t page_stride) {
-  ((Program*)program)->set_pages(layer, (uint16_t*)base, page_stride);
+  ((Program*)program)->set_pages(layer, base, page_stride);
 }
 
 EXPORT int32_t hr_run(void* program, const Step* step) { return ((Program*)program)->run(*step); }

@@ -120,6 +120,19 @@ INLINE void vstore_bf16(uint16_t* p, vf x) {
 #endif
 }
 
+// 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all.
+INLINE vi vload_e4m3(const uint8_t* p) {
+  // The sign in all upper bits, exponent and mantissa below.
+  const vi codes = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  const vi placed = _mm512_and_si512(_mm512_slli_epi16(codes, 4), _mm512_set1_epi16((int16_t)0x87f0));
+  // What is added is the difference of the biases, but for exponent 0 (m * 2 ** -9, by m) and for what is no number. A table by the lower
+  // five bits has both, and is wrong only where the halves of the exponent differ.
+  const vi table = _mm512_set_epi32(0x77d03c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00,
+                                    0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3bf03be0, 0x3bd03bc0, 0x3b903b60, 0x3af00000);
+  const __mmask32 special = _mm512_testn_epi16_mask(_mm512_xor_si512(codes, _mm512_srli_epi16(codes, 2)), _mm512_set1_epi16(0x18));
+  return _mm512_add_epi16(placed, _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(0x3c00), special, codes, table));
+}
+
 #elif defined(__AVX2__)
 
 // Two halves of eight lanes.
@@ -249,6 +262,26 @@ INLINE __m128i narrow_bf16(__m256 x) {
 INLINE void vstore_bf16(uint16_t* p, vf x) {
   _mm_storeu_si128((__m128i*)p, narrow_bf16(x.a));
   _mm_storeu_si128((__m128i*)(p + 8), narrow_bf16(x.b));
+}
+// 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all: upper and lower bytes apart, then side by side.
+INLINE vi vload_e4m3(const uint8_t* p) {
+  // Bytes go side by side within halves.
+  const __m256i codes = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p), 0xd8);
+  const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi8(0x7f));
+  const __m256i is_small = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), magnitude);
+  // m * 2 ** -9 by m, where the exponent is 0.
+  const __m256i small_upper = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i small_lower =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i exponent = _mm256_and_si256(_mm256_srli_epi16(magnitude, 4), _mm256_set1_epi8(7));
+  __m256i upper = _mm256_add_epi8(exponent, _mm256_set1_epi8(0x3c));
+  upper = _mm256_blendv_epi8(upper, _mm256_shuffle_epi8(small_upper, magnitude), is_small);
+  upper = _mm256_or_si256(upper, _mm256_and_si256(codes, _mm256_set1_epi8((char)0x80)));
+  // All exponent bits, where there is no number.
+  upper = _mm256_or_si256(upper, _mm256_cmpeq_epi8(magnitude, _mm256_set1_epi8(0x7f)));
+  __m256i lower = _mm256_and_si256(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi8((char)0xf0));
+  lower = _mm256_blendv_epi8(lower, _mm256_shuffle_epi8(small_lower, magnitude), is_small);
+  return {_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)};
 }
 
 #else  // any CPU: the compiler's own vectors
@@ -382,6 +415,20 @@ INLINE void vstore_bf16(uint16_t* p, vf x) {
   const vi kept = x == x ? rounded : viset(0x7fc00000);
   const v16 out = __builtin_convertvector((kept >> 16) & 0xffff, v16);
   memcpy(p, &out, 32);
+}
+// 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all.
+INLINE vi vload_e4m3(const uint8_t* p) {
+  typedef uint8_t bytes __attribute__((vector_size(32)));
+  typedef uint16_t words __attribute__((vector_size(64)));
+  bytes given;
+  memcpy(&given, p, 32);
+  const words codes = __builtin_convertvector(given, words), magnitude = codes & 0x7f, none = words{};
+  // m * 2 ** -9, where the exponent is 0.
+  const words below_four = magnitude < 2 ? magnitude * 0x3b00 : magnitude * 0x40 + 0x3b00;
+  const words small = magnitude < 4 ? below_four : magnitude * 0x20 + 0x3b80;
+  words out = magnitude < 8 ? small : (magnitude << 4) + 0x3c00;
+  out = magnitude == 0x7f ? none + 0x7fc0 : out;
+  return (vi)(out | (codes & 0x80) << 8);
 }
 
 #endif

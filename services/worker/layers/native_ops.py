@@ -29,6 +29,11 @@ from services.worker.weights import WeightLoader
 HEAD_DIM_MAX: Final = 256
 CHUNK_TOKENS: Final = 128
 _LANES: Final = 16
+_PAGE_FORMATS: Final[dict[torch.dtype | None, tuple[int, type[np.uint16 | np.uint8]]]] = {
+    None: (native.PAGES_BF16, np.uint16),
+    torch.float8_e4m3fn: (native.PAGES_E4M3, np.uint8),
+}
+"""The kernels' number of a format of pages and the type of its codes, by 8-bit type."""
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -191,14 +196,15 @@ class NativeOps:
 class NativeNetwork:
     """See `Network`: a program and the KV pages that it reads and writes.
 
-    Pages are bfloat16. A page of a layer holds, for each key-value head, keys `[head_dim / 2, page_size, 2]` and values
-    `[page_size / 2, head_dim, 2]`: pairs lie side by side as the products take them.
+    Pages are bfloat16, or float8 codes that are read as bfloat16. A page of a layer holds, for each key-value head, keys
+    `[head_dim / 2, page_size, 2]` and values `[page_size / 2, head_dim, 2]`: pairs lie side by side as the products take them.
 
     Args:
         library: From `native.load_library`.
         model: The network; its `forward` is run once.
         ops: Where the model's weights came from.
         page_size: Tokens a page.
+        kv_format: 8-bit type of the pages, `torch.float8_e4m3fn`; None for bfloat16.
         max_tokens: Most tokens of a step.
         num_threads: Threads that compute, the calling one included.
         isa: Number of the instruction set; None for the best that this CPU has.
@@ -214,6 +220,7 @@ class NativeNetwork:
         ops: NativeOps,
         *,
         page_size: int,
+        kv_format: torch.dtype | None = None,
         max_tokens: int,
         num_threads: int,
         isa: int | None = None,
@@ -224,9 +231,10 @@ class NativeNetwork:
         self.isa = library.hr_best_isa() if isa is None else isa
         output = model.forward(ops)
         self._width = output.width
-        self._program = library.hr_program_new(self.isa, max_tokens, max_tokens, num_threads, page_size)
+        page_format, self._page_dtype = _PAGE_FORMATS[kv_format]
+        self._program = library.hr_program_new(self.isa, max_tokens, max_tokens, num_threads, page_size, page_format)
         self._num_kv_layers = _Lowering(library, self._program, sample_early(ops.nodes)).lower(output)
-        self._pages: list[npt.NDArray[np.uint16]] = []
+        self._pages: list[npt.NDArray[np.uint16 | np.uint8]] = []
         self._logits = torch.empty((0, output.width))
         self._best, self._is_finite = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
         self._step = native.Step()
@@ -241,10 +249,10 @@ class NativeNetwork:
 
         Args:
             num_pages: Pages of each layer.
-            page_items: bfloat16 numbers a page: `2 * num_kv_heads * head_dim * page_size`.
+            page_items: Numbers a page: `2 * num_kv_heads * head_dim * page_size`.
         """
         for layer in range(self._num_kv_layers):
-            pages = native.aligned_zeros(num_pages * page_items, np.uint16)
+            pages = native.aligned_zeros(num_pages * page_items, self._page_dtype)
             pages.fill(0)
             self._pages.append(pages.reshape(num_pages, page_items))
             self._library.hr_set_pages(self._program, layer, pages.ctypes.data, page_items)

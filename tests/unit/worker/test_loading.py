@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from headrace.errors import ConfigError, ModelError
 from headrace.models.model_config import RopeConfig
+from services.worker.backend_choice import DeviceOptions
 from services.worker.kv_cache import PageShape, plan_memory
 from services.worker.layers.linear import Linear, can_pack_bfloat16
 from services.worker.layers.rotary import Rotary, rotary_tables
@@ -265,12 +266,39 @@ def test_what_needs_no_weights_is_refused_before_they_are_read(tmp_path: Path, s
         load(tmp_path, **settings)
 
 
-def test_twice_as_many_pages_of_8_bits_fit_and_only_torch_has_them(tmp_path: Path) -> None:
-    directory = write(tmp_path, tensors())
-    plain = load(directory, backend="torch", dtype="bfloat16")[1]
-    eight = load(directory, backend="auto", dtype="bfloat16", kv_cache_dtype="fp8_e4m3")[1]
-    assert eight.backend == "torch"
+def native_tensors() -> dict[str, np.ndarray[Any, Any]]:
+    """Those of a model whose heads the native kernels have: of 16 numbers."""
+    generator = np.random.default_rng(2)
+    return {
+        name: generator.normal(size=tuple({8: 32, 4: 16, 12: 32}.get(size, size) for size in tensor.shape)).astype(np.float32)
+        for name, tensor in tensors().items()
+    }
+
+
+@pytest.mark.parametrize(("backend", "page_size"), [("torch", 8), ("auto", 8), ("native", 16), ("auto", 16)], ids=str)
+@pytest.mark.usefixtures("native_library")
+def test_twice_as_many_pages_of_8_bits_fit(tmp_path: Path, backend: str, page_size: int) -> None:
+    """With `auto`, the native kernels have them where they have the model and its pages."""
+    directory = write(tmp_path, native_tensors(), hidden_size=32, intermediate_size=32)
+    options = {"backend": backend, "page_size": page_size, "dtype": "bfloat16"}
+    plain, eight = (load(directory, kv_cache_dtype=kv_dtype, **options)[1] for kv_dtype in ("auto", "fp8_e4m3"))
+    assert plain.backend == eight.backend == ("native" if page_size == 16 else "torch")
     assert eight.memory.num_pages == 2 * plain.memory.num_pages
-    with pytest.raises(ConfigError, match=r"worker\.kv_cache_dtype is fp8_e4m3, .* the backend is native") as refused:
-        load(directory, backend="native", kv_cache_dtype="fp8_e4m3")
+    assert eight.memory.kv_bytes == plain.memory.kv_bytes
+    # What holds one sequence of 64 tokens in 8 bits does not in 16.
+    needed = plain.memory.kv_bytes // plain.memory.num_pages * 64 // page_size // 2
+    assert load(directory, kv_cache_bytes=needed, kv_cache_dtype="fp8_e4m3", **options)[1].memory.kv_bytes == needed
+    with pytest.raises(ConfigError, match="do not hold one sequence"):
+        load(directory, kv_cache_bytes=needed, **options)
+
+
+def test_pages_of_8_bits_are_refused_where_no_kernel_has_them(tmp_path: Path) -> None:
+    """Method: there are no weights, which would be another error."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(
+        ConfigError, match=r"worker\.kv_cache_dtype is fp8_e4m3, .* the backend is triton: set it to auto"
+    ) as refused:
+        load(tmp_path, device=DeviceOptions(attention_backend="triton"), kv_cache_dtype="fp8_e4m3")
     assert refused.value.param == "worker.kv_cache_dtype"
+    with pytest.raises(ConfigError, match=r"worker\.backend is native: .*8 bits, and worker\.dtype is float32"):
+        load(tmp_path, backend="native", kv_cache_dtype="fp8_e4m3")
