@@ -57,7 +57,7 @@ def _runner(directory: Path, num_threads: int) -> ModelRunner:
     config = load_model_config(directory)
     vocabulary = load_vocabulary(directory, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
     prototype = compile_grammar(vocabulary, json.dumps({"grammars": [{"json_schema": _SCHEMA}]}))
-    runner.constraints = OutputConstraints(_One(prototype), config.vocab_size)
+    runner.constraints = OutputConstraints(_One(prototype), config.vocab_size, likeliest_allowed=runner.likeliest_allowed)
     print(f"backend {report.backend} ({report.backend_reason}), {num_threads} threads")
     return runner
 

@@ -152,6 +152,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "hr_attend": (None, (c_void_p, c_int32, c_int32, c_int32, POINTER(AttentionLayer))),
     "hr_draw_scratch_bytes": (c_int64, (c_int64,)),
     "hr_draw": (None, (c_int32, POINTER(DrawRows), c_void_p)),
+    "hr_likeliest_allowed": (c_int64, (c_void_p, c_void_p, c_int64)),
     "hr_unit_bytes": (c_int64, (POINTER(Segment),)),
     "hr_pack_dense": (None, (POINTER(Segment), c_void_p, c_int64)),
     "hr_pack_codes": (None, (POINTER(Segment), c_void_p, c_void_p, c_void_p, c_int64)),

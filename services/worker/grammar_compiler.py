@@ -114,5 +114,5 @@ def constrain(runner: ModelRunner, config: ModelConfig, directory: Path, *, max_
 
     vocab_size = runner.limits.vocab_size
     grammars = GrammarCompiler(directory, vocab_size=vocab_size, eos_token_ids=config.eos_token_ids, max_bytes=max_bytes)
-    runner.constraints = OutputConstraints(grammars, vocab_size)
+    runner.constraints = OutputConstraints(grammars, vocab_size, likeliest_allowed=runner.likeliest_allowed)
     return grammars

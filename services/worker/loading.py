@@ -21,6 +21,7 @@ from kernels.interpreting import start_interpreter
 from services.worker.attention.torch_cpu import TorchCpuAttention
 from services.worker.backend_choice import TRITON, DeviceOptions, choose_backend
 from services.worker.batch_inputs import Limits
+from services.worker.constraints.masks import LikeliestAllowed, likeliest_allowed, native_likeliest_allowed
 from services.worker.device import Device, find_device
 from services.worker.embedder import Embedder, EmbedLimits
 from services.worker.gpu_memory import DeviceReport
@@ -138,6 +139,7 @@ class _Backend:
         unpacked: See `LoadReport`.
         make_network: Makes the pages, given their number and shape.
         draw: See `ModelRunner`.
+        likeliest_allowed: See `ModelRunner`.
     """
 
     name: str
@@ -147,6 +149,12 @@ class _Backend:
     unpacked: Mapping[str, str]
     make_network: Callable[[int, PageShape], Network]
     draw: Draw | None = None
+    likeliest_allowed: LikeliestAllowed = likeliest_allowed
+
+    def make_runner(self, num_pages: int, shape: PageShape, limits: Limits) -> ModelRunner:
+        """A runner over so many pages."""
+        network = self.make_network(num_pages, shape)
+        return ModelRunner(network, limits, draw=self.draw, likeliest_allowed=self.likeliest_allowed)
 
 
 def load_runner(
@@ -219,7 +227,7 @@ def load_runner(
         page_size=options.page_size,
         vocab_size=config.vocab_size,
     )
-    runner = ModelRunner(backend.make_network(memory.num_pages, shape), limits, draw=backend.draw)
+    runner = backend.make_runner(memory.num_pages, shape, limits)
     report = LoadReport(
         config=config,
         backend=backend.name,
@@ -314,9 +322,16 @@ def _load_native(
         network.make_pages(num_pages, shape.num_bytes // (shape.num_layers * shape.dtype.itemsize))
         return network
 
-    kv_dtype = _kv_dtype(options, torch.bfloat16)
-    draw = NativeDraw(library, config.vocab_size)
-    return _Backend("native", ISA_NAMES[network.isa], ops.num_bytes, kv_dtype, dict(weights.unpacked), make_network, draw)
+    return _Backend(
+        name="native",
+        reason=ISA_NAMES[network.isa],
+        weight_bytes=ops.num_bytes,
+        kv_dtype=_kv_dtype(options, torch.bfloat16),
+        unpacked=dict(weights.unpacked),
+        make_network=make_network,
+        draw=NativeDraw(library, config.vocab_size),
+        likeliest_allowed=native_likeliest_allowed(library),
+    )
 
 
 def _load_triton(

@@ -17,6 +17,7 @@ from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
 from services.worker.batch_inputs import BatchInputs, Limits, PlannedRows, StepInputs, page_copies
+from services.worker.constraints.masks import LikeliestAllowed, likeliest_allowed
 from services.worker.constraints.output_constraints import OutputConstraints
 from services.worker.drafting.drafter import Drafts
 from services.worker.drafting.speculation import Speculation
@@ -36,13 +37,22 @@ class ModelRunner:
         network: The model with its pages.
         limits: Sizes; `num_pages` and `page_size` are those of the pages.
         draw: What draws tokens; None for `sampler.draw_tokens`.
+        likeliest_allowed: What finds a constrained greedy row's token, for whoever makes the constraints.
 
     Attributes:
         speculation: Where drafts come from; None for no drafts. Set before the first step.
         constraints: Sees to it that outputs are what they must be; None where nothing is constrained. Set before the first step.
     """
 
-    def __init__(self, network: Network, limits: Limits, *, draw: Draw | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        limits: Limits,
+        *,
+        draw: Draw | None = None,
+        likeliest_allowed: LikeliestAllowed = likeliest_allowed,
+    ) -> None:
+        self.likeliest_allowed = likeliest_allowed
         self.speculation: Speculation | None = None
         self.constraints: OutputConstraints | None = None
         self._network = network

@@ -13,25 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from headrace.v1.common_pb2 import ConstraintKind
 from headrace.v1.worker_pb2 import NewSequence
+from services.worker.constraints.masks import BoolArray, Int32Array, LikeliestAllowed, likeliest_allowed, mask_row
 from services.worker.sampling_table import Int64Array, SampledRows
 from services.worker.step_tokens import StepTokens
 
 if TYPE_CHECKING:
     from headrace.grammars import Matcher
-
-Int32Array = npt.NDArray[np.int32]
-BoolArray = npt.NDArray[np.bool_]
-
-_FEW_TOKENS: Final = 128
-"""At least as many as any other adjustment may rule out."""
 
 
 class Grammars(Protocol):
@@ -59,10 +53,12 @@ class OutputConstraints:
     Args:
         grammars: Where compiled grammars come from.
         vocab_size: Logits a token has.
+        likeliest_allowed: Finds what a greedy row takes instead of a token that is ruled out.
     """
 
-    def __init__(self, grammars: Grammars, vocab_size: int) -> None:
+    def __init__(self, grammars: Grammars, vocab_size: int, *, likeliest_allowed: LikeliestAllowed = likeliest_allowed) -> None:
         self._grammars = grammars
+        self._likeliest_allowed = likeliest_allowed
         self._waiting: dict[int, _Entered] = {}
         self._matchers: dict[int, Matcher] = {}
         self._failed: set[int] = set()
@@ -134,7 +130,7 @@ class OutputConstraints:
                 # What is sampled for it means nothing.
                 self._fail(slot)
             elif temperatures[index] == 0:
-                likeliest[index] = likeliest_allowed(logits[index], mask)
+                likeliest[index] = self._likeliest_allowed(logits[index], mask)
             else:
                 mask_row(logits[index], mask)
 
@@ -169,35 +165,3 @@ class OutputConstraints:
         else:
             self._matchers[slot] = matcher
         return True
-
-
-def mask_row(logits: torch.Tensor, mask: Int32Array) -> None:
-    """Set the logits of tokens whose bit is 0 to minus infinity, in place, where that leaves any token.
-
-    A row may have lost all that its mask allows to an earlier adjustment, such as an end that may not come yet: then the mask wins.
-
-    Args:
-        logits: `[vocab_size]`.
-        mask: `[ceil(vocab_size / 32)]`; bit `t % 32` of word `t // 32` stands for token `t`, 1 allows it.
-    """
-    is_allowed = _bits(mask, len(logits))
-    logits.masked_fill_(torch.from_numpy(~is_allowed).to(logits.device), -torch.inf)
-    if np.bitwise_count(mask.view(np.uint32)).sum() <= _FEW_TOKENS:
-        allowed = torch.from_numpy(np.flatnonzero(is_allowed)).to(logits.device)
-        if len(allowed) and bool(torch.isneginf(logits[allowed]).all()):
-            logits[allowed] = 0.0
-
-
-def likeliest_allowed(logits: torch.Tensor, mask: Int32Array) -> int:
-    """The likeliest token that a mask allows; arguments are those of `mask_row`, and the logits may be changed as it does."""
-    is_allowed = _bits(mask, len(logits))
-    num_allowed = np.count_nonzero(is_allowed)
-    if num_allowed > max(len(logits) // 2, _FEW_TOKENS):
-        logits[torch.from_numpy(np.flatnonzero(~is_allowed)).to(logits.device)] = -torch.inf
-        return int(logits.argmax())
-    allowed = torch.from_numpy(np.flatnonzero(is_allowed)).to(logits.device)
-    return int(allowed[logits[allowed].argmax()])
-
-
-def _bits(mask: Int32Array, vocab_size: int) -> BoolArray:
-    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)

@@ -13,7 +13,8 @@ from headrace.v1.common_pb2 import CONSTRAINT_KIND_GRAMMAR, CONSTRAINT_KIND_REGE
 from headrace.v1.scheduler_pb2 import RowError, StepResult
 from headrace.v1.worker_pb2 import ConstrainedOutput, StepPlan
 from services.worker.batch_inputs import Limits
-from services.worker.constraints.output_constraints import OutputConstraints, likeliest_allowed, mask_row
+from services.worker.constraints.masks import likeliest_allowed, mask_row
+from services.worker.constraints.output_constraints import OutputConstraints
 from services.worker.model_runner import ModelRunner
 from tests.unit.worker.constraints.alphabet import EOS, AlphabetGrammars, ids, regex
 from tests.unit.worker.test_model_runner import make_runner
