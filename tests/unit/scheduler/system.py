@@ -47,11 +47,18 @@ def check_tree(tree: RadixTree, locked: list[Node]) -> list[int]:
     return pages
 
 
-def _check_goes_on(lane: Lane, plan: StepPlan) -> None:
-    """Assert that prompts left after a plan went on in it by all it had room for, or beside decodes by a page at least."""
+def _check_goes_on(lane: Lane, plan: StepPlan, prompts: list[Sequence]) -> None:
+    """Assert that, where prompts are left after a plan, it went on with them by all it had room for, or beside decodes by a page.
+
+    Args:
+        lane: Whose plan.
+        plan: The plan.
+        prompts: What was being prefilled before it. Who takes the room of a preempted one comes to the lane after the plan.
+    """
     step, capacity = lane.in_flight[plan.step_id], lane.capacity
+    left = [sequence for sequence in prompts if sequence in lane.prefilling and sequence not in plan.preempted]
     # A group may put new prompts off; little is computed at a time of those whose logprobs are wanted.
-    if not lane.prefilling or capacity.group or any(sequence.wants_prompt_logprobs for sequence in lane.prefilling):
+    if not left or capacity.group or any(sequence.wants_prompt_logprobs for sequence in lane.prefilling):
         return
     assert step.share is not None
     room = capacity.max_num_batched_tokens - step.share.num_decodes
@@ -147,12 +154,14 @@ class System:
     def _plan(self, site: Site) -> bool:
         lane = site.lane
         num_plans = len(site.plans)
+        prompts = list(lane.prefilling)
         while (plan := self.core.plan(lane, self.now_ns)) is not None:
             site.plans.append(plan)
             result = site.worker.apply(plan)
             if result is not None:
                 site.results.append(result)
-                _check_goes_on(lane, plan)
+                _check_goes_on(lane, plan, prompts)
+            prompts = list(lane.prefilling)
             if len(lane.in_flight) >= lane.max_in_flight and not lane.capacity.group:
                 break
         return len(site.plans) > num_plans
