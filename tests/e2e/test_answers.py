@@ -131,7 +131,6 @@ def test_reflection_lists_services_and_streams_tokens(server: Server) -> None:
         )
         pieces = list(call(request, timeout=WAIT_S))
         assert "Paris" in "".join(piece.content for piece in pieces)
-        assert len(pieces) > 3
         assert pieces[-1].usage.num_output_tokens == sum(len(piece.token_ids) for piece in pieces)
         status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status
         assert status == health_pb2.HealthCheckResponse.SERVING
