@@ -84,7 +84,9 @@ def test_the_stream_helper_gives_the_whole_completion(client: openai.OpenAI) -> 
     assert "".join(item.token for item in final.logprobs.content or []).startswith(final.message.content or "?")
 
 
+@pytest.mark.usefixtures("native_library")
 def test_choices_have_seeds_of_their_own_and_come_again(client: openai.OpenAI) -> None:
+    """Torch gives a row other last bits in another batch, and a draw may lie that near to a border."""
     fields: dict[str, Any] = {"temperature": 1.2, "n": 3, "seed": 7}
     choices = client.chat.completions.create(**{**ASKED, **fields}).choices
     texts = {choice.index: choice.message.content for choice in choices}

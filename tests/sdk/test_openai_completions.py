@@ -84,10 +84,15 @@ def test_the_prompt_is_given_back_with_its_logprobs(client: openai.OpenAI) -> No
     assert scored.text == PROMPT
 
 
-def test_draws_come_again_and_stop_where_they_should(client: openai.OpenAI) -> None:
+@pytest.mark.usefixtures("native_library")
+def test_draws_come_again(client: openai.OpenAI) -> None:
+    """See `test_choices_have_seeds_of_their_own_and_come_again`: torch does not promise it."""
     drawn = texts(client, temperature=1.5, seed=11, n=2)
     assert drawn[0] != drawn[1]
     assert texts(client, temperature=1.5, seed=11, n=2) == drawn
+
+
+def test_an_answer_stops_where_it_should(client: openai.OpenAI) -> None:
     (text,) = texts(client, stop=["Paris"])
     assert "Paris" not in text
     (with_stop,) = texts(client, stop="Paris", extra_body={"include_stop_str_in_output": True})
