@@ -19,15 +19,12 @@ Source: chunked prefill beside decodes within a latency target, Sarathi-Serve (O
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 import numpy as np
 
-_NUM_TRIES: Final = 3
-"""Measurements of a kind, whatever their size, before any is believed: the first steps may prepare kernels."""
-_NUM_KEPT: Final = 16
-"""Latest measurements that count."""
+from headrace.latest_times import NUM_TRIES, LatestTimes
+
 _FORGOTTEN_STEPS: Final = 1000
 """A number of decodes that was not met alone in so many steps is not known any more: their contexts may have grown or shrunk."""
 _DEPTH_TOKENS: Final = 256
@@ -44,8 +41,8 @@ class StepCosts:
     def __init__(self, target_ns: int = 0) -> None:
         self._target_ns = target_ns
         # By number of decoded tokens, the time of a step without prompts; by depth, that of a prompt's token beside decodes.
-        self._decodes: dict[int, _Measurements] = {}
-        self._tokens: dict[int, _Measurements] = {}
+        self._decodes: dict[int, LatestTimes] = {}
+        self._tokens: dict[int, LatestTimes] = {}
         self._num_steps = 0
         self._num_shares = 0
 
@@ -67,7 +64,7 @@ class StepCosts:
 
     def prompt_ns(self, num_decodes: int) -> float | None:
         """How long the prompts of a step with so many decodes may take; None for however long."""
-        if not num_decodes or self._num_shares < _NUM_TRIES:
+        if not num_decodes or self._num_shares < NUM_TRIES:
             return None
         decode_ns = self.decode_ns(num_decodes)
         return max(self._target_ns - decode_ns, decode_ns)
@@ -90,8 +87,8 @@ class StepCosts:
         sizes, times = zip(*known, strict=True)
         return float(np.interp(num_tokens, sizes, times))
 
-    def _is_fresh(self, found: _Measurements) -> bool:
-        return found.num_seen >= _NUM_TRIES and self._num_steps - found.last_step <= _FORGOTTEN_STEPS
+    def _is_fresh(self, found: LatestTimes) -> bool:
+        return found.is_known and self._num_steps - found.last_step <= _FORGOTTEN_STEPS
 
 
 class PromptShare:
@@ -148,35 +145,10 @@ class PromptShare:
         return num_taken
 
 
-class _Measurements:
-    """The latest of one kind."""
-
-    __slots__ = ("_latest_ns", "_time_ns", "last_step", "num_seen")
-
-    def __init__(self) -> None:
-        self._latest_ns: deque[float] = deque(maxlen=_NUM_KEPT)
-        self._time_ns: float | None = None
-        self.num_seen = 0
-        self.last_step = 0
-
-    @property
-    def time_ns(self) -> float:
-        # Only steps with prompts ask; all others just add.
-        if self._time_ns is None:
-            self._time_ns = sorted(self._latest_ns)[len(self._latest_ns) // 4]
-        return self._time_ns
-
-    def add(self, time_ns: float, step: int) -> None:
-        self.num_seen += 1
-        self.last_step = step
-        self._latest_ns.append(time_ns)
-        self._time_ns = None
-
-
-def _add(kinds: dict[int, _Measurements], kind: int, time_ns: float, step: int) -> None:
+def _add(kinds: dict[int, LatestTimes], kind: int, time_ns: float, step: int) -> None:
     found = kinds.get(kind)
     if found is None:
-        found = kinds[kind] = _Measurements()
+        found = kinds[kind] = LatestTimes()
     found.add(time_ns, step)
 
 

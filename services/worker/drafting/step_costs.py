@@ -11,51 +11,19 @@ while in which none was met at that size: sooner or later those that are likelie
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.latest_times import LatestTimes
+
 Float64Array = npt.NDArray[np.float64]
 
-_NUM_TRIES: Final = 3
-"""Measurements before they are believed: the first step of a size may prepare kernels."""
-_NUM_KEPT: Final = 16
-"""Latest measurements that count, by their lower quartile, for whatever interrupts a step makes it longer."""
 _FORGOTTEN_STEPS: Final = 1000
 """A number of rows that was not met without drafts in so many steps is not known any more."""
 _HALVING_STEPS: Final = 200
 """In so many steps without a draft of that size, its time halves. With a step of 10 ms, a try every few seconds."""
-
-
-class _Measurements:
-    """The latest of one kind.
-
-    Args:
-        lasting_steps: Steps after which they are replaced by what comes, instead of being joined.
-    """
-
-    __slots__ = ("_lasting_steps", "_latest_ns", "last_step", "num_seen", "time_ns")
-
-    def __init__(self, lasting_steps: int) -> None:
-        self._lasting_steps = lasting_steps
-        self._latest_ns: deque[float] = deque(maxlen=_NUM_KEPT)
-        self.num_seen = 0
-        self.last_step = 0
-        self.time_ns = 0.0
-
-    @property
-    def is_known(self) -> bool:
-        return self.num_seen >= _NUM_TRIES
-
-    def add(self, time_ns: float, step: int) -> None:
-        if step - self.last_step > self._lasting_steps:
-            self._latest_ns.clear()
-        self.last_step = step
-        self.num_seen += 1
-        self._latest_ns.append(time_ns)
-        self.time_ns = sorted(self._latest_ns)[len(self._latest_ns) // 4]
 
 
 class StepCosts:
@@ -63,8 +31,8 @@ class StepCosts:
 
     def __init__(self) -> None:
         # By number of rows, the time without drafts; by size of the step, the time of each draft.
-        self._plain: dict[int, _Measurements] = {}
-        self._drafts: dict[int, _Measurements] = {}
+        self._plain: dict[int, LatestTimes] = {}
+        self._drafts: dict[int, LatestTimes] = {}
         self._num_steps = 0
 
     def record(self, *, num_rows: int, num_drafts: int, duration_ns: int) -> None:
@@ -74,10 +42,10 @@ class StepCosts:
         if num_drafts and plain_ns is not None:
             size = _size(num_rows + num_drafts)
             draft_ns = max(0.0, (duration_ns - plain_ns) / num_drafts)
-            self._drafts.setdefault(size, _Measurements(_HALVING_STEPS)).add(draft_ns, self._num_steps)
+            self._drafts.setdefault(size, LatestTimes(_HALVING_STEPS)).add(draft_ns, self._num_steps)
         else:
             # Where every step has drafts, because a sequence asked for all of them, they are taken for free.
-            self._plain.setdefault(num_rows, _Measurements(_FORGOTTEN_STEPS)).add(duration_ns, self._num_steps)
+            self._plain.setdefault(num_rows, LatestTimes(_FORGOTTEN_STEPS)).add(duration_ns, self._num_steps)
 
     def expected_ns(self, *, num_rows: int, least_drafts: int, most_drafts: int) -> Float64Array | None:
         """Expected times of steps with `least_drafts`, … `most_drafts` drafts; None while those without any are not known."""
@@ -103,7 +71,7 @@ class StepCosts:
         rows, times = zip(*known, strict=True)
         return float(np.interp(num_rows, rows, times))
 
-    def _is_fresh(self, found: _Measurements) -> bool:
+    def _is_fresh(self, found: LatestTimes) -> bool:
         return found.is_known and self._num_steps - found.last_step <= _FORGOTTEN_STEPS
 
     def _draft_ns(self, size: int) -> float:
