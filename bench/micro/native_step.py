@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bench.machine import provenance
+from bench.micro.native_runner import PAGE_SIZE, load_native_runner
 from headrace.models.pull import pull
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.worker_pb2 import NewSequence, StepPlan
@@ -22,10 +23,8 @@ from kernels.cpu.library import OP_KINDS
 from services.worker import machine
 from services.worker.layers.native_ops import NativeNetwork
 from services.worker.layers.ops import Best, StepTensors
-from services.worker.loading import LoadOptions, load_runner
 from services.worker.model_runner import ModelRunner
 
-PAGE_SIZE = 32
 CHUNK = 512
 SEQUENCE_TOKENS = 2048
 
@@ -56,20 +55,14 @@ class Recorder:
 
 
 def load(directory: Path, num_threads: int, num_rows_max: int) -> tuple[ModelRunner, NativeNetwork, Recorder]:
-    """Load a model, native or not at all, with a recorder before its network."""
-    options = LoadOptions(
-        directory=directory,
-        backend="native",
+    """Load a model, with a recorder before its network."""
+    runner = load_native_runner(
+        directory,
         num_threads=num_threads,
-        dtype="auto",
-        max_model_len=SEQUENCE_TOKENS,
-        max_num_seqs=num_rows_max,
+        num_rows_max=num_rows_max,
+        sequence_tokens=SEQUENCE_TOKENS,
         max_num_batched_tokens=CHUNK,
-        page_size=PAGE_SIZE,
-        kv_cache_bytes=0,
-        kv_cache_tokens=num_rows_max * SEQUENCE_TOKENS,
     )
-    runner, _ = load_runner(options, cpu_flags=machine.cpu_flags(), available_bytes=machine.available_memory_bytes)
     network = runner._network
     assert isinstance(network, NativeNetwork)
     recorder = Recorder(network)

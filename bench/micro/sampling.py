@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from bench.machine import provenance
+from bench.micro.native_runner import PAGE_SIZE, load_native_runner
 from headrace.models.pull import pull
 from headrace.v1.common_pb2 import SamplingParams, WorkHeader
 from headrace.v1.worker_pb2 import StepPlan
 from services.worker import machine
-from services.worker.loading import LoadOptions, load_runner
 from services.worker.model_runner import ModelRunner
 from services.worker.torch_import import import_torch
 
-PAGE_SIZE = 32
 SEQUENCE_TOKENS = 512
 PROMPT_TOKENS = 64
 
@@ -35,24 +34,6 @@ KINDS = {
     "1, min-p 0.05": SamplingParams(temperature=1.0, min_p=0.05),
     "1, penalties": SamplingParams(temperature=1.0, frequency_penalty=0.1, presence_penalty=0.1, repetition_penalty=1.1),
 }
-
-
-def load(directory: Path, num_threads: int, num_rows_max: int) -> ModelRunner:
-    """Load a model, native or not at all."""
-    options = LoadOptions(
-        directory=directory,
-        backend="native",
-        num_threads=num_threads,
-        dtype="auto",
-        max_model_len=SEQUENCE_TOKENS,
-        max_num_seqs=num_rows_max,
-        max_num_batched_tokens=max(512, num_rows_max),
-        page_size=PAGE_SIZE,
-        kv_cache_bytes=0,
-        kv_cache_tokens=num_rows_max * SEQUENCE_TOKENS,
-    )
-    runner, _ = load_runner(options, cpu_flags=machine.cpu_flags(), available_bytes=machine.available_memory_bytes)
-    return runner
 
 
 def enter(runner: ModelRunner, num_rows: int, sampling: SamplingParams) -> None:
@@ -99,7 +80,13 @@ def main() -> None:
         kinds = {"as asked": own}
     import_torch().set_num_threads(1)
     counts = [int(number) for number in asked.rows.split(",")]
-    runner = load(pull(asked.model, asked.store.expanduser()), asked.threads, max(counts))
+    runner = load_native_runner(
+        pull(asked.model, asked.store.expanduser()),
+        num_threads=asked.threads,
+        num_rows_max=max(counts),
+        sequence_tokens=SEQUENCE_TOKENS,
+        max_num_batched_tokens=max(512, *counts),
+    )
     print(provenance(), f"threads: {asked.threads}", sep="\n")
     draws = {"native": runner._draw, "torch": None}
     for num_rows in counts:
