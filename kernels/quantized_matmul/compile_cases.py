@@ -17,7 +17,7 @@ from kernels.quantized_matmul.launch import (
     fp8_tiles_of,
     int8_tiles_of,
     quantize_int8_constants,
-    w4_tiles_of,
+    weight_only_tiles_of,
 )
 from kernels.quantized_matmul.reference import Layout
 
@@ -89,7 +89,7 @@ def _w4(
     variant: Literal["", "prefill", "group index"] = "",
     is_hot: bool = False,
 ) -> CompileCase:
-    tiles = w4_tiles_of(architecture, dtype, block_k_max, is_prefill=variant == "prefill")
+    tiles = weight_only_tiles_of(architecture, dtype, block_k_max, is_prefill=variant == "prefill")
     pointer, scales = "*" + TYPE_NAMES[dtype], "*" + TYPE_NAMES[scale_dtype]
     types = {"x_ptr": pointer, "qweight_ptr": "*i32", "scales_ptr": scales, "out_ptr": pointer}
     types |= _integers("num_tokens num_outputs num_inputs group_size zero_offset stride_x_token stride_qweight_row")
@@ -122,7 +122,7 @@ def _w8(
     is_float8: bool = False,
     is_hot: bool = False,
 ) -> CompileCase:
-    tiles = w4_tiles_of(architecture, dtype, block_k_max)
+    tiles = weight_only_tiles_of(architecture, dtype, block_k_max)
     pointer, scales = "*" + TYPE_NAMES[dtype], "*" + TYPE_NAMES[scale_dtype]
     types = {"x_ptr": pointer, "codes_ptr": "*u8", "scales_ptr": scales, "out_ptr": pointer}
     types |= _integers("num_tokens num_outputs num_inputs group_size zero stride_x_token stride_codes_row")

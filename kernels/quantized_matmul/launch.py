@@ -59,7 +59,7 @@ class Tiles:
         return (-(-num_tokens // self.block_m) * -(-num_outputs // self.block_n),)
 
 
-def w4_tiles_of(architecture: Architecture, dtype: torch.dtype, block_k_max: int, *, is_prefill: bool = False) -> Tiles:
+def weight_only_tiles_of(architecture: Architecture, dtype: torch.dtype, block_k_max: int, *, is_prefill: bool = False) -> Tiles:
     """Choose the tile of a product with weights of 4 or of 8 bits, whose activations stay as they are.
 
     Args:
@@ -116,7 +116,7 @@ def matmul_w4a16(
         weight: The weights, on x's device; int32 words, whose rows may be strided.
         bias: `[num_outputs]`.
         out: `[num_tokens, num_outputs]` of x's type. A new tensor by default.
-        tiles: By default `w4_tiles_of` the device; its `block_k` must divide the groups.
+        tiles: By default `weight_only_tiles_of` the device; its `block_k` must divide the groups.
 
     Returns:
         `out`.
@@ -170,7 +170,7 @@ def _weight_tiles(arguments: Arguments, x: torch.Tensor, group_size: int, tiles:
     """Choose or check the tile of a product whose activations stay as they are."""
     block_k_max = block_k_max_of(group_size, x.shape[1])
     arguments.require(block_k_max > 0, "group_size", f"a multiple of {BLOCK_K_MIN}, or all inputs", group_size)
-    tiles = tiles or w4_tiles_of(architecture_of(x.device), x.dtype, block_k_max)
+    tiles = tiles or weight_only_tiles_of(architecture_of(x.device), x.dtype, block_k_max)
     arguments.require(tiles.block_k <= block_k_max, "tiles", f"block_k up to {block_k_max}", tiles.block_k)
     return tiles
 
@@ -217,7 +217,7 @@ def matmul_w8a16(
         weight: The weights, on x's device; rows may be strided.
         bias: `[num_outputs]`.
         out: `[num_tokens, num_outputs]` of x's type. A new tensor by default.
-        tiles: By default `w4_tiles_of` the device; its `block_k` must divide the groups.
+        tiles: By default `weight_only_tiles_of` the device; its `block_k` must divide the groups.
 
     Returns:
         `out`.

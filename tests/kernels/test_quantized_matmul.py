@@ -96,7 +96,7 @@ def test_4_bit_weights_in_the_default_tiles(dtype: torch.dtype, layout: referenc
     x, weight = normal(33, 160, dtype=dtype), w4_weight(160, 72, layout, group_size=32, dtype=dtype)
     wanted = reference.matmul_w4a16(x, weight).to(dtype)
     assert_matches(launch.matmul_w4a16(x, weight), wanted)
-    prefill = launch.w4_tiles_of(launch.architecture_of(x.device), dtype, 32, is_prefill=True)
+    prefill = launch.weight_only_tiles_of(launch.architecture_of(x.device), dtype, 32, is_prefill=True)
     assert_matches(launch.matmul_w4a16(x, weight, tiles=prefill), wanted)
 
 
