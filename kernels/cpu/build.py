@@ -124,7 +124,10 @@ def _stamp(sources: Path, flags: dict[str, tuple[str, ...]], compiler: str) -> s
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{' '.join(command)}\nwas not done within {COMPILE_TIMEOUT_S} s: stopped") from error
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)}\nstopped with status {done.returncode}:\n{done.stderr.strip()}")
 
