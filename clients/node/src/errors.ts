@@ -62,7 +62,7 @@ export function errorOf(failure: ServiceError, requestId: string): HeadraceError
   return new Kind(failure.details || Status[failure.code] || "the call failed", {
     code: code || (Status[failure.code] ?? "unknown").toLowerCase(),
     param: first(failure.metadata, "headrace-error-param"),
-    requestId,
+    requestId: first(failure.metadata, "x-request-id") || requestId,
     ...(retryMs ? { retryAfterMs: Number(retryMs) } : {}),
   });
 }

@@ -84,6 +84,7 @@ export class Stream<Message> implements AsyncIterable<Piece> {
         return;
       } catch (failure) {
         const error = errorOf(failure as ServiceError, this.requestId);
+        this.requestId = error.requestId;
         const canRetry = !hasBegun && !this.isCancelled;
         const waitMs = canRetry ? retryWaitMs(this.options.retries, error, this.numRetries, this.options.remainingMs()) : undefined;
         if (waitMs === undefined) throw error;

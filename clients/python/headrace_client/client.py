@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 
 from headrace_client import options
-from headrace_client.errors import CancelledError, error_of
-from headrace_client.options import REQUEST_ID_KEY, Request, Retries, Settings, Trace
+from headrace_client.errors import REQUEST_ID_KEY, CancelledError, error_of
+from headrace_client.options import Request, Retries, Settings, Trace
 from headrace_client.types import Message, Model, Piece, Reply
 from headrace_client.v1 import inference_pb2 as inference
 from headrace_client.v1 import inference_pb2_grpc
@@ -58,8 +58,8 @@ class Stream:
                     yield options.piece_of(message)
                 return
             except grpc.RpcError as failure:
-                self._note_request_id()
-                error = error_of(failure, self.request_id)
+                error = error_of(failure, self._told_request_id())
+                self.request_id = error.request_id
                 wait_s = None
                 if not has_begun and not self._is_cancelled:
                     wait_s = self._settings.retries.wait_s(error, self.num_retries, options.remaining_s(self._deadline_s))
@@ -88,8 +88,8 @@ class Stream:
         metadata = options.metadata_of(self._settings, self._trace)
         return self._method(self._request, timeout=options.remaining_s(self._deadline_s), metadata=metadata)
 
-    def _note_request_id(self) -> None:
-        self.request_id = dict(self._call.initial_metadata() or ()).get(REQUEST_ID_KEY, self.request_id)
+    def _told_request_id(self) -> str:
+        return str(dict(self._call.initial_metadata() or ()).get(REQUEST_ID_KEY, self.request_id))
 
 
 class Client:

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+REQUEST_ID_KEY = "x-request-id"
 _CODE_KEY = "headrace-error-code"
 _PARAM_KEY = "headrace-error-param"
 _RETRY_KEY = "headrace-retry-after-ms"
@@ -79,7 +80,12 @@ _CLASSES: dict[grpc.StatusCode, type[HeadraceError]] = {
 
 
 def error_of(failure: Any, request_id: str) -> HeadraceError:
-    """The error of a call that gRPC ended; `failure` is a grpc.RpcError, whose methods its type does not tell."""
+    """The error of a call that gRPC ended.
+
+    Args:
+        failure: A grpc.RpcError, whose methods its type does not tell.
+        request_id: As far as it is known without the failure, which may name it.
+    """
     status: grpc.StatusCode = failure.code()
     metadata = {str(key): value for key, value in failure.trailing_metadata() or () if isinstance(value, str)}
     kind = _CLASSES.get(status, RequestFailedError)
@@ -92,6 +98,6 @@ def error_of(failure: Any, request_id: str) -> HeadraceError:
         failure.details() or status.name,
         code=code or status.name.lower(),
         param=metadata.get(_PARAM_KEY, ""),
-        request_id=request_id,
+        request_id=metadata.get(REQUEST_ID_KEY, request_id),
         retry_after_s=int(retry_ms) / 1000 if retry_ms is not None else None,
     )

@@ -19,7 +19,6 @@ _SAMPLING = frozenset(field.name for field in common.SamplingParams.DESCRIPTOR.f
 _STOPPING = frozenset(field.name for field in common.StoppingParams.DESCRIPTOR.fields)
 _FINISH_REASONS = {common.FINISH_REASON_STOP: "stop", common.FINISH_REASON_LENGTH: "length"}
 Request = inference.ChatRequest | inference.GenerateRequest
-REQUEST_ID_KEY = "x-request-id"
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ async def client_call(
             status = conversions.status_of(failure).name
         engine.end_call(call, status=status, error_code=None if failure is None else failure.code)
     if failure is not None:
-        await context.abort(conversions.status_of(failure), failure.message, conversions.metadata_of(failure))
+        # An asyncio client that gets head and trailers in one go may see no head (grpcio 1.85): the trailers name the request too.
+        trailers = ((conversions.REQUEST_ID_KEY, call.request_id), *conversions.metadata_of(failure))
+        await context.abort(conversions.status_of(failure), failure.message, trailers)
 
 
 def _timeout_s(context: Context) -> float | None:

@@ -118,6 +118,9 @@ def test_errors_are_split_by_what_can_be_done(served: Served) -> None:
         with pytest.raises(InvalidRequestError) as invalid:
             client.generate("x", top_p=7)
         assert (invalid.value.param, invalid.value.code, invalid.value.request_id) == ("top_p", "invalid_request", "id0")
+        with pytest.raises(InvalidRequestError) as unknown:
+            client.detokenize([2**31])
+        assert unknown.value.request_id == "id1"
         client.model = "other"
         with pytest.raises(NotFoundError):
             client.generate("x")

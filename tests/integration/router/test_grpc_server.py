@@ -104,6 +104,7 @@ async def test_bad_requests_have_a_status_and_name_the_field(
         assert caught.value.code() is status
         assert metadata["headrace-error-param"] == param
         assert metadata["headrace-error-code"] in {"invalid_request", "not_found"}
+        assert metadata["x-request-id"] == "id0"
 
 
 async def test_overload_says_when_to_come_back() -> None:
