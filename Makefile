@@ -27,7 +27,7 @@ up: setup ## install, fetch the default model if it is missing, and serve it on 
 	@$(BIN)/headrace models show $(MODEL) >/dev/null 2>&1 || $(BIN)/headrace models pull $(MODEL)
 	@exec $(BIN)/python tools/foreground.py $(BIN)/headrace serve
 
-test: setup ## every test but compose's, suite by suite, each within its own time limit
+test: setup ## every test but those of compose, Node and lm-eval, suite by suite, each within its own time limit
 	@$(BIN)/python tools/run_suites.py
 
 test-times: setup ## the times that the design promises, held to on a machine that does nothing else
@@ -93,7 +93,7 @@ compose-test: setup ## bring compose.yaml up for real, scaled, and ask it (needs
 	@tools/docker_engine.sh
 	$(BIN)/pytest -m compose tests/compose
 
-clean: ## remove .venv, builds, caches and generated code; keeps models
+clean: ## remove .venv, builds, caches and generated code; keeps models and what npm installed
 	rm -rf .venv build dist headrace/v1 clients/python/headrace_client/v1 kernels/cpu/*.so kernels/cpu/*.so.stamp .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -53,7 +53,7 @@ from services.router.limits import (
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
+IGNORED_FIELDS = frozenset({"metadata", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"})
 """Accepted and without effect here: they steer OpenAI's own accounts and caches, or features that are off."""
 
 _NOT_YET: dict[str, tuple[object, ...]] = {
@@ -63,7 +63,6 @@ _NOT_YET: dict[str, tuple[object, ...]] = {
     "prediction": (None,),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
-    "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "moderation": (None,),
     "chat_template": (None,),

@@ -79,7 +79,7 @@ def test_all_supported_fields_arrive() -> None:
         ("logit_bias", {}),
         ("store", False),
         ("parallel_tool_calls", True),
-        ("service_tier", "auto"),
+        ("service_tier", "flex"),
         ("modalities", ["text"]),
         ("reasoning_effort", None),
     ],
