@@ -99,7 +99,11 @@ def setup(peers: tuple[str, ...], root: Path, torch_index: str) -> None:
     help="Serve ours from this checkout.",
 )
 @click.option(
-    "--our-option", "our_options", multiple=True, metavar="OPTION", help="An option for `headrace serve`, as --worker-dtype=bfloat16."
+    "--our-option",
+    "our_options",
+    multiple=True,
+    metavar="OPTION",
+    help="An option for `headrace serve`, as --worker-dtype=bfloat16.",
 )
 @click.option("--in-process", is_flag=True, help="Measure OpenVINO without HTTP as well.")
 @click.option(
