@@ -27,7 +27,7 @@ from headrace.supervision.standby import Standby
 
 log = structlog.get_logger(__name__)
 
-_DUMP_WAIT_S = 1.0
+DUMP_WAIT_S = 1.0
 _NS = 1_000_000_000
 
 
@@ -218,7 +218,7 @@ class Member:
         process.signal(signal.SIGUSR1, reason="dump stacks before the kill")
         # A stopped process sees the dump signal only when it goes on.
         process.signal(signal.SIGCONT, reason="deliver SIGUSR1")
-        await process.wait(_DUMP_WAIT_S)
+        await process.wait(DUMP_WAIT_S)
         process.signal(signal.SIGKILL, reason=reason, to_group=True)
         if not await process.wait(self._limits.term_deadline_s):
             log.error("process.unkillable", process=self.spec.name, process_pid=process.pid, state=process.describe_state())

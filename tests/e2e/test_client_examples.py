@@ -26,5 +26,5 @@ def test_python_examples(server: Server, name: str) -> None:
     assert "cancelled after 10 pieces" in done.stdout
     trace_ids = re.findall(r"trace ([0-9a-f]{32})", done.stdout)
     assert len(set(trace_ids)) == 2
-    wait_until(lambda: set(trace_ids) <= {span["trace_id"] for span in server.spans()}, 20, "both traces are in the trace file")
-    wait_until(lambda: server.metric("headrace_router_open_requests") == 0, 5, "nothing is open any more")
+    wait_until(lambda: set(trace_ids) <= {span["trace_id"] for span in server.spans()}, WAIT_S, "both traces are in the trace file")
+    wait_until(lambda: server.metric("headrace_router_open_requests") == 0, WAIT_S, "nothing is open any more")

@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.process_tree import wait_until
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
 pytestmark = pytest.mark.node
 
@@ -21,12 +22,17 @@ def test_the_example_streams_cancels_and_shows_traces(default_model_directory: P
     server.settings["telemetry_trace_file"] = str(server.trace_file)
     with server:
         done = subprocess.run(
-            ["node", str(EXAMPLE), server.grpc], capture_output=True, text=True, timeout=60, check=False, cwd=EXAMPLE.parent.parent
+            ["node", str(EXAMPLE), server.grpc],
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+            cwd=EXAMPLE.parent.parent,
         )
         assert done.returncode == 0, done.stderr
         assert "Paris" in done.stdout.splitlines()[0]
         assert "cancelled after 10 pieces" in done.stdout
         trace_ids = set(re.findall(r"trace ([0-9a-f]{32})", done.stdout))
         assert len(trace_ids) == 2
-        wait_until(lambda: trace_ids <= {span["trace_id"] for span in server.spans()}, 20, "both traces are in the trace file")
-        wait_until(lambda: server.metric("headrace_router_open_requests") == 0, 5, "nothing is open any more")
+        wait_until(lambda: trace_ids <= {span["trace_id"] for span in server.spans()}, WAIT_S, "both traces are in the trace file")
+        wait_until(lambda: server.metric("headrace_router_open_requests") == 0, WAIT_S, "nothing is open any more")

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.process_tree import wait_until
 from tests.e2e.server import Server
+from tests.patience import WAIT_S
 
 pytestmark = pytest.mark.slow
 
@@ -281,9 +282,9 @@ def test_a_stream_that_is_closed_frees_its_place(client: openai.OpenAI, server: 
     )
     next(stream)
     # The gauge is set several times a second.
-    wait_until(lambda: server.metric("headrace_router_open_requests") == 1, 5, "the request is counted")
+    wait_until(lambda: server.metric("headrace_router_open_requests") == 1, WAIT_S, "the request is counted")
     stream.close()
-    wait_until(lambda: server.metric("headrace_router_open_requests") == 0, 5, "the request is forgotten")
+    wait_until(lambda: server.metric("headrace_router_open_requests") == 0, WAIT_S, "the request is forgotten")
 
 
 def test_fields_that_other_servers_know_are_taken(client: openai.OpenAI) -> None:

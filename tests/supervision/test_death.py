@@ -112,7 +112,12 @@ def test_a_killed_grandchild_touches_nothing_else(tree):
     tree.add("router", daemon=True)
     tree.start()
     tree.wait_ready()
-    daemon = next(pid for pid, line in tree.pids().items() if line.startswith("sh -c while") and pid != tree.child_pid("router"))
+
+    def daemons():
+        return [pid for pid, line in tree.pids().items() if line.startswith("sh -c while")]
+
+    tree.wait_until(daemons, "the daemon, past its execs")
+    (daemon,) = daemons()
     os.kill(daemon, signal.SIGKILL)
     tree.wait_until(lambda: daemon not in tree.pids(), "daemon gone")
     tree.wait_until(lambda: not os.path.exists(f"/proc/{daemon}"), "no zombie of it either")
@@ -169,11 +174,15 @@ def test_a_silent_process_is_named_dumped_and_restarted(tree):
     tree.stop_clock()
     tree.add("worker", spec={"stall_timeout_s": 1.0}, heartbeat=True, grandchild=True)
     tree.add("steady", spec={"stall_timeout_s": 1.0})
+    tree.options["dump_wait_s"] = 4.0
     tree.start()
     tree.wait_ready()
     victim = tree.child_pid("worker")
     os.kill(victim, signal.SIGSTOP)
-    tree.move_clock(1.5)
+    # A heartbeat that was on its way counts from when it is read: the move after that one tells.
+    while not tree.events("process.stalled"):
+        tree.move_clock(1.5)
+        time.sleep(0.1)
     tree.wait_ready("worker", times=2)
     stalled = tree.events("process.stalled")
     assert [(event["process"], event["process_pid"]) for event in stalled] == [("worker", victim)]

@@ -122,6 +122,7 @@ def test_a_program_that_does_not_exist_fails_the_start(tree):
 def test_a_process_that_never_says_started_is_dumped_and_fails_the_start(tree):
     tree.stop_clock()
     tree.add("router", spec={"start_timeout_s": 1.0}, never_started=True, stderr="up\n")
+    tree.options["dump_wait_s"] = 4.0
     tree.start()
     tree.wait_until(lambda: "up" in tree.stderr(), "the process is attached and hangs")
     tree.move_clock(1.5)

@@ -12,6 +12,7 @@ import structlog
 
 from headrace.errors import ConfigError
 from headrace.lifecycle import State
+from headrace.supervision import member
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
 from headrace.supervision.supervisor import Supervisor
 
@@ -22,6 +23,8 @@ def main() -> int:
         clock = Path(plan["clock_path"])
         # Deadlines of starts and stalls are counted on it; pauses before restarts and steps of a stop go by the loop's own.
         time.monotonic_ns = lambda: int(float(clock.read_text()) * 1e9)
+    # How long a process takes to get its core, and to write its dump, is for the machine to say.
+    member.DUMP_WAIT_S = plan.get("dump_wait_s", member.DUMP_WAIT_S)
     structlog.configure(processors=[structlog.processors.JSONRenderer()])
 
     def on_state(name: str, state: State, detail: str) -> None:

@@ -78,8 +78,8 @@ async def test_back_registers_with_a_front_that_comes_later_and_again_after_its_
     await wire.close()
     await until(lambda: tokenizer.lost)
     wires("router", "router-0").bind(topology.ROUTER_BACKPLANE, address, second)
-    await until(lambda: second.peers)
-    assert len(tokenizer.peers) == 2
+    await until(lambda: len(tokenizer.peers) == 2)
+    assert second.peers
 
 
 async def test_curve_admits_known_keys_only(wires: Wires, tmp_path: Path) -> None:
@@ -194,7 +194,8 @@ async def test_looks_are_rare_once_all_are_acquainted_and_soon_when_one_is_lost(
     await router.close()
     await until(lambda: tokenizer.lost)
     found = pauses_s["tokenizer"]
-    assert found[-1] <= link.TICK_S
+    # Where a look was due by then anyway, that one is taken.
+    await until(lambda: found[-1] <= link.TICK_S)
     found.clear()
     await until(lambda: len(found) >= 3)
     assert max(found) <= link.TICK_S, "it tries again and again"
