@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import grpc
 
-from headrace_client import options
+from headrace_client import answers, options, requests
 from headrace_client.errors import REQUEST_ID_KEY, CancelledError, error_of
-from headrace_client.options import Request, Retries, Settings, Trace
-from headrace_client.types import Message, Model, Piece, Reply
+from headrace_client.fields import ChatFields, GenerateFields, TokenizeFields
+from headrace_client.options import Retries, Settings, Trace
+from headrace_client.requests import Request
+from headrace_client.types import EmbedReply, Message, Model, Piece, Reply
 from headrace_client.v1 import inference_pb2 as inference
 from headrace_client.v1 import inference_pb2_grpc
 
@@ -55,7 +57,7 @@ class Stream:
                 for message in self._call:
                     has_begun = True
                     self.request_id = message.request_id
-                    yield options.piece_of(message)
+                    yield answers.piece_of(message)
                 return
             except grpc.RpcError as failure:
                 error = error_of(failure, self._told_request_id())
@@ -76,7 +78,7 @@ class Stream:
 
     def read(self) -> Reply:
         """Wait for the whole answer."""
-        reply = Reply.empty(options.num_choices_of(self._request))
+        reply = Reply.empty(requests.num_choices_of(self._request))
         for piece in self:
             reply.add(piece)
         reply.request_id, reply.trace_id = self.request_id, self.trace_id
@@ -131,12 +133,24 @@ class Client:
         """End all calls and the connection."""
         self._channel.close()
 
-    def chat(self, messages: Sequence[Message], **fields: Any) -> Reply:
-        """The assistant's next turn, whole. Fields are those of `stream_chat`."""
-        return self.stream_chat(messages, **fields).read()
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+        **fields: Unpack[ChatFields],
+    ) -> Reply:
+        """The assistant's next turn, whole; arguments as for `stream_chat`."""
+        return self.stream_chat(messages, timeout_s=timeout_s, traceparent=traceparent, **fields).read()
 
     def stream_chat(
-        self, messages: Sequence[Message], *, timeout_s: float | None = None, traceparent: str | None = None, **fields: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+        **fields: Unpack[ChatFields],
     ) -> Stream:
         """The assistant's next turn as it comes.
 
@@ -144,43 +158,100 @@ class Client:
             messages: The conversation so far.
             timeout_s: The call's deadline, seconds from now.
             traceparent: The span that the call belongs to; None for OpenTelemetry's current one, or a new trace.
-            fields: Those of `SamplingParams`, `StoppingParams` and `ChatRequest` in the protos: temperature, max_tokens, stop, …
+            fields: temperature, max_tokens, stop, tools, constraint, reasoning, logprobs, …: all of `fields.ChatFields`.
 
         Raises:
             TypeError: There is no such field, or its value is of another type.
+            ValueError: A value is out of its field's range.
         """
-        return self._open(self._stub.Chat, options.chat_request(self.model, messages, fields), timeout_s, traceparent)
+        return self._open(self._stub.Chat, requests.chat_request(self.model, messages, fields), timeout_s, traceparent)
 
-    def generate(self, prompt: str | Sequence[int], **fields: Any) -> Reply:
-        """A prompt, text or token ids, gone on with. Fields are those of `stream_generate`."""
-        return self.stream_generate(prompt, **fields).read()
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+        **fields: Unpack[GenerateFields],
+    ) -> Reply:
+        """A prompt, text or token ids, gone on with; arguments as for `stream_chat`."""
+        return self.stream_generate(prompt, timeout_s=timeout_s, traceparent=traceparent, **fields).read()
 
     def stream_generate(
-        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, traceparent: str | None = None, **fields: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+        **fields: Unpack[GenerateFields],
     ) -> Stream:
         """The same as it comes; arguments as for `stream_chat`."""
-        return self._open(self._stub.Generate, options.generate_request(self.model, prompt, fields), timeout_s, traceparent)
+        return self._open(self._stub.Generate, requests.generate_request(self.model, prompt, fields), timeout_s, traceparent)
 
-    def tokenize(self, text: str | Sequence[Message]) -> list[int]:
-        """Token ids of a text, or of a conversation as the model's template writes it."""
-        return list(self._ask(self._stub.Tokenize, options.tokenize_request(self.model, text)).token_ids)
+    def embed(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        dimensions: int | None = None,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+    ) -> EmbedReply:
+        """Vectors of texts, each given as text or as token ids.
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+        Args:
+            texts: 1 to 2048 of them.
+            dimensions: Numbers in each vector, for models whose vectors can be cut; None for all.
+            model: None for the client's own. A server that chats with one model and embeds with another has two.
+            timeout_s: The call's deadline, seconds from now.
+            traceparent: As for `stream_chat`.
+        """
+        request = requests.embed_request(self.model, texts, {"dimensions": dimensions, "model": model})
+        trace = options.trace_of(traceparent)
+        answer = self._ask(self._stub.Embed, request, timeout_s, trace)
+        vectors = [list(one.values) for one in answer.embeddings]
+        return EmbedReply(vectors, answer.num_prompt_tokens, answer.request_id, trace.trace_id)
+
+    def tokenize(
+        self,
+        text: str | Sequence[Message],
+        *,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+        **fields: Unpack[TokenizeFields],
+    ) -> list[int]:
+        """Token ids of a text, or of a conversation as the model's template writes it with the same fields as in `stream_chat`."""
+        request = requests.tokenize_request(self.model, text, fields)
+        return list(self._ask(self._stub.Tokenize, request, timeout_s, options.trace_of(traceparent)).token_ids)
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+    ) -> str:
         """Text of token ids."""
-        request = inference.DetokenizeRequest(model=self.model, token_ids=token_ids)
-        return str(self._ask(self._stub.Detokenize, request).text)
+        fields = {"skip_special_tokens": skip_special_tokens, "model": model}
+        request = requests.detokenize_request(self.model, token_ids, fields)
+        return str(self._ask(self._stub.Detokenize, request, timeout_s, options.trace_of(traceparent)).text)
 
-    def list_models(self) -> list[Model]:
+    def list_models(self, *, timeout_s: float | None = None, traceparent: str | None = None) -> list[Model]:
         """The models that can be asked for."""
-        answer = self._ask(self._stub.ListModels, inference.ListModelsRequest())
-        return [Model(one.name, one.max_model_len, one.loaded_unix_s) for one in answer.models]
+        request = inference.ListModelsRequest()
+        return answers.models_of(self._ask(self._stub.ListModels, request, timeout_s, options.trace_of(traceparent)))
 
     def _open(self, method: Any, request: Request, timeout_s: float | None, traceparent: str | None) -> Stream:
-        deadline_s = options.deadline_of(timeout_s if timeout_s is not None else self._settings.timeout_s)
+        deadline_s = self._deadline_s(timeout_s)
         return Stream(method, request, self._settings, options.trace_of(traceparent), deadline_s)
 
-    def _ask(self, method: Callable[..., Any], request: Any) -> Any:
-        deadline_s, trace, num_done = options.deadline_of(self._settings.timeout_s), options.trace_of(None), 0
+    def _deadline_s(self, timeout_s: float | None) -> float | None:
+        return options.deadline_of(timeout_s if timeout_s is not None else self._settings.timeout_s)
+
+    def _ask(self, method: Callable[..., Any], request: Any, timeout_s: float | None, trace: Trace) -> Any:
+        deadline_s, num_done = self._deadline_s(timeout_s), 0
         while True:
             try:
                 return method(request, timeout=options.remaining_s(deadline_s), metadata=options.metadata_of(self._settings, trace))

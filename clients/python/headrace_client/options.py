@@ -1,24 +1,14 @@
-"""How calls are made: their fields, deadlines, retries and traces."""
+"""How calls are made: their deadlines, retries and traces."""
 
 from __future__ import annotations
 
 import random
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from headrace_client.errors import HeadraceError, OverloadedError, UnavailableError
-from headrace_client.types import Message, Piece, Usage
-from headrace_client.v1 import common_pb2 as common
-from headrace_client.v1 import inference_pb2 as inference
-from headrace_client.v1 import tokenizer_pb2 as tokenizer
-
-_SAMPLING = frozenset(field.name for field in common.SamplingParams.DESCRIPTOR.fields)
-_STOPPING = frozenset(field.name for field in common.StoppingParams.DESCRIPTOR.fields)
-_FINISH_REASONS = {common.FINISH_REASON_STOP: "stop", common.FINISH_REASON_LENGTH: "length"}
-Request = inference.ChatRequest | inference.GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,76 +88,6 @@ def metadata_of(settings: Settings, trace: Trace) -> list[tuple[str, str]]:
     if settings.api_key:
         found.append(("authorization", f"Bearer {settings.api_key}"))
     return found
-
-
-def chat_request(model: str, messages: Sequence[Message], options: Mapping[str, Any]) -> inference.ChatRequest:
-    """A conversation's message. Raises TypeError for an option that there is not."""
-    request = inference.ChatRequest(model=model)
-    for message in messages:
-        request.prompt.messages.add(role=message.role, content=message.content, name=message.name)
-    _fill(request, dict(options), {"add_generation_prompt", "continue_final_message"}, request.prompt)
-    return request
-
-
-def generate_request(model: str, prompt: str | Sequence[int], options: Mapping[str, Any]) -> inference.GenerateRequest:
-    """A prompt's message. Raises TypeError for an option that there is not."""
-    request = inference.GenerateRequest(model=model)
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
-    _fill(request, dict(options), set(), None)
-    return request
-
-
-def _fill(request: Any, options: dict[str, Any], prompt_options: set[str], prompt: Any) -> None:
-    """Put options where they belong, by the names the protos give them."""
-    # Drawn here, so that a retry goes on along the same path.
-    options.setdefault("seed", secrets.randbits(63))
-    own = {one.name for one in request.DESCRIPTOR.fields} - {"model", "prompt", "text", "token_ids", "sampling", "stopping"}
-    for name, value in options.items():
-        if value is None:
-            continue
-        place = (
-            request.sampling if name in _SAMPLING else
-            request.stopping if name in _STOPPING else
-            prompt if name in prompt_options else
-            request if name in own else None
-        )  # fmt: skip
-        if place is None:
-            raise TypeError(
-                f"there is no option {name!r}; there are {', '.join(sorted({*_SAMPLING, *_STOPPING, *own, *prompt_options}))}"
-            )
-        one = place.DESCRIPTOR.fields_by_name[name]
-        if one.is_repeated:
-            getattr(place, name).extend([value] if isinstance(value, str) else value)
-        elif one.message_type is not None:
-            getattr(place, name).CopyFrom(value)
-        else:
-            setattr(place, name, value)
-
-
-def tokenize_request(model: str, text: str | Sequence[Message]) -> inference.TokenizeRequest:
-    """The message of a tokenize call."""
-    if isinstance(text, str):
-        return inference.TokenizeRequest(model=model, text=text)
-    turns = [tokenizer.ChatMessage(role=one.role, content=one.content, name=one.name) for one in text]
-    return inference.TokenizeRequest(model=model, chat=tokenizer.ChatPrompt(messages=turns))
-
-
-def num_choices_of(request: Request) -> int:
-    """Choices that a request asks for."""
-    return request.num_choices if request.HasField("num_choices") else 1
-
-
-def piece_of(message: inference.ChatResponse | inference.GenerateResponse) -> Piece:
-    """A piece of an answer."""
-    text = message.content if isinstance(message, inference.ChatResponse) else message.text
-    usage = None
-    if message.HasField("usage"):
-        told = message.usage
-        usage = Usage(told.num_prompt_tokens, told.num_output_tokens, told.num_cached_tokens)
-    return Piece(text, tuple(message.token_ids), message.choice, _FINISH_REASONS.get(message.finish_reason), usage)
 
 
 def deadline_of(timeout_s: float | None) -> float | None:

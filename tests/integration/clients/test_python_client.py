@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,41 +27,10 @@ from headrace_client import (
 )
 from services.router.api_keys import ApiKeys
 from services.router.generation import ConversationPrompt, OutputPiece, TextPrompt, TokenPrompt
-from services.router.grpc.server import GrpcServer, Security, register_inference
+from tests.integration.clients.served import Served
 from tests.patience import NEVER_S, WAIT_S
-from tests.unit.router.fake_engine import FakeEngine
 
 KEY = "sk-0123456789abcdef"
-
-
-class Served:
-    """A server on a thread of its own: the synchronous client blocks the one it is called on."""
-
-    def __init__(self, keys: ApiKeys | None = None) -> None:
-        self.engine = FakeEngine()
-        self._keys = keys
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self.server: GrpcServer = self._do(self._start())
-        self.target = f"127.0.0.1:{self.server.port}"
-
-    async def _start(self) -> GrpcServer:
-        security = Security(self._keys or ApiKeys())
-        server = GrpcServer(
-            self.engine, register_inference, host="127.0.0.1", port=0, setting="x", max_message_bytes=10_000, security=security
-        )
-        await server.start()
-        return server
-
-    def _do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
-
-    def stop(self) -> None:
-        self._do(self.server.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(WAIT_S)
-        self._loop.close()
 
 
 @pytest.fixture
@@ -134,7 +102,7 @@ def test_errors_are_split_by_what_can_be_done(served: Served) -> None:
         with pytest.raises(DeadlineExceededError):
             client.generate("x", timeout_s=0.2)
         with pytest.raises(TypeError, match="temprature"):
-            client.generate("x", temprature=1)
+            client.generate("x", temprature=1)  # type: ignore[call-arg]
     with Client("127.0.0.1:1", retries=Retries(num=1, first_wait_s=0.01)) as client, pytest.raises(UnavailableError):
         client.generate("x")
 
