@@ -17,6 +17,7 @@ from kernels.interpreting import is_interpreted
 from kernels.launching import KernelArgumentError
 from kernels.rms_norm.launch import rms_norm
 from tests.kernels.comparing import normal
+from tests.patience import WAIT_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +63,7 @@ def test_the_interpreter_is_on_for_these_tests_alone(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml")]
     command += [str(tmp_path / "test_before.py"), ours, str(tmp_path / "test_after.py")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert "3 passed" in done.stdout, done.stdout
 
 

@@ -9,7 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.unit.scheduler.test_radix_tree import TreeMachine
 from tests.unit.scheduler.test_scheduler_properties import SETTINGS, SchedulerMachine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_many_histories_of_a_scheduler() -> None:

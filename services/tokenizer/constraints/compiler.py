@@ -15,7 +15,7 @@ from headrace.errors import HeadraceError, InvalidRequestError, RequestFailedErr
 from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.killable import Answer, GoneError, KillableChild, LateError, serve
 
-_START_TIMEOUT_S: Final = 30.0
+START_TIMEOUT_S: Final = 30.0
 _ANSWER_BYTES_MAX: Final = 16 << 20
 
 
@@ -99,11 +99,11 @@ class ConstraintCompiler:
     def _start(self) -> None:
         self._child.start()
         try:
-            self._child.ask(self._setup, _START_TIMEOUT_S)
+            self._child.ask(self._setup, START_TIMEOUT_S)
         except (LateError, GoneError) as error:
             status = self._child.kill()
             raise RequestFailedError(
-                f"tokenizer: the process that compiles constraints could not be started in {_START_TIMEOUT_S:g} s (status {status})"
+                f"tokenizer: the process that compiles constraints could not be started in {START_TIMEOUT_S:g} s (status {status})"
             ) from error
         except HeadraceError:
             self._child.kill()

@@ -26,6 +26,7 @@ from headrace.doctor.facts import Facts, NativeKernels, Torch
 from headrace.doctor.findings import NATIVE_SPEED, can_serve, findings
 from headrace.doctor.text import document, finding_lines, rows
 from kernels.cpu.library import NativeLibraryError
+from tests.patience import WAIT_S
 
 DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version: gcc"
 
@@ -255,7 +256,7 @@ def test_documents_are_json_and_lines_end_with_the_verdict(facts: Facts) -> None
 def test_the_command_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     program = "import sys; sys.modules['torch'] = None; from headrace.cli.main import main; main(['doctor', '--json'])"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=50, check=False, cwd=tmp_path
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=WAIT_S, check=False, cwd=tmp_path
     )
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["facts"]["torch"]["build"] == ""

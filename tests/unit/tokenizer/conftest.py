@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from services.tokenizer.constraints import compiler
+from tests.patience import WAIT_S
+
 CHATML = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def _a_child_may_start_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "START_TIMEOUT_S", WAIT_S)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -130,12 +132,16 @@ def test_a_child_is_asked_for_longer_as_long_as_it_is_wanted_to() -> None:
     def goes_on() -> bool:
         nonlocal num_looks
         num_looks += 1
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGCONT)
         return True
 
     try:
         assert child.cpu_s == 0.0
         child.start()
-        # No interpreter starts within a millisecond.
+        # It goes on with the first look: no answer comes before.
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGSTOP)
         assert child.ask(setup, 0.001, goes_on=goes_on) == {}
         assert num_looks > 0
         assert child.cpu_s > 0.0

@@ -29,7 +29,8 @@ from services.tokenizer.renderer import Renderer
 from services.tokenizer.service import TokenizerService
 from tests.patience import WAIT_S
 
-SETTINGS = Settings(num_threads=1)
+# The longest that can be set: how long a child takes is for the machine to say.
+SETTINGS = Settings(num_threads=1, render_timeout_s=60, constraint_timeout_s=60)
 
 
 class RecordingRouter:
@@ -278,7 +279,7 @@ async def test_a_start_that_waits_for_its_renderers_tells_log_and_supervisor(
 
     def start_slowly(self: Renderer, on_wait: Callable[[str], None]) -> None:
         on_wait("it is slow")
-        started(self, on_wait)
+        started(self, lambda reason: None)
 
     monkeypatch.setattr(Renderer, "start", start_slowly)
     world = World(model_directory, Settings(num_threads=2), None)

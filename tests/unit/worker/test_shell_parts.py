@@ -23,6 +23,7 @@ from services.worker.config import Settings
 from services.worker.launcher import check_num_ranks, num_compute_threads, rank_specs, thread_environment
 from services.worker.mock_runner import MockRunner
 from services.worker.sequence_spans import SequenceSpans
+from tests.patience import WAIT_S
 
 TRACEPARENT = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
 
@@ -79,7 +80,7 @@ def test_mock_goes_on_the_same_way_when_a_sequence_is_computed_again(limits: Lim
 
 def test_mock_worker_does_not_import_torch() -> None:
     code = "import sys, services.worker.service, services.worker.launcher; raise SystemExit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=50).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=WAIT_S).returncode == 0
 
 
 def write(root: Path, **files: str) -> None:
