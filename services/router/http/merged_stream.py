@@ -35,7 +35,7 @@ class MergedStream(PromptBatch):
         except HeadraceError:
             self.close()
             raise
-        self._num_unfinished = [generation.num_choices for generation in generations]
+        self._num_unfinished = {index: generation.num_choices for index, generation in enumerate(generations)}
 
     def _begin_call(self, exchange: Exchange, endpoint: str) -> Call:
         own = exchange.open_call

@@ -72,7 +72,8 @@ class PromptBatch:
     def __init__(self, streams: Sequence[OutputStream], *, num_choices: int) -> None:
         self._streams = streams
         self._num_choices = num_choices
-        self._num_unfinished = [num_choices] * len(streams)
+        # By prompt; one that has ended is in it until the reader has sent the last of it on.
+        self._num_unfinished = dict.fromkeys(range(len(streams)), num_choices)
         # Those that have been waiting for longest come first.
         self._reads: dict[int, asyncio.Task[OutputPiece]] = {}
 
@@ -107,8 +108,12 @@ class PromptBatch:
         Raises:
             HeadraceError: One of them failed.
         """
-        for index, num_unfinished in enumerate(self._num_unfinished):
-            if num_unfinished and index not in self._reads:
+        for index, num_unfinished in list(self._num_unfinished.items()):
+            if not num_unfinished:
+                # Nobody reads on here, and a stream that is left after its last piece counts as one that its client does not read.
+                self._streams[index].close()
+                del self._num_unfinished[index]
+            elif index not in self._reads:
                 self._reads[index] = asyncio.create_task(self._streams[index].next())
         if not self._reads:
             raise RequestAbortedError("the output was read to its end")

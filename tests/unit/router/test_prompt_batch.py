@@ -28,3 +28,16 @@ async def test_a_reader_that_waits_is_told_when_the_client_leaves() -> None:
     with pytest.raises(RequestAbortedError):
         await reader
     assert [stream.num_closes for stream in streams] == [1, 1]
+
+
+async def test_a_prompt_that_has_ended_is_closed_when_its_reader_is_back() -> None:
+    streams = [FakeStream([OutputPiece("a", (1,), "stop")]), FakeStream([NEVER_S])]
+    batch = PromptBatch(streams, num_choices=1)
+    assert (await batch.next()).text == "a"
+    assert streams[0].num_closes == 0, "its last piece is still to be sent: who watches slow clients must see that"
+    reader = asyncio.create_task(batch.next())
+    await asyncio.sleep(0)
+    assert [stream.num_closes for stream in streams] == [1, 0]
+    batch.close()
+    with pytest.raises(RequestAbortedError):
+        await reader
