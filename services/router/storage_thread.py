@@ -6,11 +6,15 @@ Calls run one after the other, in the order in which they came; there is a limit
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from headrace.errors import OverloadedError
+from headrace.errors import OverloadedError, RequestFailedError
+from headrace.telemetry import logs
+
+log = logs.get_logger()
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -30,13 +34,18 @@ class StorageThread:
 
         Raises:
             OverloadedError: Too many calls wait.
+            RequestFailedError: The disk, the file or the database fails: full, gone, locked or broken.
         """
         if self._num_waiting >= self._max_waiting:
             raise OverloadedError(f"router: {self._num_waiting} calls wait for {self._name}, the limit; retry later")
         self._num_waiting += 1
         future = self._executor.submit(function, *args, **kwargs)
         future.add_done_callback(self._on_done(asyncio.get_running_loop()))
-        return await asyncio.shield(asyncio.wrap_future(future))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except (sqlite3.Error, OSError) as error:
+            log.exception("storage.failed", storage=self._name)
+            raise RequestFailedError(f"router: {self._name} cannot be used ({error})") from error
 
     def _on_done(self, loop: asyncio.AbstractEventLoop) -> Callable[[object], None]:
         def count() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,45 @@ async def test_responses_survive_a_restart_and_unfinished_ones_have_failed(servi
     assert failed["status"] == "failed"
     assert "restarted" in failed["error"]["message"]
     before.engine.streams[0].close()
+
+
+def break_history(path: str) -> None:
+    """What a disk error or another program may do."""
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("DROP TABLE entries")
+
+
+async def test_a_background_response_whose_end_cannot_be_kept_ends_for_all_who_wait(service: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "history.sqlite")
+    here = service(OutputPiece("a", (1,)), NEVER_S, path=path)
+    name = (await here.create(background=True)).json["id"]
+    await here.until(name, "in_progress")
+    break_history(path)
+    viewer = asyncio.create_task(here.get(f"/v1/responses/{name}?stream=true"))
+    async with asyncio.timeout(WAIT_S):
+        cancelled = await ask(here.app, "POST", f"/v1/responses/{name}/cancel")
+        told = await viewer
+    assert (cancelled.status, cancelled.json["error"]["code"]) == (500, "request_failed")
+    assert "no such table" in cancelled.json["error"]["message"]
+    assert told.events[-1][0] == "response.cancelled"
+    assert ("499", "aborted") in here.engine.ended
+
+
+async def test_a_stream_whose_response_cannot_be_kept_ends_with_an_event_that_says_so(service: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "history.sqlite")
+    here = service(path=path)
+    break_history(path)
+    name, event = (await here.create(stream=True)).events[-1]
+    assert (name, event["response"]["error"]["code"]) == ("response.failed", "server_error")
+
+
+async def test_a_background_response_that_cannot_be_kept_is_not_begun(service: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "history.sqlite")
+    here = service(NEVER_S, path=path)
+    break_history(path)
+    assert (await here.create(background=True)).status == 500
+    assert here.engine.streams[0].num_closes == 1
+    assert here.engine.ended == [("500", "request_failed")] * 2, "the client's call, and that of the response"
 
 
 async def test_a_conversation_keeps_what_is_said_in_it(service: Any) -> None:

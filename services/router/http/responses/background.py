@@ -52,7 +52,7 @@ class Run:
         return sum(map(len, self.events))
 
     async def work(self) -> None:
-        """Make the response; every end is kept."""
+        """Make the response; every end is kept, where that is possible, and told."""
         error: HeadraceError | None = None
         try:
             await self._generate()
@@ -87,8 +87,9 @@ class Run:
     async def _keep_or_log(self) -> None:
         try:
             await self._keep(self.answer)
-        except HeadraceError as error:
-            log.warning("background_response.not_kept", request_id=self._call.request_id, error=error.message)
+        except Exception:
+            # Whoever looks on is told of the end all the same.
+            log.exception("background_response.not_kept", request_id=self._call.request_id)
 
     async def cancel(self) -> None:
         """End it, and wait until it has."""

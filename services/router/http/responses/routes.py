@@ -90,15 +90,19 @@ class ResponsesRoutes:
         own.timeout_s = exchange.open_call.timeout_s
         try:
             stream = serving.open_stream_for(own, exchange, self._engine, generation, user=call.body.user)
+            answer = self._answer(call, own.request_id, stream.model)
+            try:
+                await self._thread.run(history.responses.put, answer.response(), items, time.time())
+            except BaseException:
+                stream.close()
+                raise
         except HeadraceError as error:
             self._engine.end_call(own, status=str(error.http_status), error_code=error.code)
             raise
-        answer = self._answer(call, own.request_id, stream.model)
 
         async def keep(ended: answers.ResponseAnswer) -> None:
             await _keep(self._thread, history, call, ended, items)
 
-        await self._thread.run(history.responses.put, answer.response(), items, time.time())
         queued = orjson.dumps(answer.response())
         self._runs.start(Run(self._engine, own, stream, answer, keep, key_name=exchange.key_name))
         if call.body.stream is True:
