@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,18 +29,35 @@ MAX_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_INPUTS = 2048
+MAX_DEPTH = 128
+"""Most levels of objects and arrays within each other: far from where Python's and orjson's recursion ends (254 at the least)."""
 _SHOWN_CHARS = 60
 
 
 def shown(value: object) -> str:
     """A value as an error message shows it: short."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a value that is nested too deeply to be shown"
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"
 
 
 def refuse(param: str, limit: str, value: object) -> NoReturn:
     """Raise the error that names the field, the limit and the value."""
     raise InvalidRequestError(f"{param} must be {limit}; got {shown(value)}", param=param)
+
+
+def check_depth(param: str, value: object) -> None:
+    """Refuse a JSON value with more levels than what comes later can follow."""
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in inside if isinstance(inner, (dict, list))]
+        if not level:
+            return
+    if level:
+        refuse(param, f"nested at most {MAX_DEPTH} deep", "one that is deeper")
 
 
 def check_cache_salt(salt: str | None) -> str:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from services.router.generation import Tool, ToolCall, ToolChoice
 from services.router.http.openai_messages import ToolShape, tool_of
 from services.router.http.validation import Body
-from services.router.limits import refuse
+from services.router.limits import check_depth, refuse
 from services.router.tools import checked_template_kwargs
 
 _NAMED: Final = "function:"
@@ -80,4 +80,5 @@ def _loaded(text: str, path: str) -> Any:
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         refuse(path, "valid JSON", text)
+    check_depth(path, value)
     return value

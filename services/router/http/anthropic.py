@@ -224,9 +224,7 @@ def parse_count_tokens(body: bytes) -> tuple[str, ConversationPrompt]:
 def _constraint(config: OutputConfig | None) -> Constraint | None:
     if config is None or config.format is None:
         return None
-    return Constraint(
-        "json_schema", schema_source(config.format.schema_, "output_config.format.schema"), param="output_config.format.schema"
-    )
+    return Constraint("json_schema", schema_source(config.format.schema_), param="output_config.format.schema")
 
 
 def _drop(body: dict[str, Any]) -> dict[str, Any]:

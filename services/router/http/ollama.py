@@ -290,4 +290,4 @@ def _constraint(form: str | dict[str, Any] | None) -> Constraint | None:
         return None
     if isinstance(form, str):
         return Constraint("json_object", param="format")
-    return Constraint("json_schema", schema_source(form, "format"), param="format")
+    return Constraint("json_schema", schema_source(form), param="format")

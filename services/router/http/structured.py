@@ -20,16 +20,9 @@ FIELDS: Final = ("response_format", "structured_outputs", "guided_json", "guided
 _MAX_NAME_CHARS: Final = 64
 
 
-def schema_source(schema: object, param: str) -> str:
-    """A JSON schema, or another value of the request, as text.
-
-    Raises:
-        InvalidRequestError: It is nested too deeply.
-    """
-    try:
-        return orjson.dumps(schema).decode()
-    except TypeError as error:
-        raise InvalidRequestError(f"{param} is nested too deeply: the limit is 254", param=param) from error
+def schema_source(schema: object) -> str:
+    """A JSON schema, or another value of the request, as text."""
+    return orjson.dumps(schema).decode()
 
 
 def constraint_of(fields: Mapping[str, Any]) -> Constraint | None:
@@ -60,7 +53,7 @@ def _response_format(value: Any) -> Constraint | None:
         _only(value, path, "type", "json_schema")
         return _named_schema(value.get("json_schema"), f"{path}.json_schema")
     if kind == "structural_tag":
-        return Constraint("structural_tag", schema_source(value, path), path)
+        return Constraint("structural_tag", schema_source(value), path)
     refuse(f"{path}.type", "one of text, json_object, json_schema, structural_tag", kind)
 
 
@@ -82,7 +75,7 @@ def _schema(value: Any, path: str) -> Constraint:
         return Constraint("json_schema", value, path)
     if not isinstance(value, (dict, bool)):
         refuse(path, "a JSON schema", value)
-    return Constraint("json_schema", schema_source(value, path), path)
+    return Constraint("json_schema", schema_source(value), path)
 
 
 def _regex(value: Any, path: str) -> Constraint:
@@ -96,7 +89,7 @@ def _grammar(value: Any, path: str) -> Constraint:
 def _choice(value: Any, path: str) -> Constraint:
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
         refuse(path, "an array of strings", value)
-    return Constraint("choice", schema_source(value, path), path)
+    return Constraint("choice", schema_source(value), path)
 
 
 def _json_object(value: Any, path: str) -> Constraint | None:
@@ -106,7 +99,7 @@ def _json_object(value: Any, path: str) -> Constraint | None:
 
 
 def _structural_tag(value: Any, path: str) -> Constraint:
-    return Constraint("structural_tag", value if isinstance(value, str) else schema_source(_object(value, path), path), path)
+    return Constraint("structural_tag", value if isinstance(value, str) else schema_source(_object(value, path)), path)
 
 
 _OF_STRUCTURED: Final[dict[str, Callable[[Any, str], Constraint | None]]] = {

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from headrace.errors import InvalidRequestError
-from services.router.limits import shown
+from services.router.limits import MAX_DEPTH, check_depth, shown
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _NO_UNIONS: Mapping[str, str] = {}
@@ -33,7 +33,7 @@ def load_object(body: bytes) -> dict[str, Any]:
     """The JSON object that a body holds.
 
     Raises:
-        InvalidRequestError: It holds something else.
+        InvalidRequestError: It holds something else, or a field of it is nested too deeply.
     """
     if not body:
         raise InvalidRequestError("the body is empty; send a JSON object")
@@ -43,6 +43,10 @@ def load_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidRequestError(f"the body must be a JSON object; got {shown(value)}")
+    # Who has no more brackets than that has no more levels: most bodies need no look.
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH:
+        for name, field in value.items():
+            check_depth(name, field)
     return value
 
 

@@ -290,6 +290,15 @@ def test_lines_are_checked_for_all_they_must_be(tmp_path: Path) -> None:
     assert error["code"] == "too_many_requests"
 
 
+def test_lines_that_are_nested_too_deeply_are_told_of(tmp_path: Path) -> None:
+    deep = '{"a":' * 900 + "{}" + "}" * 900
+    line = '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": %s}}\n'
+    path = tmp_path / "in"
+    path.write_text(line % deep + line.replace('"POST"', deep.replace("%", "%%")) % "[]" + "[" * 1000 + "]" * 1000)
+    checked = check_input(path, "/v1/chat/completions", max_requests=20)
+    assert [(error["line"], error["param"]) for error in checked.errors] == [(1, "body"), (2, "method"), (3, None)]
+
+
 async def test_cancelling_a_batch_keeps_what_is_done(service: Any) -> None:
     here = await service(OutputPiece("a", (1,)), NEVER_S, batches=BatchSettings(concurrency=2, max_requests=20))
     first = [OutputPiece("done", (1,), "stop")]

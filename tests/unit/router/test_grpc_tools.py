@@ -73,3 +73,9 @@ def test_parts_of_calls_are_messages_and_calls_a_stop() -> None:
     (part,) = tool_call_deltas([ToolCallDelta(1, "{", "c", "now")])
     assert (part.index, part.id, part.name, part.arguments) == (1, "c", "now", "{")
     assert finish_reason_of("tool_calls") == finish_reason_of("stop")
+
+
+def test_template_variables_have_a_depth() -> None:
+    with pytest.raises(InvalidRequestError, match="nested at most 128 deep") as caught:
+        chat_request(chat(template_kwargs='{"a":' * 300 + "{}" + "}" * 300))
+    assert caught.value.param == "prompt.template_kwargs"

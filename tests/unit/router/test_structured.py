@@ -9,7 +9,6 @@ import pytest
 from headrace.errors import InvalidRequestError
 from headrace.v1 import common_pb2 as common
 from services.router.generation import CONSTRAINT_KINDS, Constraint
-from services.router.http import openai
 from tests.unit.router.test_request_fields import over_grpc, over_http
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"const": "ü"}}}
@@ -85,14 +84,6 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], param: str, words: str) 
         over_http(**fields)
     assert refused.value.param == param
     assert words in refused.value.message
-
-
-def test_a_schema_nested_too_deeply_is_refused() -> None:
-    schema = '{"items":' * 300 + "{}" + "}" * 300
-    body = '{"messages": [{"role": "user", "content": "hi"}], "guided_json": ' + schema + "}"
-    with pytest.raises(InvalidRequestError, match="guided_json is nested too deeply") as refused:
-        openai.parse_chat(body.encode())
-    assert refused.value.param == "guided_json"
 
 
 @pytest.mark.parametrize("kind", CONSTRAINT_KINDS)

@@ -8,8 +8,10 @@ import pytest
 from pydantic import Field
 
 from headrace.errors import InvalidRequestError
+from services.router.http import anthropic, ollama, openai
 from services.router.http.routing import Route, RouteTable
 from services.router.http.validation import Body, load_object, validate
+from services.router.limits import MAX_DEPTH
 
 
 class Text(Body):
@@ -84,3 +86,46 @@ def test_routes_are_found_by_exact_path_and_by_segments() -> None:
         "/v1/models/org/name": ("/v1/models/{model*}", {"model": "org/name"}),
     }
     assert [table.find(path) for path in ("/", "/v1/things/", "/v1/things/a/b", "/v1/models/", "/v1/thing")] == [None] * 5
+
+
+def nested(levels: int) -> str:
+    """A JSON object of so many levels."""
+    return '{"a":' * (levels - 1) + "{}" + "}" * (levels - 1)
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 300, 1000])
+@pytest.mark.parametrize(
+    ("parse", "body", "param"),
+    [
+        (openai.parse_chat, '{"messages": [{"role": "user", "content": "a"}], "temperature": %s}', "temperature"),
+        (openai.parse_chat, '{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": %s}', "chat_template_kwargs"),
+        (openai.parse_chat, '{"messages": [{"role": "user", "content": "a"}], "guided_json": %s}', "guided_json"),
+        (
+            anthropic.parse_messages,
+            '{"model": "m", "max_tokens": 1, "messages": [{"role": "assistant", "content": '
+            '[{"type": "tool_use", "id": "1", "name": "f", "input": %s}]}]}',
+            "messages",
+        ),
+        (
+            ollama.parse_chat,
+            '{"model": "m", "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": %s}}]}]}',
+            "messages",
+        ),
+    ],
+)
+def test_a_field_has_a_depth(parse: Any, body: str, param: str, levels: int) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{param} must be nested at most {MAX_DEPTH} deep") as caught:
+        parse((body % nested(levels)).encode())
+    assert caught.value.param == param
+
+
+def test_a_field_may_be_as_deep_as_the_limit() -> None:
+    body = '{"messages": [{"role": "user", "content": "a"}], "guided_json": ' + nested(MAX_DEPTH) + "}"
+    parsed = openai.parse_chat(body.encode())
+    assert parsed.generation.constraint is not None
+    assert parsed.generation.constraint.source == nested(MAX_DEPTH)
+
+
+def test_a_body_that_is_no_object_is_refused_however_deep_it_is() -> None:
+    with pytest.raises(InvalidRequestError, match="nested too deeply to be shown"):
+        load_object(b"[" * 1000 + b"]" * 1000)

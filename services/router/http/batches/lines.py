@@ -12,7 +12,8 @@ from typing import Any
 
 import orjson
 
-from services.router.limits import shown
+from headrace.errors import InvalidRequestError
+from services.router.limits import check_depth, shown
 
 ERRORS_MAX = 100
 CUSTOM_ID_CHARACTERS_MAX = 512
@@ -95,6 +96,10 @@ def _check_line(text: bytes, endpoint: str, seen: set[str]) -> str | dict[str, A
         return _error("mismatched_endpoint", message, "url", None)
     if not isinstance(body, dict):
         return _error("invalid_request", f"body must be an object; got {shown(body)}", "body", None)
+    try:
+        check_depth("body", body)
+    except InvalidRequestError as error:
+        return _error("invalid_request", error.message, error.param, None)
     if body.get("stream"):
         return _error(
             "invalid_request", f"body.stream must be left out in a batch; got {shown(body['stream'])}", "body.stream", None

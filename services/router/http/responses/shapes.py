@@ -301,5 +301,5 @@ def _tool_choice(asked: CreateBody) -> ToolChoice:
 def _constraint(text: TextOptions | None) -> Constraint | None:
     form = None if text is None else text.format
     if isinstance(form, SchemaFormat):
-        return Constraint("json_schema", schema_source(form.schema_, "text.format.schema"), param="text.format.schema")
+        return Constraint("json_schema", schema_source(form.schema_), param="text.format.schema")
     return Constraint("json_object", param="text.format") if isinstance(form, ObjectFormat) else None
