@@ -8,13 +8,13 @@ const client = new Client(process.argv[2] ?? "127.0.0.1:9000", { timeoutMs: 60_0
 
 const answer = client.streamChat([{ role: "user", content: "What is the capital of France?" }], {
   sampling: { temperature: 0 },
-  stopping: { max_tokens: 32 },
+  stopping: { maxTokens: 32 },
 });
 for await (const piece of answer) process.stdout.write(piece.text);
 console.log(`\n[trace ${answer.traceId}, request ${answer.requestId}]`);
 
 const story = client.streamChat([{ role: "user", content: "Tell a very long story." }], {
-  stopping: { max_tokens: 1000, ignore_eos: true },
+  stopping: { maxTokens: 1000, ignoreEos: true },
 });
 let numPieces = 0;
 for await (const piece of story) {

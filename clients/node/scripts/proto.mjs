@@ -20,7 +20,7 @@ const generator = join(root, "node_modules", "@grpc", "proto-loader", "build", "
 execFileSync(
   process.execPath,
   [
-    generator, "--keepCase", "--longs=Number", "--enums=String", "--defaults", "--arrays", "--oneofs", "--includeComments", "--grpcLib=@grpc/grpc-js",
+    generator, "--longs=Number", "--enums=String", "--defaults", "--arrays", "--oneofs", "--includeComments", "--grpcLib=@grpc/grpc-js",
     "--importFileExtension=.js", "--includeDirs=proto", "--outDir=src/generated", "headrace/v1/inference.proto",
   ],
   { cwd: root, stdio: ["ignore", "ignore", "inherit"] },

@@ -1,46 +1,46 @@
 import { randomBytes } from "node:crypto";
-import { dirname, join } from "node:path";
-import { fileURLToPath } from "node:url";
 import {
   type CallOptions,
   type ChannelCredentials,
+  type ClientReadableStream,
   type ClientUnaryCall,
   credentials as channelCredentials,
-  loadPackageDefinition,
   Metadata,
   type ServiceError,
 } from "@grpc/grpc-js";
-import { loadSync } from "@grpc/proto-loader";
-import type { ProtoGrpcType } from "./generated/inference.js";
 import type { ChatRequest } from "./generated/headrace/v1/ChatRequest.js";
 import type { ChatResponse__Output } from "./generated/headrace/v1/ChatResponse.js";
+import type { DetokenizeRequest } from "./generated/headrace/v1/DetokenizeRequest.js";
 import type { DetokenizeResponse__Output } from "./generated/headrace/v1/DetokenizeResponse.js";
+import type { EmbedRequest } from "./generated/headrace/v1/EmbedRequest.js";
+import type { EmbedResponse__Output } from "./generated/headrace/v1/EmbedResponse.js";
 import type { GenerateRequest } from "./generated/headrace/v1/GenerateRequest.js";
 import type { GenerateResponse__Output } from "./generated/headrace/v1/GenerateResponse.js";
 import type { InferenceClient } from "./generated/headrace/v1/Inference.js";
 import type { ListModelsResponse__Output } from "./generated/headrace/v1/ListModelsResponse.js";
-import type { SamplingParams } from "./generated/headrace/v1/SamplingParams.js";
-import type { StoppingParams } from "./generated/headrace/v1/StoppingParams.js";
+import type { TokenizeRequest } from "./generated/headrace/v1/TokenizeRequest.js";
 import type { TokenizeResponse__Output } from "./generated/headrace/v1/TokenizeResponse.js";
-import type { Usage__Output } from "./generated/headrace/v1/Usage.js";
+import { modelOf, pieceOf } from "./answers.js";
 import { errorOf } from "./errors.js";
-import { DEFAULT_RETRIES, type Piece, type Retries, retryWaitMs, sleep, Stream, type Usage } from "./stream.js";
+import { Inference } from "./protos.js";
+import { fill, inputOf, type Place, put, type Target } from "./requests.js";
+import { DEFAULT_RETRIES, type Retries, retryWaitMs, sleep, Stream } from "./stream.js";
+import type {
+  CallFields,
+  ChatFields,
+  DetokenizeFields,
+  EmbedFields,
+  EmbedReply,
+  GenerateFields,
+  Message,
+  Model,
+  Reply,
+  TokenizeFields,
+} from "./types.js";
 
 export * from "./errors.js";
-export { DEFAULT_RETRIES, type Piece, type Reply, type Retries, Stream, type Usage } from "./stream.js";
-
-/** One turn of a conversation. */
-export interface Message {
-  role: "system" | "user" | "assistant" | "tool";
-  content: string;
-  name?: string;
-}
-
-/** A model that can be asked for. */
-export interface Model {
-  name: string;
-  maxModelLen: number;
-}
+export { DEFAULT_RETRIES, type Retries, Stream } from "./stream.js";
+export type * from "./types.js";
 
 /** What all calls of a client have in common. */
 export interface ClientOptions {
@@ -56,29 +56,11 @@ export interface ClientOptions {
   metadata?: Record<string, string>;
 }
 
-interface CallFields {
-  /** The call's deadline, milliseconds from now. */
-  timeoutMs?: number;
-  /** The span that the call belongs to (W3C Trace Context); a new trace by default. */
-  traceparent?: string;
-  /** How tokens are drawn: temperature, top_p, seed, … */
-  sampling?: SamplingParams;
-  /** When to stop: max_tokens, stop, … */
-  stopping?: StoppingParams;
-}
-
-/** Fields of a chat, by the names of the protos. */
-export type ChatFields = CallFields & Omit<ChatRequest, "model" | "prompt" | "sampling" | "stopping">;
-/** Fields of a generation, by the names of the protos. */
-export type GenerateFields = CallFields & Omit<GenerateRequest, "model" | "text" | "token_ids" | "prompt" | "sampling" | "stopping">;
-
-const PROTOS = join(dirname(dirname(fileURLToPath(import.meta.url))), "proto");
-const LOADED = loadPackageDefinition(
-  // 64-bit integers stay text where a number cannot hold them: a seed, for one.
-  loadSync("headrace/v1/inference.proto", { includeDirs: [PROTOS], keepCase: true, longs: Number, enums: String, oneofs: true, defaults: true }),
-) as unknown as ProtoGrpcType;
-
-/** Calls one server, or several behind one name. */
+/**
+ * Calls one server, or several behind one name.
+ *
+ * Calls throw a TypeError for a field that there is not or a value of another type, a RangeError for a value out of range.
+ */
 export class Client {
   private readonly stub: InferenceClient;
   private readonly retries: Retries;
@@ -86,7 +68,7 @@ export class Client {
   /** @param target `host:port` */
   constructor(target = "127.0.0.1:9000", private readonly options: ClientOptions = {}) {
     this.retries = { ...DEFAULT_RETRIES, ...options.retries };
-    this.stub = new LOADED.headrace.v1.Inference(target, options.credentials ?? channelCredentials.createInsecure());
+    this.stub = new Inference(target, options.credentials ?? channelCredentials.createInsecure());
   }
 
   /** End all calls and the connection. */
@@ -96,82 +78,90 @@ export class Client {
 
   /** The assistant's next turn as it comes; `.read()` waits for the whole of it. */
   streamChat(messages: Message[], fields: ChatFields = {}): Stream<ChatResponse__Output> {
-    const { timeoutMs, traceparent, sampling, stopping, ...rest } = fields;
-    const request: ChatRequest = {
-      ...rest,
-      model: this.options.model ?? "",
-      prompt: { messages },
-      sampling: { seed: drawnSeed(), ...sampling },
-      stopping: stopping ?? null,
-    };
-    return this.open(
-      (metadata, options) => this.stub.Chat(request, metadata, options),
-      (message) => pieceOf(message, message.content),
-      { timeoutMs, traceparent, numChoices: fields.num_choices ?? 1 },
-    );
+    const prompt: Target = {};
+    put("ChatPrompt", prompt, "messages", messages, "messages");
+    const request = this.filled("ChatRequest", { prompt }, fields, [["ChatPrompt", prompt]]);
+    seed(request);
+    return this.open((metadata, options) => this.stub.Chat(request as ChatRequest, metadata, options), request, fields);
   }
 
   /** The assistant's next turn, whole. */
-  chat(messages: Message[], fields: ChatFields = {}) {
+  async chat(messages: Message[], fields: ChatFields = {}): Promise<Reply> {
     return this.streamChat(messages, fields).read();
   }
 
   /** A prompt, text or token ids, gone on with, as it comes. */
   streamGenerate(prompt: string | number[], fields: GenerateFields = {}): Stream<GenerateResponse__Output> {
-    const { timeoutMs, traceparent, sampling, stopping, ...rest } = fields;
-    const request: GenerateRequest = {
-      ...rest,
-      ...(typeof prompt === "string" ? { text: prompt } : { token_ids: { ids: prompt } }),
-      model: this.options.model ?? "",
-      sampling: { seed: drawnSeed(), ...sampling },
-      stopping: stopping ?? null,
-    };
-    return this.open(
-      (metadata, options) => this.stub.Generate(request, metadata, options),
-      (message) => pieceOf(message, message.text),
-      { timeoutMs, traceparent, numChoices: fields.num_choices ?? 1 },
-    );
+    const request = this.filled("GenerateRequest", inputOf(prompt, "prompt"), fields);
+    seed(request);
+    return this.open((metadata, options) => this.stub.Generate(request as GenerateRequest, metadata, options), request, fields);
   }
 
   /** A prompt gone on with, whole. */
-  generate(prompt: string | number[], fields: GenerateFields = {}) {
+  async generate(prompt: string | number[], fields: GenerateFields = {}): Promise<Reply> {
     return this.streamGenerate(prompt, fields).read();
   }
 
-  /** Token ids of a text, or of a conversation as the model's template writes it. */
-  async tokenize(text: string | Message[]): Promise<number[]> {
-    const prompt = typeof text === "string" ? { text } : { chat: { messages: text } };
-    const request = { model: this.options.model ?? "", ...prompt };
-    return (await this.ask<TokenizeResponse__Output>((metadata, options, done) => this.stub.Tokenize(request, metadata, options, done))).token_ids;
+  /** Vectors of texts, each given as text or as token ids. A server that chats with one model and embeds with another has two. */
+  async embed(texts: (string | number[])[], fields: EmbedFields = {}): Promise<EmbedReply> {
+    if (!Array.isArray(texts)) throw new TypeError(`texts must be an array of texts; got ${typeof texts}`);
+    const inputs = texts.map((text, index) => inputOf(text, `texts.${index}`));
+    const request: EmbedRequest = this.filled("EmbedRequest", { inputs }, fields);
+    const { answer, traceId } = await this.ask<EmbedResponse__Output>(
+      (metadata, options, done) => this.stub.Embed(request, metadata, options, done), fields);
+    const embeddings = answer.embeddings.map((one) => one.values);
+    return { embeddings, numPromptTokens: answer.numPromptTokens, requestId: answer.requestId, traceId };
+  }
+
+  /** Token ids of a text, or of a conversation as the model's template writes it with the same fields as in `streamChat`. */
+  async tokenize(text: string | Message[], fields: TokenizeFields = {}): Promise<number[]> {
+    const chat: Target = {};
+    const isText = typeof text === "string";
+    if (!isText) put("ChatPrompt", chat, "messages", text, "messages");
+    const inside: Place[] = isText ? [] : [["ChatPrompt", chat]];
+    const request: TokenizeRequest = this.filled("TokenizeRequest", isText ? { text } : { chat }, fields, inside);
+    const { answer } = await this.ask<TokenizeResponse__Output>(
+      (metadata, options, done) => this.stub.Tokenize(request, metadata, options, done), fields);
+    return answer.tokenIds;
   }
 
   /** Text of token ids. */
-  async detokenize(tokenIds: number[]): Promise<string> {
-    const request = { model: this.options.model ?? "", token_ids: tokenIds };
-    return (await this.ask<DetokenizeResponse__Output>((metadata, options, done) => this.stub.Detokenize(request, metadata, options, done))).text;
+  async detokenize(tokenIds: number[], fields: DetokenizeFields = {}): Promise<string> {
+    const known: Target = {};
+    put("DetokenizeRequest", known, "tokenIds", tokenIds, "tokenIds");
+    const request: DetokenizeRequest = this.filled("DetokenizeRequest", known, fields);
+    const { answer } = await this.ask<DetokenizeResponse__Output>(
+      (metadata, options, done) => this.stub.Detokenize(request, metadata, options, done), fields);
+    return answer.text;
   }
 
   /** The models that can be asked for. */
-  async listModels(): Promise<Model[]> {
-    const answer = await this.ask<ListModelsResponse__Output>((metadata, options, done) =>
-      this.stub.ListModels({}, metadata, options, done));
-    return answer.models.map((model) => ({ name: model.name, maxModelLen: model.max_model_len }));
+  async listModels(fields: Omit<CallFields, "model"> = {}): Promise<Model[]> {
+    this.filled("ListModelsRequest", {}, fields);
+    const { answer } = await this.ask<ListModelsResponse__Output>(
+      (metadata, options, done) => this.stub.ListModels({}, metadata, options, done), fields);
+    return answer.models.map(modelOf);
   }
 
-  private open<Message>(
-    begin: (metadata: Metadata, options: CallOptions) => import("@grpc/grpc-js").ClientReadableStream<Message>,
-    toPiece: (message: Message) => Piece,
-    told: { timeoutMs: number | undefined; traceparent: string | undefined; numChoices: number },
-  ): Stream<Message> {
-    const deadline = this.deadline(told.timeoutMs);
-    const traceparent = told.traceparent ?? newTraceparent();
-    const traceId = traceparent.split("-")[1];
-    if (!traceId || traceparent.split("-").length !== 4) {
-      throw new TypeError(`traceparent must be of the form 00-<trace id>-<span id>-<flags>; got ${traceparent}`);
-    }
-    return new Stream(() => begin(this.metadata(traceparent), { deadline }), toPiece, {
+  /** A request: what is known of it, and the fields of the call, some of which may belong to a message inside it. */
+  private filled(typeName: string, known: Target, fields: CallFields, inside: Place[] = []): Target {
+    const { timeoutMs, traceparent, ...rest } = fields;
+    const request: Target = { ...known };
+    fill(rest, [[typeName, request], ...inside]);
+    request.model ??= this.options.model ?? "";
+    return request;
+  }
+
+  private open<Answer extends ChatResponse__Output | GenerateResponse__Output>(
+    begin: (metadata: Metadata, options: CallOptions) => ClientReadableStream<Answer>,
+    request: Target,
+    fields: CallFields,
+  ): Stream<Answer> {
+    const deadline = this.deadline(fields.timeoutMs);
+    const { traceparent, traceId } = traceOf(fields.traceparent);
+    return new Stream(() => begin(this.metadata(traceparent), { deadline }), pieceOf, {
       traceId,
-      numChoices: told.numChoices,
+      numChoices: Number(request.numChoices ?? 1),
       retries: this.retries,
       remainingMs: () => deadline - Date.now(),
     });
@@ -179,14 +169,16 @@ export class Client {
 
   private async ask<Answer>(
     call: (metadata: Metadata, options: CallOptions, done: (error: ServiceError | null, answer?: Answer) => void) => ClientUnaryCall,
-  ): Promise<Answer> {
-    const deadline = this.deadline(undefined);
-    const traceparent = newTraceparent();
+    fields: CallFields,
+  ): Promise<{ answer: Answer; traceId: string }> {
+    const deadline = this.deadline(fields.timeoutMs);
+    const { traceparent, traceId } = traceOf(fields.traceparent);
     for (let numDone = 0; ; numDone += 1) {
       try {
-        return await new Promise<Answer>((resolve, reject) => {
-          call(this.metadata(traceparent), { deadline }, (error, answer) => (error ? reject(error) : resolve(answer as Answer)));
+        const answer = await new Promise<Answer>((resolve, reject) => {
+          call(this.metadata(traceparent), { deadline }, (error, told) => (error ? reject(error) : resolve(told as Answer)));
         });
+        return { answer, traceId };
       } catch (failure) {
         const error = errorOf(failure as ServiceError, "");
         const waitMs = retryWaitMs(this.retries, error, numDone, deadline - Date.now());
@@ -211,27 +203,16 @@ export class Client {
 }
 
 /** Drawn here, so that a retry goes on along the same path. A number that JavaScript holds exactly. */
-function drawnSeed(): number {
-  return randomBytes(6).readUIntBE(0, 6);
+function seed(request: Target): void {
+  request.sampling = { seed: randomBytes(6).readUIntBE(0, 6), ...(request.sampling as Target | undefined) };
 }
 
-function newTraceparent(): string {
-  return `00-${randomBytes(16).toString("hex")}-${randomBytes(8).toString("hex")}-01`;
-}
-
-function pieceOf(message: ChatResponse__Output | GenerateResponse__Output, text: string): Piece {
-  const reasons = { FINISH_REASON_STOP: "stop", FINISH_REASON_LENGTH: "length" } as const;
-  const finishReason = reasons[message.finish_reason as keyof typeof reasons];
-  const piece: Piece = { text, tokenIds: message.token_ids, choice: message.choice };
-  if (finishReason) piece.finishReason = finishReason;
-  if (message.usage) piece.usage = usageOf(message.usage);
-  return piece;
-}
-
-function usageOf(usage: Usage__Output): Usage {
-  return {
-    numPromptTokens: usage.num_prompt_tokens,
-    numOutputTokens: usage.num_output_tokens,
-    numCachedTokens: usage.num_cached_tokens,
-  };
+/** The trace given, or a new one. */
+function traceOf(given: string | undefined): { traceparent: string; traceId: string } {
+  const traceparent = given ?? `00-${randomBytes(16).toString("hex")}-${randomBytes(8).toString("hex")}-01`;
+  const [, traceId, ...rest] = traceparent.split("-");
+  if (!traceId || rest.length !== 2) {
+    throw new TypeError(`traceparent must be of the form 00-<trace id>-<span id>-<flags>; got ${traceparent}`);
+  }
+  return { traceparent, traceId };
 }

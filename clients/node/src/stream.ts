@@ -1,5 +1,7 @@
 import type { ClientReadableStream, Metadata, ServiceError } from "@grpc/grpc-js";
+import { add, emptyReply } from "./answers.js";
 import { CancelledError, errorOf, first, OverloadedError, UnavailableError, type HeadraceError } from "./errors.js";
+import type { Piece, Reply } from "./types.js";
 
 /** When a call is made again: the server cannot be reached or is overloaded, and nothing of the answer has come yet. */
 export interface Retries {
@@ -12,34 +14,6 @@ export interface Retries {
 }
 
 export const DEFAULT_RETRIES: Retries = { num: 3, firstWaitMs: 200, longestWaitMs: 5000 };
-
-/** Tokens of a request. */
-export interface Usage {
-  numPromptTokens: number;
-  numOutputTokens: number;
-  numCachedTokens: number;
-}
-
-/** New output of one choice; its last one has a finish reason, and the last one of all the usage. */
-export interface Piece {
-  text: string;
-  tokenIds: number[];
-  choice: number;
-  finishReason?: "stop" | "length";
-  usage?: Usage;
-}
-
-/** A whole answer. */
-export interface Reply {
-  /** Of the first choice. */
-  text: string;
-  /** Of each choice. */
-  texts: string[];
-  finishReasons: string[];
-  usage?: Usage;
-  requestId: string;
-  traceId: string;
-}
 
 /** How long to wait before the next try, milliseconds; undefined for no further try. */
 export function retryWaitMs(retries: Retries, error: HeadraceError, numDone: number, remainingMs: number): number | undefined {
@@ -104,15 +78,9 @@ export class Stream<Message> implements AsyncIterable<Piece> {
 
   /** Wait for the whole answer. */
   async read(): Promise<Reply> {
-    const texts = Array.from({ length: this.options.numChoices }, () => "");
-    const finishReasons = texts.map(() => "");
-    let usage: Usage | undefined;
-    for await (const piece of this) {
-      texts[piece.choice] += piece.text;
-      finishReasons[piece.choice] ||= piece.finishReason ?? "";
-      usage = piece.usage ?? usage;
-    }
-    const whole = { text: texts[0] ?? "", texts, finishReasons, requestId: this.requestId, traceId: this.traceId };
-    return usage ? { ...whole, usage } : whole;
+    const reply = emptyReply(this.options.numChoices, this.traceId);
+    for await (const piece of this) add(reply, piece);
+    reply.requestId = this.requestId;
+    return reply;
   }
 }
