@@ -11,6 +11,7 @@ from typing import Final, TextIO
 
 import uvloop
 
+from headrace.cli.gpus import own_gpu
 from headrace.config.load import Settings, env_name
 from headrace.config.settings import SupervisionSettings
 from headrace.errors import ModelError
@@ -79,6 +80,8 @@ def local_specs(settings: Settings, environment: Mapping[str, str]) -> list[Proc
             if index:
                 # One port cannot be bound twice; the further replicas take free ones and log them.
                 own[env_name(f"telemetry.{service}_metrics_port")] = "0"
+            if service == "worker" and count > 1:
+                own |= own_gpu(index, environment)
             specs.append(_spec(service, name, settings, own, start_after=before))
         before = names if service != "worker" else ()
     if settings.embedding_model.name:
