@@ -56,7 +56,7 @@ const CLASSES = new Map<Status, typeof HeadraceError>([
 export function errorOf(failure: ServiceError, requestId: string): HeadraceError {
   const code = first(failure.metadata, "headrace-error-code");
   // A message over its size limit has the same status as a full queue, and no retry helps it.
-  const isTooLarge = code === "request_too_large";
+  const isTooLarge = code === "request_too_large" || failure.details?.includes("larger than max");
   const Kind = isTooLarge ? InvalidRequestError : (CLASSES.get(failure.code) ?? RequestFailedError);
   const retryMs = first(failure.metadata, "headrace-retry-after-ms");
   return new Kind(failure.details || Status[failure.code] || "the call failed", {

@@ -68,7 +68,8 @@ export class Client {
   /** @param target `host:port` */
   constructor(target = "127.0.0.1:9000", private readonly options: ClientOptions = {}) {
     this.retries = { ...DEFAULT_RETRIES, ...options.retries };
-    this.stub = new Inference(target, options.credentials ?? channelCredentials.createInsecure());
+    // What was asked for is read, however long: logprobs of a prompt come in one message, and gRPC would end at 4 MiB.
+    this.stub = new Inference(target, options.credentials ?? channelCredentials.createInsecure(), { "grpc.max_receive_message_length": -1 });
   }
 
   /** End all calls and the connection. */

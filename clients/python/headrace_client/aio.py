@@ -12,7 +12,7 @@ import grpc
 from headrace_client import answers, options, requests
 from headrace_client.errors import REQUEST_ID_KEY, CancelledError, error_of
 from headrace_client.fields import ChatFields, GenerateFields, TokenizeFields
-from headrace_client.options import Retries, Settings, Trace
+from headrace_client.options import CHANNEL_OPTIONS, Retries, Settings, Trace
 from headrace_client.requests import Request
 from headrace_client.types import EmbedReply, Message, Model, Piece, Reply
 from headrace_client.v1 import inference_pb2 as inference
@@ -59,6 +59,12 @@ class AsyncStream:
                     self.request_id = message.request_id
                     yield answers.piece_of(message)
                 return
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                # grpc says so of a call that was cancelled here, too; only the task's own cancellation is to go on.
+                if not self._is_cancelled or (task is not None and task.cancelling()):
+                    raise
+                raise CancelledError("the call was cancelled", code="cancelled", request_id=self.request_id) from None
             except grpc.RpcError as failure:
                 error = error_of(failure, await self._told_request_id())
                 self.request_id = error.request_id
@@ -121,7 +127,10 @@ class AsyncClient:
     ) -> None:
         self.model = model
         self._settings = Settings(api_key, timeout_s, retries or Retries(), metadata or {})
-        self._channel = grpc.aio.insecure_channel(target) if credentials is None else grpc.aio.secure_channel(target, credentials)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def __aenter__(self) -> AsyncClient:

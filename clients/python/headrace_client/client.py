@@ -12,7 +12,7 @@ import grpc
 from headrace_client import answers, options, requests
 from headrace_client.errors import REQUEST_ID_KEY, CancelledError, error_of
 from headrace_client.fields import ChatFields, GenerateFields, TokenizeFields
-from headrace_client.options import Retries, Settings, Trace
+from headrace_client.options import CHANNEL_OPTIONS, Retries, Settings, Trace
 from headrace_client.requests import Request
 from headrace_client.types import EmbedReply, Message, Model, Piece, Reply
 from headrace_client.v1 import inference_pb2 as inference
@@ -120,7 +120,10 @@ class Client:
     ) -> None:
         self.model = model
         self._settings = Settings(api_key, timeout_s, retries or Retries(), metadata or {})
-        self._channel = grpc.insecure_channel(target) if credentials is None else grpc.secure_channel(target, credentials)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Client:

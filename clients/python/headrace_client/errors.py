@@ -8,6 +8,8 @@ import grpc
 
 REQUEST_ID_KEY = "x-request-id"
 _CODE_KEY = "headrace-error-code"
+_TOO_LARGE = "larger than max"
+"""In what gRPC itself says of a message over its size limit."""
 _PARAM_KEY = "headrace-error-param"
 _RETRY_KEY = "headrace-retry-after-ms"
 
@@ -91,7 +93,7 @@ def error_of(failure: Any, request_id: str) -> HeadraceError:
     kind = _CLASSES.get(status, RequestFailedError)
     code = metadata.get(_CODE_KEY, "")
     # A message over its size limit has the same status as a full queue, and no retry helps it.
-    if kind is OverloadedError and code == "request_too_large":
+    if kind is OverloadedError and (code == "request_too_large" or _TOO_LARGE in (failure.details() or "")):
         kind = InvalidRequestError
     retry_ms = metadata.get(_RETRY_KEY)
     return kind(

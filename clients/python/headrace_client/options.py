@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from headrace_client.errors import HeadraceError, OverloadedError, UnavailableError
 
+# What was asked for is read, however long: logprobs of a prompt come in one message, and gRPC would end at 4 MiB.
+CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1),)
+
 
 @dataclass(frozen=True, slots=True)
 class Retries:

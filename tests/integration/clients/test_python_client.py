@@ -187,3 +187,29 @@ def test_the_protos_of_client_and_system_are_the_same_in_one_process() -> None:
     assert theirs.GenerateRequest.DESCRIPTOR.full_name == ours.GenerateRequest.DESCRIPTOR.full_name
     assert theirs.DESCRIPTOR.serialized_pb == ours.DESCRIPTOR.serialized_pb
     assert grpc.StatusCode.OK.value[0] == 0
+
+
+async def test_a_stream_that_is_cancelled_while_it_is_read_says_so(served: Served) -> None:
+    """As the package's error, in both clients: the task that reads was not cancelled."""
+    served.engine.script = [OutputPiece("a", (1,)), NEVER_S]
+    with Client(served.target) as client, client.stream_generate("x") as stream, pytest.raises(CancelledError):
+        for _ in stream:
+            stream.cancel()
+    async with AsyncClient(served.target) as client, client.stream_generate("x") as stream:
+        with pytest.raises(CancelledError):
+            async for _ in stream:
+                stream.cancel()
+
+
+async def test_messages_beyond_what_grpc_reads_by_itself(served: Served) -> None:
+    """Long answers come; a request over the server's own limit is the request's fault, and not sent again."""
+    served.engine.script = [OutputPiece("a" * (5 << 20), (1,), "stop")]
+    with Client(served.target, timeout_s=WAIT_S) as client:
+        assert len(client.generate("x").text) == 5 << 20
+        with client.stream_generate("x" * 20_000) as stream, pytest.raises(InvalidRequestError, match="larger than max"):
+            stream.read()
+        assert stream.num_retries == 0
+    async with AsyncClient(served.target, timeout_s=WAIT_S) as client:
+        assert len((await client.generate("x")).text) == 5 << 20
+        with pytest.raises(InvalidRequestError, match="larger than max"):
+            await client.generate("x" * 20_000)
