@@ -117,7 +117,8 @@ class OllamaAnswer:
         self._kept.reasoning.append(piece.reasoning)
         self._kept.calls += calls
         self._kept.logprobs += logprobs
-        if not (piece.text or piece.reasoning or calls):
+        # A token's text may come later than the token and what is told of it.
+        if not (piece.text or piece.reasoning or calls or logprobs):
             return b""
         return self._line(self._content(piece.text, piece.reasoning, calls, logprobs), is_done=False)
 

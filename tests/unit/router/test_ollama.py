@@ -103,6 +103,14 @@ async def test_logprobs_are_told_with_the_text() -> None:
     assert engine.requests[0].logprobs == 3
 
 
+async def test_a_stream_tells_the_logprobs_of_tokens_without_text_too() -> None:
+    pieces = [OutputPiece("", (1,), logprobs=(TokenLogprob(1, b"\xc3", -0.5),)), OutputPiece("é", (2,), "stop")]
+    lines = (await chat(FakeEngine(*pieces), logprobs=True)).lines
+    whole = (await chat(FakeEngine(*pieces), stream=False, logprobs=True)).json
+    assert [one for line in lines for one in line.get("logprobs", ())] == whole["logprobs"]
+    assert len(whole["logprobs"]) == 1
+
+
 async def test_an_error_is_a_line_of_its_own() -> None:
     answer = await chat(FakeEngine(OutputPiece("a", (1,)), RequestFailedError("broke")))
     assert answer.lines[-1] == {"error": "broke"}

@@ -166,6 +166,35 @@ async def test_logprobs_are_told_where_they_are_included(service: Any) -> None:
     assert here.engine.requests[0].logprobs == 2
 
 
+def token(text: str) -> tuple[TokenLogprob, ...]:
+    return (TokenLogprob(1, text.encode(), -0.5),)
+
+
+async def test_logprobs_of_tokens_whose_text_comes_later_are_told_streamed_or_not(service: Any) -> None:
+    pieces = [
+        OutputPiece("", (1,), logprobs=token("t"), reasoning="t"),
+        OutputPiece("", (2,), logprobs=token("x")),
+        OutputPiece("xy", (3,), logprobs=token("y")),
+        OutputPiece("", (4,), logprobs=token("<call>")),
+        OutputPiece("", (5,), tool_calls=(ToolCallDelta(0, "{}", "call_1", "weather"),), logprobs=token("{}")),
+        OutputPiece("", (6,), "tool_calls", logprobs=token("<end>")),
+    ]
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 0, "tools": [WEATHER]}
+    whole = (await service(*pieces).create(**asked)).json
+    (message,) = [item for item in whole["output"] if item["type"] == "message"]
+    assert [one["token"] for one in message["content"][0]["logprobs"]] == ["t", "x", "y", "<call>", "{}"]
+    events = [event for _, event in (await service(*pieces).create(stream=True, **asked)).events]
+    assert events[-1]["response"]["output"] == whole["output"]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [[one["token"] for one in event["logprobs"]] for event in deltas] == [["t", "x", "y"], ["<call>", "{}"]]
+
+
+async def test_a_message_ends_with_the_logprobs_of_its_last_tokens(service: Any) -> None:
+    pieces = [OutputPiece("a", (1,), logprobs=token("a")), OutputPiece("", (2,), "stop", logprobs=token("<end>"))]
+    response = (await service(*pieces).create(include=["message.output_text.logprobs"])).json
+    assert [one["token"] for one in response["output"][0]["content"][0]["logprobs"]] == ["a", "<end>"]
+
+
 async def test_a_response_follows_on_another_through_the_chain(service: Any) -> None:
     here = service(*PIECES)
     first = (await here.create(tools=[WEATHER], instructions="only here")).json

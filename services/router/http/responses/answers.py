@@ -44,8 +44,13 @@ class OutputItems:
         self._emit = emit
         self._tail = id_tail
         self._open: _Open | None = None
+        self._untold: list[dict[str, Any]] = []
 
-    def add_text(self, events: list[bytes], kind: str, text: str, logprobs: list[dict[str, Any]]) -> None:
+    def add_logprobs(self, logprobs: list[dict[str, Any]]) -> None:
+        """Those of further tokens: told with the next text of a message, or at its end. A token's text may come later than it."""
+        self._untold += logprobs
+
+    def add_text(self, events: list[bytes], kind: str, text: str) -> None:
         """More of a message or of reasoning."""
         if self._open is None or self._open.kind != kind:
             fields = {"summary": [], "content": []} if kind == "reasoning" else {"role": "assistant", "content": []}
@@ -53,11 +58,10 @@ class OutputItems:
             events.append(self._item_event("response.content_part.added", content_index=0, part=_part(kind, "", [])))
         assert self._open is not None
         self._open.texts.append(text)
-        self._open.logprobs += logprobs
         if kind == "reasoning":
             events.append(self._item_event("response.reasoning_text.delta", content_index=0, delta=text))
         else:
-            events.append(self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs))
+            events.append(self._message_event(text))
 
     def add_call(self, events: list[bytes], delta: ToolCallDelta) -> None:
         """A new tool call, or more of its arguments."""
@@ -72,6 +76,8 @@ class OutputItems:
         opened = self._open
         if opened is None:
             return
+        if opened.kind == "message" and self._untold:
+            events.append(self._message_event(""))
         text = "".join(opened.texts)
         item = {**opened.item, "status": status}
         if opened.kind == "function_call":
@@ -94,6 +100,12 @@ class OutputItems:
         item_id = f"{_PREFIXES[kind]}_{self._tail}{len(self.closed):02x}"
         self._open = _Open(kind, {"id": item_id, "type": kind, "status": "in_progress", **fields})
         events.append(self._emit("response.output_item.added", {"output_index": len(self.closed), "item": self._open.item}))
+
+    def _message_event(self, text: str) -> bytes:
+        assert self._open is not None
+        told, self._untold = self._untold, []
+        self._open.logprobs += told
+        return self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=told)
 
     def _item_event(self, kind: str, **fields: Any) -> bytes:
         assert self._open is not None
@@ -176,10 +188,12 @@ class ResponseAnswer:
     def events_of(self, piece: OutputPiece) -> list[bytes]:
         """Take one piece of output; gives its events, each by itself."""
         events: list[bytes] = []
+        if self._with_logprobs:
+            self._items.add_logprobs(logprob_objects(piece.logprobs))
         if piece.reasoning:
-            self._items.add_text(events, "reasoning", piece.reasoning, [])
+            self._items.add_text(events, "reasoning", piece.reasoning)
         if piece.text:
-            self._items.add_text(events, "message", piece.text, logprob_objects(piece.logprobs) if self._with_logprobs else [])
+            self._items.add_text(events, "message", piece.text)
         for delta in piece.tool_calls:
             self._items.add_call(events, delta)
         if piece.finish_reason is not None:
