@@ -92,7 +92,7 @@ async def test_absent_fields_are_the_protocols_defaults(protocol: str) -> None:
         _ = [answer async for answer in stub.Generate(request(protocol))]
     # On the older protocol a temperature of zero is not sent, and greedy; on the other one it is absent.
     older = Sampling(0.0, 1.0, None, 0.0, None, 0.0, 0.0, 1.0)
-    expected = older if protocol == "sglang" else Sampling()
+    expected = older if protocol == "sglang" else Sampling(None, 1.0, 0, 0.0, None, 0.0, 0.0, 1.0)
     assert engine.requests[0].sampling == expected
     assert engine.requests[0].stopping.max_tokens is None
 

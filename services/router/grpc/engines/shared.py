@@ -133,7 +133,7 @@ def _top(protocol: Any, token: TokenLogprob) -> Any:
 
 def default_sampling_json(defaults: Sampling) -> str:
     """The model's own sampling defaults, for gateways that fill fields in for clients who left them out."""
-    named = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    named = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
     return orjson.dumps({name: value for name, value in named.items() if value is not None}).decode()
 
 

@@ -53,7 +53,10 @@ _NOT_HERE: Final = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs"
 
 
 def generation_request(message: vllm.GenerateRequest) -> GenerationRequest:
-    """A Generate call, checked. A zero is a field that was left out, but for a temperature that was set.
+    """A Generate call, checked.
+
+    Only a temperature can be left out for the model's default. The other sampling fields are as they stand, where 0 is what changes
+    nothing: gateways fill in themselves what their client leaves out, from the defaults that GetModelInfo tells.
 
     Raises:
         InvalidRequestError: It names the field, the limit and the value.
@@ -63,13 +66,13 @@ def generation_request(message: vllm.GenerateRequest) -> GenerationRequest:
     refuse_set(asked, ("truncate_prompt_tokens",), "shorten the prompt before it is sent")
     sampling = Sampling(
         temperature=asked.temperature if asked.HasField("temperature") else None,
-        top_p=asked.top_p or None,
-        top_k=asked.top_k or None,
-        min_p=asked.min_p or None,
+        top_p=asked.top_p or 1.0,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
         seed=asked.seed if asked.HasField("seed") else None,
-        frequency_penalty=asked.frequency_penalty or None,
-        presence_penalty=asked.presence_penalty or None,
-        repetition_penalty=asked.repetition_penalty or None,
+        frequency_penalty=asked.frequency_penalty,
+        presence_penalty=asked.presence_penalty,
+        repetition_penalty=asked.repetition_penalty or 1.0,
         logit_bias=logit_bias(asked.logit_bias),
     )
     stopping = Stopping(
