@@ -65,13 +65,14 @@ class Instance:
 class Directory:
     """The instances of the three stages a router talks to."""
 
-    def __init__(self, policy: Policy, *, stuck_after_ns: int, is_cache_aware: bool = True) -> None:
+    def __init__(self, policy: Policy, *, stuck_after_ns: int, is_cache_aware: bool = True, models_complete_ns: int = 0) -> None:
+        """`models_complete_ns` is when everybody has had time to register: see `KnownModels`."""
         self.prefixes = PrefixDirectory()
         self.is_cache_aware = is_cache_aware
         self._policy = policy
         self._stuck_after_ns = stuck_after_ns
         self._instances: dict[int, Instance] = {}
-        self.known_models = KnownModels()
+        self.known_models = KnownModels(models_complete_ns)
 
     def add(self, instance: Instance, now_ns: int) -> None:
         """An instance registered."""
@@ -136,9 +137,9 @@ class Directory:
         if instance is not None and instance.num_open > 0:
             instance.num_open -= 1
 
-    def resolve_model(self, name: str, *, embeds: bool | None = None) -> str:
+    def resolve_model(self, name: str, now_ns: int, *, embeds: bool | None = None) -> str:
         """The model that a request means; see `KnownModels.resolve`."""
-        return self.known_models.resolve(name, embeds=embeds)
+        return self.known_models.resolve(name, now_ns, embeds=embeds)
 
     def incarnations(self, role: int) -> list[int]:
         """Those of a stage's instances."""

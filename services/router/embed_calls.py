@@ -104,7 +104,7 @@ class EmbedCalls:
         num_inputs = len(request.inputs)
         if not 1 <= num_inputs <= MAX_INPUTS:
             refuse(request.param, f"1 to {MAX_INPUTS} texts", f"{num_inputs} of them")
-        model = self._backplane.directory.resolve_model(request.model, embeds=True)
+        model = self._backplane.directory.resolve_model(request.model, time.monotonic_ns(), embeds=True)
         offer = self._backplane.directory.known_models.embedding_of(model)
         if request.dimensions is not None:
             check_dimensions(model, offer, request.dimensions)

@@ -333,7 +333,7 @@ class Gateway:
         """Start a generation."""
         request = replace(
             with_checked_tools(request),
-            model=self.backplane.directory.resolve_model(request.model, embeds=False),
+            model=self.backplane.directory.resolve_model(request.model, time.monotonic_ns(), embeds=False),
             tenant=call.tenant,
             cache_namespace=cache_namespace(request.cache_salt, call.tenant if self.settings.isolate_tenants else None),
         )
@@ -347,7 +347,7 @@ class Gateway:
 
     async def tokenize(self, model: str, prompt: Prompt, call: Call) -> EncodedPrompt:
         """Tokens of a prompt."""
-        generation = GenerationRequest(self.backplane.directory.resolve_model(model), prompt)
+        generation = GenerationRequest(self.backplane.directory.resolve_model(model, time.monotonic_ns()), prompt)
         request, _ = await self._ask_tokenizer(Kind.TOKENIZE, generation, call)
         if request.encoded is None:
             raise RequestFailedError("the tokenizer answered without tokens")
@@ -357,13 +357,13 @@ class Gateway:
         """Text of tokens."""
         prompt = TokenPrompt(np.asarray(token_ids, dtype=np.int32))
         generation = GenerationRequest(
-            self.backplane.directory.resolve_model(model), prompt, skip_special_tokens=skip_special_tokens
+            self.backplane.directory.resolve_model(model, time.monotonic_ns()), prompt, skip_special_tokens=skip_special_tokens
         )
         return (await self._ask_tokenizer(Kind.DETOKENIZE, generation, call))[1]
 
     async def describe(self, model: str, call: Call, *, with_files: bool = False) -> ModelDescription:
         """What a model is."""
-        generation = GenerationRequest(self.backplane.directory.resolve_model(model), TextPrompt(""))
+        generation = GenerationRequest(self.backplane.directory.resolve_model(model, time.monotonic_ns()), TextPrompt(""))
         kind = Kind.DESCRIBE_WITH_FILES if with_files else Kind.DESCRIBE
         request, _ = await self._ask_tokenizer(kind, generation, call)
         if request.description is None:

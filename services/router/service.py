@@ -52,7 +52,10 @@ class RouterService:
         self._settings = settings
         metrics = RouterMetrics(context.registry)
         directory = Directory(
-            POLICIES[settings.policy], stuck_after_ns=int(settings.stuck_after_s * 1e9), is_cache_aware=settings.cache_aware
+            POLICIES[settings.policy],
+            stuck_after_ns=int(settings.stuck_after_s * 1e9),
+            is_cache_aware=settings.cache_aware,
+            models_complete_ns=time.monotonic_ns() + int(settings.unknown_model_wait_s * 1e9),
         )
         self._metrics = metrics
         self._backplane = Backplane(directory, metrics, Clock(time.monotonic_ns, time.time_ns))

@@ -39,6 +39,8 @@ class Server:
             "router_http_port": "0",
             "router_grpc_port": "0",
             "router_data_directory": str(self.directory / "data"),
+            # What does not exist is refused for good from the first moment.
+            "router_unknown_model_wait_s": "0",
             "telemetry_log_output": "json",
             **{f"telemetry_{name}_metrics_port": "0" for name in ("router", "tokenizer", "scheduler", "worker", "detokenizer")},
             **settings,

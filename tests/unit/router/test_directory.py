@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from headrace.errors import InvalidRequestError, OverloadedError, RequestFailedError
+from headrace.errors import InvalidRequestError, NotFoundError, OverloadedError, RequestFailedError, UnavailableError
 from services.router.admission import Admission
 from services.router.directory import Directory, Instance, Report
 from services.router.generation import EmbeddingOffer, ModelOffer, OutputPiece, ToolCallDelta
@@ -202,22 +202,38 @@ def test_a_buffer_runs_parts_of_a_tool_call_together() -> None:
     assert buffer.is_over_limit
 
 
+def test_a_router_that_has_just_started_refuses_no_model_for_good() -> None:
+    directory = Directory(least_loaded, stuck_after_ns=SECOND, models_complete_ns=SECOND)
+    directory.add(Instance(TOKENIZER, 1, "t", "", {"chat": ModelOffer("chat", 9, 1)}), 0)
+    assert directory.resolve_model("chat", 0) == "chat"
+    questions: list[tuple[str, bool, type[InvalidRequestError]]] = [
+        ("mini", True, NotFoundError), ("", True, InvalidRequestError), ("chat", True, InvalidRequestError)
+    ]  # fmt: skip
+    for name, embeds, refusal in questions:
+        with pytest.raises(UnavailableError, match="more may register"):
+            directory.resolve_model(name, SECOND - 1, embeds=embeds)
+        with pytest.raises(refusal):
+            directory.resolve_model(name, SECOND, embeds=embeds)
+    directory.add(Instance(SCHEDULER, 2, "s", "", {"mini": ModelOffer("mini", 9, 1, EmbeddingOffer(8))}), 0)
+    assert directory.resolve_model("", 0, embeds=True) == "mini"
+
+
 def test_models_that_embed_and_models_that_generate_are_not_confused() -> None:
     directory = Directory(least_loaded, stuck_after_ns=SECOND)
     chat, mini = ModelOffer("chat", 9, 1), ModelOffer("mini", 9, 1, EmbeddingOffer(8))
     directory.add(Instance(TOKENIZER, 1, "t", "", {"chat": chat}), 0)
     with pytest.raises(InvalidRequestError, match=r"'chat' generates text and makes no vectors$"):
-        directory.resolve_model("", embeds=True)
+        directory.resolve_model("", 0, embeds=True)
     directory.add(Instance(SCHEDULER, 2, "s", "", {"chat": chat, "mini": mini}), 0)
     directory.add(Instance(DETOKENIZER, 3, "d", "", {"mini": ModelOffer("mini", 9, 1)}), 0)
-    assert (directory.resolve_model("", embeds=True), directory.resolve_model("", embeds=False)) == ("mini", "chat")
-    assert directory.resolve_model("mini") == "mini", "its tokens can be asked for"
+    assert (directory.resolve_model("", 0, embeds=True), directory.resolve_model("", 0, embeds=False)) == ("mini", "chat")
+    assert directory.resolve_model("mini", 0) == "mini", "its tokens can be asked for"
     assert directory.known_models.embedding_of("mini") == EmbeddingOffer(8), "a stage that knows nothing of vectors changes nothing"
     with pytest.raises(InvalidRequestError, match="'mini' makes vectors and generates no text; those that do: chat"):
-        directory.resolve_model("mini", embeds=False)
+        directory.resolve_model("mini", 0, embeds=False)
     with pytest.raises(InvalidRequestError, match="'chat' generates text and makes no vectors; those that do: mini"):
-        directory.resolve_model("chat", embeds=True)
-    assert directory.resolve_model("") == "chat"
+        directory.resolve_model("chat", 0, embeds=True)
+    assert directory.resolve_model("", 0) == "chat"
     directory.add(Instance(TOKENIZER, 4, "t2", "", {"other": ModelOffer("other", 9, 1)}), 0)
     with pytest.raises(InvalidRequestError, match="model is required when several are served: chat, other"):
-        directory.resolve_model("")
+        directory.resolve_model("", 0)
