@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from headrace.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, RequestFailedError
+from headrace.errors import DeadlineExceededError, InvalidRequestError, NotFoundError, OverloadedError, RequestFailedError
 from services.router.api_keys import ApiKeys
 from services.router.generation import OutputPiece
 from services.router.http.app import HttpApp
 from services.router.http.batches.lines import check_input, told_already
 from services.router.http.batches.runner import BatchSettings
+from services.router.http.batches.shapes import file_object
+from services.router.http.batches.storage import FileLimits, Storage
 from services.router.http.batches.upload import Upload, boundary_of
 from services.router.http.exchange import Exchange, HttpLimits
 from services.router.http.protocols import Protocols
@@ -340,6 +342,28 @@ async def test_a_batch_expires_and_tells_of_each_request(service: Any) -> None:
     errors = await here.lines(expired["error_file_id"])
     assert {(line["custom_id"], line["error"]["code"]) for line in errors} == {("a", "batch_expired"), ("b", "batch_expired")}
     assert expired["request_counts"]["failed"] == 2
+
+
+def test_the_input_of_a_batch_outlives_its_expiry_until_the_batch_is_finished(tmp_path: Path) -> None:
+    storage = Storage(tmp_path, FileLimits(max_files=5, max_total_bytes=1000, max_batches=3))
+    for name in ("input", "other"):
+        with storage.files.begin(name) as content:
+            content.write(b"x")
+        made = file_object(name, filename=name, purpose="batch", num_bytes=1, created_s=0, expires_s=10)
+        storage.files.add(made, key_name="")
+    batch = {"id": "batch", "status": "in_progress", "input_file_id": "input"}
+    storage.batches.add(batch, "", key_name="")
+    storage.files.sweep(11)
+    assert storage.files.read("input", 0, 1) == b"x"
+    with pytest.raises(NotFoundError):
+        storage.files.read("other", 0, 1)
+    with pytest.raises(NotFoundError):
+        storage.files.get("input", 11, key_name="")
+    storage.batches.update({**batch, "status": "completed"})
+    storage.files.sweep(11)
+    with pytest.raises(NotFoundError):
+        storage.files.read("input", 0, 1)
+    storage.close()
 
 
 async def test_a_batch_goes_on_where_a_former_life_ended(service: Any, tmp_path: Path) -> None:

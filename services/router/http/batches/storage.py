@@ -202,8 +202,15 @@ class Files:
         self.discard(file_id)
 
     def sweep(self, now_s: float) -> None:
-        """Forget what has expired."""
-        for (file_id,) in self._db.execute("SELECT id FROM files WHERE expires_s <= ?", (now_s,)).fetchall():
+        """Forget what has expired.
+
+        What a batch that is not finished still reads goes after it; nobody sees it any more.
+        """
+        marks = ", ".join("?" * len(UNFINISHED))
+        query = (
+            f"SELECT id FROM files WHERE expires_s <= ? AND id NOT IN (SELECT input_file_id FROM batches WHERE status IN ({marks}))"
+        )
+        for (file_id,) in self._db.execute(query, (now_s, *UNFINISHED)).fetchall():
             self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
             self.discard(file_id)
 
