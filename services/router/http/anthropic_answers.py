@@ -121,7 +121,9 @@ class MessageAnswer:
             chunk += self._close()
             self.is_finished = True
             self._stop_sequence = sequence
-            self._stop_reason = "stop_sequence" if sequence is not None else _STOP_REASONS.get(stopped.finish_reason, "end_turn")
+            reason = _STOP_REASONS.get(stopped.finish_reason, "end_turn")
+            # Clients answer calls where the reason is tool_use.
+            self._stop_reason = "stop_sequence" if sequence is not None and reason == "end_turn" else reason
         return chunk
 
     def finish(self, usage: Usage) -> bytes:

@@ -13,8 +13,11 @@ from services.router.generation import OutputPiece
 
 
 def take_stop(piece: OutputPiece, stops: Sequence[str]) -> tuple[OutputPiece, str | None]:
-    """The last piece of an output without the stop string that ended it, and that string; None where the model itself ended it."""
-    if piece.finish_reason != "stop":
+    """The last piece of an output without the stop string that ended it, and that string; None where the model itself ended it.
+
+    An output with tool calls says that it has some, whatever ended it.
+    """
+    if piece.finish_reason not in ("stop", "tool_calls"):
         return piece, None
     # Of several that end at the same point the longest counts, as for the detokenizer.
     for stop in sorted(stops, key=len, reverse=True):

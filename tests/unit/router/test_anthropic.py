@@ -132,6 +132,17 @@ async def test_a_stop_sequence_is_named_and_not_in_the_text(stream: bool) -> Non
     assert engine.requests[0].stopping.include_stop_in_output
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_sequence_after_a_tool_call_is_named_beside_the_call(stream: bool) -> None:
+    call = (ToolCallDelta(0, "{}", "call_1", "weather"),)
+    engine = FakeEngine(OutputPiece("", (1,), tool_calls=call), OutputPiece("so END", (2,), "tool_calls"))
+    answer = await create(engine, stop_sequences=["END"], tools=[WEATHER], stream=stream)
+    message = rebuilt(answer.events) if stream else answer.json
+    assert [block["type"] for block in message["content"]] == ["tool_use", "text"]
+    assert message["content"][1]["text"] == "so "
+    assert (message["stop_reason"], message["stop_sequence"]) == ("tool_use", "END")
+
+
 async def test_an_end_of_its_own_is_no_stop_sequence() -> None:
     message = (await create(FakeEngine(OutputPiece("one", (1,), "stop")), stop_sequences=["END"])).json
     assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
