@@ -140,9 +140,8 @@ class FakeConnection:
         )
 
     def receive(self, parts: Sequence[bytes]) -> None:
-        """Deliver, unless this life is over."""
-        if not self.wire.is_dead:
-            self.session.receive(parts, self.wire.network.now_ns)
+        """Deliver."""
+        self.wire.take(lambda: self.session.receive(parts, self.wire.network.now_ns))
 
     def _send(self, parts: Parts) -> None:
         front = self.wire.network.fronts.get(self.address)
@@ -153,11 +152,10 @@ class FakeConnection:
         front.connections[self.routing_id] = self
         copies = [bytes(part) for part in parts]
 
-        def deliver() -> None:
-            if not front.wire.is_dead:
-                front.session.receive(self.routing_id, copies, self.wire.network.now_ns)
+        def receive() -> None:
+            front.session.receive(self.routing_id, copies, self.wire.network.now_ns)
 
-        self.wire.network.post(deliver)
+        self.wire.network.post(lambda: front.wire.take(receive))
 
 
 class FakeBack:
@@ -216,6 +214,7 @@ class FakeWire:
         self.leases = leases
         self.metrics = WireMetrics(CollectorRegistry())
         self.is_dead = False
+        self._unread: list[Callable[[], None]] | None = None
         self._fronts: list[FakeFront] = []
         self._backs: list[FakeBack] = []
         self._before_beat: Callable[[], None] | None = None
@@ -265,7 +264,7 @@ class FakeWire:
 
     def tick(self) -> None:
         """Registering, leases, heartbeats at the network's time."""
-        if self.is_dead:
+        if self.is_dead or self._unread is not None:
             return
         if self._before_beat is not None:
             self._before_beat()
@@ -274,6 +273,23 @@ class FakeWire:
         for back in self._backs:
             for connection in list(back.connections.values()):
                 connection.session.tick(self.network.now_ns)
+
+    def take(self, receive: Callable[[], None]) -> None:
+        """A message has come: it is received, or lies unread during a pause, or finds this life over."""
+        if self._unread is not None:
+            self._unread.append(receive)
+        elif not self.is_dead:
+            receive()
+
+    def pause(self) -> None:
+        """Do nothing and read nothing until `go_on`, as a stopped process does."""
+        self._unread = []
+
+    def go_on(self) -> None:
+        """Go on after a pause. A tick comes first, then all that has come meanwhile."""
+        unread, self._unread = self._unread or [], None
+        for receive in unread:
+            self.network.post(receive)
 
     def kill(self) -> None:
         """End this life at once, without a word."""

@@ -15,6 +15,7 @@ from headrace.wire import topology
 from headrace.wire.envelope import int32_array, int32_frame
 from headrace.wire.fake import FakeNetwork, FakeWire
 from headrace.wire.link import Peer
+from headrace.wire.session import Leases
 
 ADDRESS = "fake://router"
 
@@ -85,6 +86,25 @@ def test_silence_ends_the_acquaintance_on_both_ends(network: FakeNetwork, router
     assert [instance for instance, _ in router.lost] == ["tokenizer-0"]
     with pytest.raises(ReplicaDeadError):
         router.peers[0].send("tokenize", Tokenize())
+
+
+def test_a_paused_process_reads_what_its_peers_said_before_it_finds_them_silent(network: FakeNetwork) -> None:
+    """Method: the router has the shorter lease, so that nobody else ends an acquaintance during its pause."""
+    recorder, wire = Recorder(), network.wire("router", "router-0", Leases(lease_ns=3_000_000_000))
+    wire.bind(topology.ROUTER_BACKPLANE, ADDRESS, recorder)
+    _, living = connect(network)
+    silent, _ = connect(network, instance="tokenizer-1")
+    network.advance(1)
+    wire.pause()
+    network.advance(1)
+    silent.pause()
+    network.advance(3)
+    wire.go_on()
+    network.settle()
+    assert not recorder.lost and not living.lost
+    network.advance(4)
+    assert [instance for instance, _ in recorder.lost] == ["tokenizer-1"]
+    assert not living.lost
 
 
 def test_new_life_replaces_the_former_at_once(network: FakeNetwork, router: Recorder) -> None:
