@@ -2,7 +2,8 @@
 
 A front session sits on one bound address and keeps a table of registered peers; a back session sits on one dialled connection and
 knows one front. Both take the parts of a message and a time, and send through a callable that either queues the parts or raises.
-What the two ends hold of each other dies by goodbye, by a lease that runs out, or when a newer life of the same instance appears.
+What the two ends hold of each other dies by goodbye, by a lease that runs out, when a newer life of the same instance appears, or
+when the one that dials lost the other and registers anew.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ class Peer:
         self.num_lanes = 0
         self.last_seen_ns = 0
         self.is_alive = True
+        # It has said something after it registered, so it knows that it was accepted.
+        self.has_answered = False
         self._send = send
 
     def __repr__(self) -> str:
@@ -233,6 +236,7 @@ class FrontSession(Session):
             self.reply_unsupported(peer, refusal)
         else:
             peer.last_seen_ns = now_ns
+            peer.has_answered = True
             self._dispatch(peer, message, arm, parts)
 
     def tick(self, now_ns: int) -> None:
@@ -306,6 +310,11 @@ class FrontSession(Session):
             self._send_registered(routing_id, edge, incarnation, answer)
             return
         known = self.peers.get(incarnation)
+        # A peer registers again and again until it hears that it is accepted, and says nothing else before. One that has, and
+        # registers now, had lost us, while we did not run perhaps: it has let go of what we share, and so must we.
+        if known is not None and known.has_answered:
+            self.lose(known, "it had lost us")
+            known = None
         namesakes = [p for p in self.peers.values() if p.instance == register.instance and p.role == role]
         for former in namesakes:
             if former.incarnation != incarnation:

@@ -73,15 +73,14 @@ class WorkerEnd(Recorder):
         super().__init__()
         self.wire = wire
         pool = capacity.pools[0] if capacity.pools else control.PagePoolInfo(num_pages=1, page_size=1)
-        self.fake = FakeWorker(
-            builders.capacity(
-                num_pages=pool.num_pages,
-                page_size=pool.page_size,
-                max_num_seqs=capacity.max_num_seqs,
-                max_num_batched_tokens=capacity.max_num_batched_tokens,
-                vocab_size=VOCAB_SIZE,
-            )
+        self._capacity = builders.capacity(
+            num_pages=pool.num_pages,
+            page_size=pool.page_size,
+            max_num_seqs=capacity.max_num_seqs,
+            max_num_batched_tokens=capacity.max_num_batched_tokens,
+            vocab_size=VOCAB_SIZE,
         )
+        self.fake = FakeWorker(self._capacity)
         self.is_held = False
         # How long it says that each token of a step took.
         self.token_ns = 0
@@ -91,6 +90,12 @@ class WorkerEnd(Recorder):
         self._num_rows = 0
         register = control.Register(role=control.ROLE_WORKER, instance=wire.identity.instance, capacity=capacity)
         wire.dial(topology.SCHEDULER_BACKPLANE, [scheduler_address], self, register=lambda: register)
+
+    def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        super().on_peer_lost(peer, reason)
+        # As the real one, it forgets every sequence.
+        self.fake = FakeWorker(self._capacity)
+        self._held.clear()
 
     def on_message(self, peer: Peer, message: Any, frames: list[memoryview]) -> None:
         super().on_message(peer, message, frames)
@@ -179,6 +184,7 @@ class World:
     service: SchedulerService
     router: Recorder
     router_wire: Any
+    scheduler_wire: FakeWire
     detokenizer: DetokenizerEnd
     context: ServiceContext
     workers: list[WorkerEnd] = field(default_factory=list)
@@ -198,7 +204,7 @@ class World:
         context.tracer = tracer or context.tracer
         service = SchedulerService(context, Settings(**settings))
         await service.start()
-        world = cls(network, service, router, router_wire, detokenizer, context)
+        world = cls(network, service, router, router_wire, wire, detokenizer, context)
         await world.settle()
         return world
 

@@ -129,6 +129,25 @@ async def test_a_dead_workers_requests_go_on_at_another(tmp_path: Path) -> None:
     assert world.detokenizer.stream(1) == (outputs([1, 2, 3], 40), common.FINISH_REASON_LENGTH)
 
 
+async def test_after_a_pause_in_which_its_worker_lost_it_the_scheduler_begins_a_lane_anew(tmp_path: Path) -> None:
+    """Method: a result lies unread at the pause, so the next plan leaves before it is read that the worker has registered again."""
+    world = await World.make(tmp_path)
+    worker = await world.join()
+    worker.is_held = True
+    await world.submit(tokens=[1, 2, 3])
+    world.scheduler_wire.pause()
+    worker.go_on()
+    await world.advance(6)
+    assert not worker.peers, "the worker has lost the scheduler"
+    world.scheduler_wire.go_on()
+    await world.advance(1)
+    assert world.service.load().num_lanes == 1
+    # The router had lost the scheduler, too, and submits again.
+    await world.submit(tokens=[1, 2, 3], stream_id=2)
+    assert world.detokenizer.stream(2) == (outputs([1, 2, 3], 8), common.FINISH_REASON_LENGTH)
+    assert not any(lane.in_flight for lane in world.service.core.lanes)
+
+
 async def test_a_worker_that_forgot_a_sequence_gets_it_again(tmp_path: Path) -> None:
     world = await World.make(tmp_path)
     worker = await world.join()

@@ -107,6 +107,34 @@ def test_a_paused_process_reads_what_its_peers_said_before_it_finds_them_silent(
     assert not living.lost
 
 
+@pytest.mark.parametrize("role", ["tokenizer", "scheduler", "detokenizer"])
+def test_a_front_that_was_lost_during_its_pause_lets_go_of_what_it_held_too(
+    network: FakeNetwork, router: Recorder, role: str
+) -> None:
+    """Goal: both ends begin anew, once. Method: the front reads what its peer said before, then many a register."""
+    _, back = connect(network, role, f"{role}-0")
+    network.advance(1)
+    network.fronts[ADDRESS].wire.pause()
+    network.advance(6)
+    assert len(back.lost) == 1
+    network.fronts[ADDRESS].wire.go_on()
+    network.advance(1)
+    assert router.lost == [(f"{role}-0", "it had lost us")]
+    assert [peer.is_alive for peer in router.peers] == [peer.is_alive for peer in back.peers] == [False, True]
+    network.advance(20)
+    assert len(router.peers) == len(back.peers) == 2
+
+
+def test_a_register_that_is_repeated_changes_nothing(network: FakeNetwork, router: Recorder) -> None:
+    network.fronts[ADDRESS].wire.pause()
+    _, tokenizer = connect(network)
+    network.advance(1)
+    network.fronts[ADDRESS].wire.go_on()
+    network.advance(1)
+    assert len(router.peers) == len(tokenizer.peers) == 1
+    assert not router.lost and not tokenizer.lost
+
+
 def test_new_life_replaces_the_former_at_once(network: FakeNetwork, router: Recorder) -> None:
     wire, _ = connect(network)
     network.settle()
