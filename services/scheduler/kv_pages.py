@@ -25,12 +25,15 @@ class KvPages:
         pool: Which pages are free.
         tree: Which prefixes are cached; always empty without an eviction policy.
         keeps_prefixes: Whether there is one.
+        withheld: Sequences whose prompt is computed and which have got no token, their grammars not being there: published with
+            their first.
     """
 
     def __init__(self, pool: PagePool, eviction: Eviction | None) -> None:
         self.pool = pool
         self.tree = RadixTree(pool.page_size, eviction or "lru")
         self.keeps_prefixes = eviction is not None
+        self.withheld: dict[Sequence, None] = {}
         self._num_flushes = 0
         # By the sequence that has entered, the pages that the next plan shall have copied, and where to.
         self._copies: dict[Sequence, list[tuple[int, int]]] = {}
@@ -119,6 +122,7 @@ class KvPages:
         """The sequence's known tokens are all computed and sound: others may use its full pages from now on."""
         sequence.is_sound = True
         sequence.fork_source = None
+        self.withheld.pop(sequence, None)
         num_pages = sequence.num_tokens // self.pool.page_size
         if not self._is_kept(sequence) or num_pages == sequence.num_shared_pages:
             return
@@ -138,6 +142,7 @@ class KvPages:
         """Take a sequence's pages back; the tree keeps those of its `num_computed` first tokens if they are sound."""
         # Its pages may go to another before the next plan.
         self._copies.pop(sequence, None)
+        self.withheld.pop(sequence, None)
         pages, num_kept = sequence.pages, sequence.num_shared_pages
         if sequence.is_sound and self._is_kept(sequence):
             num_full = num_computed // self.pool.page_size

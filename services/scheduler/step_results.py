@@ -106,14 +106,16 @@ def _without_withheld(lane: Lane, gave: RowTokens) -> RowTokens:
             kept.counts.append(len(tokens))
         else:
             lane.clock.advance(sequence, -1)
+            if not sequence.is_sound:
+                lane.kv.withheld[sequence] = None
     return kept
 
 
 def _publish(lane: Lane, step: StepInFlight, gave: RowTokens) -> None:
-    """Prompts that the step completed, and which got a token, are good: others may share them."""
-    if step.completed:
+    """Prompts that got their first token are good: others may share them. The step completed them, or one before it did."""
+    if step.completed or lane.kv.withheld:
         got_token = set(gave.rows)
-        for sequence in step.completed:
+        for sequence in (*step.completed, *lane.kv.withheld):
             if sequence in got_token:
                 lane.kv.publish(sequence)
 

@@ -97,6 +97,33 @@ def test_others_take_over_a_prompt_only_when_its_first_token_is_there() -> None:
     system.check_accounting()
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("num_withheld", [1, 2, 5])
+def test_a_prompt_is_shared_from_the_first_token_on_however_late_that_came(run_ahead: bool, num_withheld: int) -> None:
+    """Goal: who waits for a prompt does not wait for its whole output. Method: the others are short, and end while it runs."""
+    system = start(run_ahead=run_ahead, num_pages=256, max_num_batched_tokens=64)
+    prompt = [token % 50 for token in range(7, 47)]
+    late = builders.sequence(system.core, "late", prompt, max_tokens=60, fork_group="choices")
+    late.constraint = (num_withheld, 0)
+    choice = builders.sequence(system.core, "choice", prompt, max_tokens=3, fork_group="choices")
+    other = builders.sequence(system.core, "other", [*prompt, 1, 2], max_tokens=3)
+    for sequence in (late, choice, other):
+        system.submit(sequence)
+    site = next(iter(system.sites.values()))
+    while late.num_output_tokens < 12:
+        system.plan_all()
+        system.deliver_result(site)
+        system.check_accounting()
+        if not late.num_output_tokens:
+            assert choice.lane is other.lane is None
+    assert choice.finish_reason is other.finish_reason is FinishReason.LENGTH
+    assert system.core.counts.num_forked == 1
+    assert other.num_cached_tokens == 40
+    assert site.lane.kv.tree.num_pages >= 40 // 4
+    system.run()
+    system.check_accounting()
+
+
 def test_an_unconstrained_row_without_a_token_fails() -> None:
     system = start()
     stream = submit(system, "a", num_withheld=1, max_tokens=3)
