@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from headrace.errors import DeadlineExceededError, InvalidRequestError, NotFoundError, UnavailableError
+from typing import Final
+
+from headrace.errors import DeadlineExceededError, InvalidRequestError, NotFoundError, RequestFailedError, UnavailableError
 from services.scheduler.deadlines import BestSpeed
 from services.scheduler.lanes import Lanes
 from services.scheduler.logprobs import NUMBERS_MAX
 from services.scheduler.sequence import Sequence
+
+LANES_LOST_MAX: Final = 3
+"""What was on so many lanes when they were lost may be what ends them."""
+HARMLESS_TOKENS: Final = 32
+"""A sequence that got so many tokens on a lane is not what ended it, nor those before."""
 
 
 def check_request(sequence: Sequence, model: str, now_ns: int) -> None:
@@ -90,6 +97,26 @@ def check_still_possible(sequence: Sequence, model: str, max_prompt_tokens: int)
     if sequence.num_tokens > max_prompt_tokens:
         raise InvalidRequestError(
             f"the prompt has {sequence.num_tokens} tokens; the lanes that are left take {max_prompt_tokens}", param="prompt"
+        )
+
+
+def count_lost_lane(sequence: Sequence) -> None:
+    """Count a lane that was lost with a sequence on it, if its worker had been told of it.
+
+    Raises:
+        RequestFailedError: They are too many to risk another one.
+    """
+    if not sequence.is_announced:
+        return
+    # While it decodes, what it had scheduled of its prefill is what it came with.
+    if sequence.is_sound and sequence.num_tokens - sequence.num_scheduled >= HARMLESS_TOKENS:
+        sequence.num_lanes_lost = 0
+        return
+    sequence.num_lanes_lost += 1
+    if sequence.num_lanes_lost >= LANES_LOST_MAX:
+        raise RequestFailedError(
+            f"scheduler: {LANES_LOST_MAX} workers ended while they had request {sequence.request_id!r} of {sequence.num_tokens} "
+            "tokens, and no more are risked for it; the workers' logs say what they ended with"
         )
 
 

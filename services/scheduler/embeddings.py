@@ -10,7 +10,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
 
 from headrace.errors import (
     DeadlineExceededError,
@@ -21,10 +20,8 @@ from headrace.errors import (
     RequestFailedError,
     UnavailableError,
 )
+from services.scheduler.admission import LANES_LOST_MAX
 from services.scheduler.deadlines import Deadlines
-
-LANES_LOST_MAX: Final = 3
-"""A text that was on so many lanes when they were lost may be what ends them."""
 
 
 @dataclass(frozen=True, slots=True)

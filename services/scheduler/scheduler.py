@@ -17,7 +17,14 @@ from headrace.errors import (
     InvalidRequestError,
     ReplicaDeadError,
 )
-from services.scheduler.admission import check_deadline, check_drafts, check_request, check_size, check_still_possible
+from services.scheduler.admission import (
+    check_deadline,
+    check_drafts,
+    check_request,
+    check_size,
+    check_still_possible,
+    count_lost_lane,
+)
 from services.scheduler.counts import Counts
 from services.scheduler.deadlines import BestSpeed, Deadlines
 from services.scheduler.entrance import Entrance
@@ -240,11 +247,19 @@ class Scheduler:
         return lane
 
     def lane_lost(self, lane_id: int, now_ns: int) -> None:
-        """A worker group is gone: its sequences, with all tokens so far, wait in front of all others for another lane."""
+        """A worker group is gone: its sequences, with all tokens so far, wait in front of all others for another lane.
+
+        One that has lost too many, and may be what ends them, ends.
+        """
         lane = self.lanes.remove(lane_id)
         if lane is None:
             return
         self.groups.remove(lane)
+        for sequence in list(lane.running()):
+            try:
+                count_lost_lane(sequence)
+            except HeadraceError as error:
+                self._end(sequence, FinishReason.ERROR, now_ns, error)
         self._requeue(list(lane.running()))
         self._entrance.forget(lane)
         if len(self.lanes):

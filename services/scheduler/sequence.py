@@ -117,6 +117,8 @@ class Sequence:
     promoted_priority: float = 0.0
     num_preemptions: int = 0
     num_times_lost: int = 0
+    # Lanes that were lost with it in a row, before it had got far on them.
+    num_lanes_lost: int = 0
     was_scheduled: bool = False
 
     # Of its stay in a lane; meaningless while it waits.

@@ -79,6 +79,7 @@ class Stream:
     finish: FinishReason | None = None
     num_ends: int = 0
     error_code: str | None = None
+    error_message: str = ""
 
 
 @dataclass
@@ -197,7 +198,8 @@ class System:
             stream = self.streams[ending.sequence.stream_id]
             if stream.sequence is ending.sequence:
                 stream.num_ends += 1
-                stream.error_code = ending.error.code if ending.error else None
+                if ending.error is not None:
+                    stream.error_code, stream.error_message = ending.error.code, ending.error.message
             assert ending.sequence.status is Status.FINISHED
             assert ending.sequence.lane is None
             assert ending.sequence.finish_reason is not FinishReason.NONE

@@ -17,7 +17,8 @@ from headrace.errors import (
     RequestFailedError,
     UnavailableError,
 )
-from services.scheduler.embeddings import LANES_LOST_MAX, EmbedCapacity, Embeddings, EmbedLane, EmbedRequest
+from services.scheduler.admission import LANES_LOST_MAX
+from services.scheduler.embeddings import EmbedCapacity, Embeddings, EmbedLane, EmbedRequest
 
 
 @dataclass

@@ -7,6 +7,7 @@ from array import array
 import pytest
 
 from headrace.errors import InvalidRequestError, NotFoundError, ReplicaDeadError
+from services.scheduler.admission import HARMLESS_TOKENS, LANES_LOST_MAX
 from services.scheduler.sequence import FinishReason
 from tests.unit.scheduler import builders
 from tests.unit.scheduler.fake_worker import next_token
@@ -60,6 +61,50 @@ def test_a_lost_lanes_sequences_go_on_where_they_were() -> None:
     system.run()
     assert [len(stream.tokens) for stream in system.streams.values()] == [30, 30]
     assert system.core.counts.num_requeued == 2
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_a_request_on_every_lane_that_is_lost_ends(num_steps: int) -> None:
+    """Method: its worker ends at its first step, at its first decode, or soon after; one that waits is not blamed."""
+    system = System(builders.scheduler())
+    site = system.join(builders.capacity(max_num_seqs=1))
+    for request_id in ("poison", "waits"):
+        system.submit(builders.sequence(system.core, request_id, max_tokens=90))
+    poison, waits = system.streams.values()
+    for life in range(LANES_LOST_MAX):
+        assert not poison.num_ends
+        site = site if not life else system.join(builders.capacity(max_num_seqs=1))
+        for _ in range(num_steps):
+            system.plan_all()
+            system.deliver_result(site)
+        system.plan_all()
+        system.lose(site.lane.lane_id)
+    assert poison.error_code == "request_failed"
+    assert poison.error_message.startswith(f"scheduler: {LANES_LOST_MAX} workers ended while they had request 'poison'")
+    system.check_accounting()
+    system.join(builders.capacity())
+    system.run()
+    assert len(waits.tokens) == 90
+
+
+def test_a_request_that_gets_on_survives_any_number_of_lanes() -> None:
+    """Goal: those beside what ends workers are not blamed for it in the long run."""
+    system = System(builders.scheduler())
+    system.join(builders.capacity(num_pages=128, max_model_len=400))
+    sequence = builders.sequence(system.core, "long", max_tokens=300)
+    system.submit(sequence)
+    for life in range(1, 3 * LANES_LOST_MAX):
+        site = system.sites[life]
+        # On every third it gets on: what was counted before is forgotten.
+        num_tokens = sequence.num_tokens + (HARMLESS_TOKENS if life % 3 == 0 else 1)
+        while sequence.num_tokens < num_tokens:
+            system.plan_all()
+            system.deliver_result(site)
+        system.lose(life)
+        system.join(builders.capacity(num_pages=128, max_model_len=400))
+    system.run()
+    stream = next(iter(system.streams.values()))
+    assert (len(stream.tokens), stream.error_code) == (300, None)
 
 
 def test_a_sequence_that_outgrew_every_lane_that_is_left_ends_with_length() -> None:

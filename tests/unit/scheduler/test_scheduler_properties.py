@@ -15,7 +15,15 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headrace.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, ReplicaDeadError, UnavailableError
+from headrace.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    OverloadedError,
+    ReplicaDeadError,
+    RequestFailedError,
+    UnavailableError,
+)
+from services.scheduler.admission import LANES_LOST_MAX
 from services.scheduler.policies.registry import POLICIES
 from services.scheduler.radix_tree import Eviction
 from services.scheduler.sequence import FinishReason
@@ -263,7 +271,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_output(self, stream_id: int, stream: Stream) -> None:
         tokens, reason = _alone(stream)
         assert stream.tokens == tokens[: len(stream.tokens)]
-        if stream.error_code is not None:
+        if stream.error_code == RequestFailedError.code:
+            assert stream.sequence.num_lanes_lost == LANES_LOST_MAX
+        elif stream.error_code is not None:
             assert stream.error_code in {DeadlineExceededError.code, InvalidRequestError.code}
             assert stream.finish is None
         elif stream.finish is not None:
