@@ -74,7 +74,14 @@ class FakeNetwork:
 class FakeFront:
     """A bound address in memory."""
 
-    def __init__(self, wire: FakeWire, backplane: Backplane, address: str, handler: Handler) -> None:
+    def __init__(
+        self,
+        wire: FakeWire,
+        backplane: Backplane,
+        address: str,
+        handler: Handler,
+        admit: Callable[[Register], None] | None,
+    ) -> None:
         self.wire = wire
         self.address = address
         self.connections: dict[bytes, FakeConnection] = {}
@@ -86,6 +93,7 @@ class FakeFront:
             metrics=wire.metrics,
             leases=wire.leases,
             unix_ns=wire.network.unix_ns,
+            admit=admit,
         )
 
     @property
@@ -176,6 +184,13 @@ class FakeBack:
         connection = self.connections.get(address)
         return connection.session.peer if connection else None
 
+    @property
+    def refused_reason(self) -> str:
+        """Why a front does not take us; empty while none says so."""
+        return next(
+            (connection.session.refused_reason for connection in self.connections.values() if connection.session.refused_reason), ""
+        )
+
     def add_target(self, address: str) -> None:
         """Dial one more address."""
         if address not in self.connections:
@@ -224,9 +239,11 @@ class FakeWire:
         """This process life's number."""
         return self.identity.incarnation
 
-    def bind(self, backplane: Backplane, address: str, handler: Handler) -> FakeFront:
+    def bind(
+        self, backplane: Backplane, address: str, handler: Handler, *, admit: Callable[[Register], None] | None = None
+    ) -> FakeFront:
         """Open a backplane at an address of the fake network."""
-        front = FakeFront(self, backplane, address, handler)
+        front = FakeFront(self, backplane, address, handler, admit)
         self.network.fronts[address] = front
         self._fronts.append(front)
         return front

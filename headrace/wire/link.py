@@ -209,6 +209,14 @@ class Back:
         connection = self._connections.get(address)
         return connection.session.peer if connection else None
 
+    @property
+    def refused_reason(self) -> str:
+        """Why a front does not take us; empty while none says so."""
+        return next(
+            (connection.session.refused_reason for connection in self._connections.values() if connection.session.refused_reason),
+            "",
+        )
+
     def add_target(self, address: str) -> None:
         """Dial one more address (not a name to look up). Known ones are kept."""
         if address not in self._connections:
@@ -322,8 +330,16 @@ class Wire:
         """This process life's number."""
         return self.identity.incarnation
 
-    def bind(self, backplane: Backplane, address: str, handler: Handler) -> Front:
+    def bind(
+        self, backplane: Backplane, address: str, handler: Handler, *, admit: Callable[[Register], None] | None = None
+    ) -> Front:
         """Open a backplane.
+
+        Args:
+            backplane: Which.
+            address: Where.
+            handler: Who is told of peers and messages.
+            admit: Raises a `HeadraceError` where one that registers is not to be taken; it is told, and asks again every second.
 
         Raises:
             ConfigError: The address is busy, malformed, or open to every interface without CURVE.
@@ -352,7 +368,14 @@ class Wire:
 
         def make_session(send: Callable[[bytes, Parts], None]) -> FrontSession:
             return FrontSession(
-                self.identity, backplane, handler, send=send, metrics=self._metrics, leases=self._leases, unix_ns=time.time_ns
+                self.identity,
+                backplane,
+                handler,
+                send=send,
+                metrics=self._metrics,
+                leases=self._leases,
+                unix_ns=time.time_ns,
+                admit=admit,
             )
 
         front = Front(socket, bound.decode().rstrip("\0"), lock, make_session)

@@ -203,6 +203,7 @@ class FrontSession(Session):
         metrics: WireMetrics,
         leases: Leases,
         unix_ns: Callable[[], int],
+        admit: Callable[[Register], None] | None = None,
     ) -> None:
         super().__init__(identity, handler, metrics, leases, unix_ns)
         self.backplane = backplane
@@ -210,6 +211,7 @@ class FrontSession(Session):
         self.num_lanes = 0
         self._by_routing_id: dict[bytes, Peer] = {}
         self._send = send
+        self._admit = admit
         self._next_heartbeat_ns = 0
 
     def receive(self, routing_id: bytes, parts: Parts, now_ns: int) -> None:
@@ -301,9 +303,7 @@ class FrontSession(Session):
         edge = self.backplane.edge_from(role)
         if edge is None or not register.instance:
             reason = f"role {register.role} named {register.instance!r} has no business here"
-            detail = ErrorDetail(code="protocol_error", message=reason)
-            self.drop(self.backplane.name, "refused_register", detail.message)
-            self._send_registered(routing_id, None, incarnation, Registered(instance=self.identity.instance, error=detail))
+            self._refuse(routing_id, self.backplane.edges[0], incarnation, ProtocolError(reason))
             return
         answer = Registered(instance=self.identity.instance, num_lanes=self.num_lanes, inquiry=register.inquiry)
         if register.inquiry:
@@ -319,6 +319,12 @@ class FrontSession(Session):
         for former in namesakes:
             if former.incarnation != incarnation:
                 self.lose(former, "replaced by a new life")
+        if known is None and self._admit is not None:
+            try:
+                self._admit(register)
+            except HeadraceError as error:
+                self._refuse(routing_id, edge, incarnation, error)
+                return
         peer = known or Peer(edge, role, register.instance, incarnation, self._send_to)
         self._by_routing_id.pop(peer.routing_id, None)
         peer.routing_id = routing_id
@@ -342,8 +348,13 @@ class FrontSession(Session):
             self.metrics.overloads.labels(peer.edge.name).inc()
             raise
 
-    def _send_registered(self, routing_id: bytes, edge: Edge | None, recipient: int, answer: Registered) -> None:
-        edge = edge or self.backplane.edges[0]
+    def _refuse(self, routing_id: bytes, edge: Edge, recipient: int, error: HeadraceError) -> None:
+        """Say why one that registers is not taken. It asks again."""
+        self.drop(self.backplane.name, "refused_register", error.message)
+        detail = ErrorDetail(code=error.code, message=error.message)
+        self._send_registered(routing_id, edge, recipient, Registered(instance=self.identity.instance, error=detail))
+
+    def _send_registered(self, routing_id: bytes, edge: Edge, recipient: int, answer: Registered) -> None:
         self._send_quietly(routing_id, edge, edge.back, "registered", answer, recipient)
 
     def _answer_stranger(self, routing_id: bytes, message: Any, reason: str, *, register_again: bool) -> None:
@@ -361,7 +372,12 @@ class FrontSession(Session):
 
 
 class BackSession(Session):
-    """The dialling end of one connection. `active` says whether it may register; an inactive one only inquires."""
+    """The dialling end of one connection.
+
+    Attributes:
+        is_active: Whether it may register; an inactive one only inquires.
+        refused_reason: Why the front does not take us; empty while it does not say so.
+    """
 
     def __init__(  # noqa: PLR0913 - all by name, from one place
         self,
@@ -384,11 +400,11 @@ class BackSession(Session):
         self.is_active = is_active
         self.inquired_lanes: int | None = None
         self.inquired_instance = ""
+        self.refused_reason = ""
         self._register = register
         self._send = send
         self._next_register_ns = 0
         self._next_heartbeat_ns = 0
-        self._refused = ""
 
     def receive(self, parts: Parts, now_ns: int) -> None:
         """Take one message."""
@@ -426,7 +442,9 @@ class BackSession(Session):
                 body.inquiry = not self.is_active
                 # What could not be sent, because nobody is connected yet, is tried again at the next tick.
                 if self._send_quietly("register", body, 0):
-                    self._next_register_ns = now_ns + self.leases.register_ns * (10 if self._refused else 1)
+                    self._next_register_ns = now_ns + self.leases.register_ns * (10 if self.refused_reason else 1)
+                else:
+                    self.refused_reason = ""
             return
         if now_ns - self.peer.last_seen_ns > self.leases.lease_ns:
             self.lose(f"not heard of for {self.leases.lease_ns / 1e9:g} s")
@@ -474,11 +492,11 @@ class BackSession(Session):
 
     def _on_registered(self, sender: int, registered: Registered, now_ns: int) -> None:
         if registered.HasField("error"):
-            if self._refused != registered.error.message:
-                self._refused = registered.error.message
+            if self.refused_reason != registered.error.message:
+                self.refused_reason = registered.error.message
                 log.error("registration.refused", address=self.address, reason=registered.error.message)
             return
-        self._refused = ""
+        self.refused_reason = ""
         if registered.inquiry:
             self.inquired_lanes = registered.num_lanes
             self.inquired_instance = registered.instance

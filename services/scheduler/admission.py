@@ -16,6 +16,24 @@ HARMLESS_TOKENS: Final = 32
 """A sequence that got so many tokens on a lane is not what ended it, nor those before."""
 
 
+def check_lane(model: str, lanes: Lanes, held: str) -> None:
+    """Refuse a worker group that holds another model than the lanes that are here.
+
+    Args:
+        model: The group's.
+        lanes: Those that are here.
+        held: Theirs.
+
+    Raises:
+        InvalidRequestError: It names both.
+    """
+    if len(lanes) and model != held:
+        raise InvalidRequestError(
+            f"scheduler: a lane with model {model!r} cannot join lanes with model {held!r}, before the last of them has left",
+            param="capacity.model",
+        )
+
+
 def check_request(sequence: Sequence, model: str, now_ns: int) -> None:
     """Refuse what needs no look at its length.
 

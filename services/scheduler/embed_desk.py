@@ -175,15 +175,15 @@ class EmbedDesk:
 
     # Workers
 
+    def check(self, capacity: control.Capacity | None) -> None:
+        """Raise why a worker group that embeds cannot be a lane."""
+        assert capacity is not None
+        embed_messages.embed_capacity(capacity)
+
     def on_peer(self, peer: Peer) -> None:
         """A worker group that embeds registered."""
         assert peer.capacity is not None
-        try:
-            capacity = embed_messages.embed_capacity(peer.capacity)
-        except ProtocolError as error:
-            log.error("lane.refused", worker=peer.instance, reason=error.message)
-            peer.send("unsupported", control.Unsupported(reason=error.message))
-            return
+        capacity = embed_messages.embed_capacity(peer.capacity)
         lane = self.core.lane_joined(peer.incarnation, capacity)
         self._sites[peer.incarnation] = _Site(peer, lane, peer.capacity.model)
         self._vocab_sizes[capacity.model] = capacity.vocab_size
@@ -274,6 +274,9 @@ class EmbedDesk:
 class Workers(Protocol):
     """What plans one kind of work."""
 
+    def check(self, capacity: control.Capacity | None) -> None:
+        """Raise a `HeadraceError` where a worker group cannot be a lane now."""
+
     def on_peer(self, peer: Peer) -> None:
         """A worker group registered."""
 
@@ -294,21 +297,26 @@ class WorkerSwitch:
         self._generating = generating
         self._embedding = embedding
 
+    def admit(self, register: control.Register) -> None:
+        """Raise a `HeadraceError` where a worker group is not to be a lane now; it asks again."""
+        capacity = register.capacity if register.HasField("capacity") else None
+        self._of(capacity).check(capacity)
+
     def on_peer(self, peer: Peer) -> None:
         """A worker group registered."""
-        self._of(peer).on_peer(peer)
+        self._of(peer.capacity).on_peer(peer)
 
     def on_peer_lost(self, peer: Peer, reason: str) -> None:
         """A worker group is gone."""
-        self._of(peer).on_peer_lost(peer, reason)
+        self._of(peer.capacity).on_peer_lost(peer, reason)
 
     def on_heartbeat(self, peer: Peer) -> None:
         """A worker group lives."""
-        self._of(peer).on_heartbeat(peer)
+        self._of(peer.capacity).on_heartbeat(peer)
 
     def on_message(self, peer: Peer, message: Any, frames: list[memoryview]) -> None:
         """A step's result."""
-        self._of(peer).on_message(peer, message, frames)
+        self._of(peer.capacity).on_message(peer, message, frames)
 
-    def _of(self, peer: Peer) -> Workers:
-        return self._embedding if embed_messages.embeds(peer.capacity) else self._generating
+    def _of(self, capacity: control.Capacity | None) -> Workers:
+        return self._embedding if embed_messages.embeds(capacity) else self._generating

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from headrace.errors import (
     DeadlineExceededError,
     HeadraceError,
-    InvalidRequestError,
     ReplicaDeadError,
 )
 from services.scheduler.admission import (
     check_deadline,
     check_drafts,
+    check_lane,
     check_request,
     check_size,
     check_still_possible,
@@ -228,11 +228,7 @@ class Scheduler:
         Raises:
             InvalidRequestError: It holds another model than the lanes that are here, and is not enrolled.
         """
-        if len(self.lanes) and capacity.model != self.model:
-            raise InvalidRequestError(
-                f"scheduler: a lane with model {capacity.model!r} cannot join lanes with model {self.model!r}",
-                param="capacity.model",
-            )
+        check_lane(capacity.model, self.lanes, self.model)
         self.lane_lost(lane_id, now_ns)
         lane = Lane(lane_id, capacity, self._eviction, self._rules)
         # A worker that comes back in the same life must see no step id twice.

@@ -26,6 +26,7 @@ from headrace.wire import topology
 from headrace.wire.link import Back, Front
 from headrace.wire.session import Peer
 from services.scheduler import messages
+from services.scheduler.admission import check_lane
 from services.scheduler.cache_feed import CacheFeed
 from services.scheduler.config import Settings
 from services.scheduler.deadline_timer import DeadlineTimer
@@ -241,15 +242,14 @@ class WorkerLink:
         self._hub = hub
         self.sites: dict[int, WorkerSite] = {}
 
+    def check(self, capacity: control.Capacity | None) -> None:
+        """Raise why a worker group cannot be a lane now."""
+        check_lane(messages.lane_capacity(capacity).model, self._hub.core.lanes, self._hub.core.model)
+
     def on_peer(self, peer: Peer) -> None:
         """A worker group registered: a lane joins."""
-        try:
-            capacity = messages.lane_capacity(peer.capacity)
-            lane = self._hub.core.lane_joined(peer.incarnation, capacity, time.monotonic_ns())
-        except HeadraceError as error:
-            log.error("lane.refused", worker=peer.instance, reason=error.message)
-            self._tell_refused(peer, error.message)
-            return
+        capacity = messages.lane_capacity(peer.capacity)
+        lane = self._hub.core.lane_joined(peer.incarnation, capacity, time.monotonic_ns())
         assert peer.capacity is not None
         self.sites[peer.incarnation] = WorkerSite(peer, lane, peer.capacity.model)
         log.info("lane.joined", worker=peer.instance, num_pages=capacity.num_pages, page_size=capacity.page_size)
@@ -336,13 +336,6 @@ class WorkerLink:
         site.timer = None
         self.plan(site)
         self._hub.wake()
-
-    @staticmethod
-    def _tell_refused(peer: Peer, reason: str) -> None:
-        try:
-            peer.send("unsupported", control.Unsupported(reason=reason))
-        except (OverloadedError, ReplicaDeadError) as error:
-            log.debug("refusal.undelivered", worker=peer.instance, error_type=error.code)
 
     def _begin(self, sequence: Sequence, now_ns: int) -> Any:
         now_unix_ns = time.time_ns()
@@ -478,7 +471,8 @@ class SchedulerService:
         """Open the links."""
         wire = self.context.wire
         workers = WorkerSwitch(self._workers, self.embeddings)
-        self._front = wire.bind(topology.SCHEDULER_BACKPLANE, self.context.bind_address(topology.SCHEDULER_BACKPLANE), workers)
+        address = self.context.bind_address(topology.SCHEDULER_BACKPLANE)
+        self._front = wire.bind(topology.SCHEDULER_BACKPLANE, address, workers, admit=workers.admit)
         targets = self.context.dial_targets(topology.ROUTER_BACKPLANE)
         self._back = wire.dial(topology.ROUTER_BACKPLANE, targets, self._routers, register=self._register)
 

@@ -310,7 +310,7 @@ class WorkerService:
         """Ready while a scheduler has us as a lane."""
         if self._schedulers is None:
             return "the model is being loaded"
-        return None if self._scheduler is not None else "no scheduler has answered yet"
+        return None if self._scheduler is not None else self._schedulers.refused_reason or "no scheduler has answered yet"
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The one model."""

@@ -89,7 +89,7 @@ class WorkerEnd(Recorder):
         self._held: list[tuple[Peer, worker.StepPlan, list[memoryview]]] = []
         self._num_rows = 0
         register = control.Register(role=control.ROLE_WORKER, instance=wire.identity.instance, capacity=capacity)
-        wire.dial(topology.SCHEDULER_BACKPLANE, [scheduler_address], self, register=lambda: register)
+        self.back = wire.dial(topology.SCHEDULER_BACKPLANE, [scheduler_address], self, register=lambda: register)
 
     def on_peer_lost(self, peer: Peer, reason: str) -> None:
         super().on_peer_lost(peer, reason)

@@ -33,7 +33,7 @@ class Embedder(Recorder):
         offered = capacity(**(fields | changes))
         del offered.pools[:]
         register = control.Register(role=control.ROLE_WORKER, instance=instance, capacity=offered)
-        self.wire.dial(topology.SCHEDULER_BACKPLANE, ["fake://scheduler"], self, register=lambda: register)
+        self.back = self.wire.dial(topology.SCHEDULER_BACKPLANE, ["fake://scheduler"], self, register=lambda: register)
 
     def answer(self) -> None:
         """Answer what has come."""
@@ -157,7 +157,7 @@ async def test_a_worker_that_offers_nonsense_is_told(tmp_path: Path, changes: di
     world = await World.make(tmp_path)
     worker = Embedder(world, "embedding-worker-0", **changes)
     await world.settle()
-    assert worker.bodies("unsupported") or not world.scheduler_peer().models
+    assert worker.back.refused_reason and not worker.peers
     assert not world.service.embeddings.core.lanes
 
 

@@ -330,12 +330,30 @@ async def test_plans_that_find_a_full_queue_go_later_and_in_order(tmp_path: Path
 
 async def test_a_worker_without_a_page_pool_or_with_another_model_is_no_lane(tmp_path: Path) -> None:
     world = await World.make(tmp_path)
-    await world.join("worker-0", pool="sliding")
+    refused = [await world.join("worker-0", pool="sliding")]
     assert world.service.not_ready_reason() == "no lanes"
     await world.join("worker-1")
-    await world.join("worker-2", model=common.ModelInfo(name="other", max_model_len=64))
-    await world.join("worker-3", work_kinds=[])
+    refused += [
+        await world.join("worker-2", model=common.ModelInfo(name="other", max_model_len=64)),
+        await world.join("worker-3", work_kinds=[]),
+    ]
     assert world.service.load().num_lanes == 1
+    assert all(worker.back.refused_reason and not worker.peers for worker in refused)
+    assert "'other'" in refused[1].back.refused_reason and "'tiny'" in refused[1].back.refused_reason
+
+
+async def test_a_worker_with_another_model_is_taken_when_the_last_lane_has_left(tmp_path: Path) -> None:
+    world = await World.make(tmp_path)
+    old = [await world.join("worker-0"), await world.join("worker-1")]
+    new = await world.join("worker-2", model=common.ModelInfo(name="new", max_model_len=128))
+    for worker in old:
+        assert not new.peers
+        await worker.wire.close()
+        await world.advance(1.5)
+    assert world.service.load().num_lanes == 1
+    assert [model.name for model in world.scheduler_peer().models] == ["new"]
+    await world.submit(tokens=[1, 2, 3], model="new")
+    assert world.detokenizer.stream(1) == (outputs([1, 2, 3], 8), common.FINISH_REASON_LENGTH)
 
 
 async def test_a_draining_worker_gets_no_new_sequences(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from headrace.errors import OverloadedError, ReplicaDeadError
+from headrace.errors import InvalidRequestError, OverloadedError, ReplicaDeadError
 from headrace.v1.common_pb2 import Header, WorkHeader
 from headrace.v1.control_pb2 import Register
 from headrace.v1.router_pb2 import Accepted, RouterInbox
@@ -204,6 +204,41 @@ def test_role_without_an_edge_cannot_register(network: FakeNetwork, router: Reco
     network.settle()
     assert router.peers == []
     assert recorder.peers == []
+
+
+def test_who_is_refused_is_told_and_asks_again_until_it_is_taken(network: FakeNetwork) -> None:
+    recorder = Recorder()
+    asked: list[str] = []
+
+    def admit(register: Register) -> None:
+        asked.append(register.instance)
+        if len(asked) < 4:
+            raise InvalidRequestError("no room for a tokenizer")
+
+    front = network.wire("router", "router-0").bind(topology.ROUTER_BACKPLANE, ADDRESS, recorder, admit=admit)
+    wire, tokenizer = connect(network)
+    back = wire._backs[0]
+    network.settle()
+    assert back.refused_reason == "no room for a tokenizer"
+    network.advance(1)
+    assert not front.peers and not recorder.peers and not tokenizer.peers
+    assert len(asked) <= 3, "about once a second"
+    network.advance(5)
+    assert len(recorder.peers) == len(tokenizer.peers) == 1
+    assert (back.refused_reason, len(asked)) == ("", 4)
+    assert not recorder.lost and not tokenizer.lost
+
+
+def test_a_refusal_is_forgotten_when_the_front_is_gone(network: FakeNetwork) -> None:
+    def admit(register: Register) -> None:
+        raise InvalidRequestError("no room for a tokenizer")
+
+    network.wire("router", "router-0").bind(topology.ROUTER_BACKPLANE, ADDRESS, Recorder(), admit=admit)
+    wire, _ = connect(network)
+    network.settle()
+    network.fronts[ADDRESS].wire.kill()
+    network.advance(2)
+    assert not wire._backs[0].refused_reason
 
 
 def test_full_queue_is_an_error_to_the_sender_and_touches_nobody_else(network: FakeNetwork, router: Recorder) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from headrace.errors import ModelError, ProtocolError
+from headrace.errors import InvalidRequestError, ModelError, ProtocolError
 from headrace.service import ServiceContext
 from headrace.telemetry.metrics import WorkerMetrics
+from headrace.v1.control_pb2 import Register
 from headrace.v1.scheduler_pb2 import StepResult
 from headrace.v1.worker_pb2 import StepPlan
 from headrace.wire.envelope import int32_frame
@@ -37,8 +38,13 @@ class Scheduler:
         self.lanes: list[Peer] = []
         self.lost: list[str] = []
         self.results: list[StepResult] = []
+        self.refusal = ""
         self.wire = network.wire("scheduler", instance)
-        self.wire.bind(SCHEDULER_BACKPLANE, "fake://scheduler", self)
+        self.wire.bind(SCHEDULER_BACKPLANE, "fake://scheduler", self, admit=self.admit)
+
+    def admit(self, register: Register) -> None:
+        if self.refusal:
+            raise InvalidRequestError(self.refusal)
 
     def on_peer(self, peer: Peer) -> None:
         self.lanes.append(peer)
@@ -113,6 +119,15 @@ async def test_worker_offers_its_capacity_and_is_ready_once_it_has_joined(stage:
     assert (capacity.max_num_seqs, capacity.vocab_size, capacity.num_ranks) == (8, 100, 1)
     assert (capacity.pools[0].name, capacity.pools[0].page_size) == ("full", 4)
     assert capacity.model.max_model_len == 64
+
+
+async def test_worker_that_is_refused_says_why_it_is_not_ready(stage: Stage) -> None:
+    stage.scheduler.refusal = "another model is here"
+    await stage.start()
+    assert stage.service.not_ready_reason() == "another model is here"
+    stage.scheduler.refusal = ""
+    stage.network.advance(2)
+    assert stage.service.not_ready_reason() is None
 
 
 async def test_plans_are_answered_in_order_and_counted(stage: Stage, plan: Plan) -> None:
