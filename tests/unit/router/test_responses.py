@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -27,6 +28,7 @@ from services.router.generation import (
 from services.router.http.app import HttpApp
 from services.router.http.protocols import Protocols
 from services.router.http.responses import shapes
+from services.router.http.responses.claims import Claims
 from services.router.http.responses.entries import HistoryLimits
 from services.router.http.responses.history import History
 from tests.patience import NEVER_S, WAIT_S
@@ -40,9 +42,9 @@ WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object
 class Service:
     """Engine and application with everything they keep."""
 
-    def __init__(self, *script: Any, path: str = ":memory:") -> None:
+    def __init__(self, *script: Any, path: str = ":memory:", bounds: HistoryLimits = BOUNDS) -> None:
         self.engine = FakeEngine(*script)
-        self.protocols = Protocols(self.engine, storage_settings(history_path=path, history=BOUNDS))
+        self.protocols = Protocols(self.engine, storage_settings(history_path=path, history=bounds))
         self.app = HttpApp(self.engine, LIMITS, self.protocols.routes())
 
     async def create(self, **fields: Any) -> Answer:
@@ -70,8 +72,8 @@ def made() -> Iterator[list[Service]]:
 
 @pytest.fixture
 def service(made: list[Service]) -> Any:
-    def make(*script: Any, path: str = ":memory:") -> Service:
-        made.append(Service(*script, path=path))
+    def make(*script: Any, **options: Any) -> Service:
+        made.append(Service(*script, **options))
         return made[-1]
 
     return make
@@ -325,13 +327,64 @@ async def test_responses_survive_a_restart_and_unfinished_ones_have_failed(servi
     await before.until(unfinished, "in_progress")
     before.engine.script = [OutputPiece("done", (1,), "stop")]
     finished = (await before.create()).json
+    # A death lets go of its files.
+    before.protocols._history.close()
     after = service(path=path)
     await after.protocols.start(after.app)
     assert (await after.get(f"/v1/responses/{finished['id']}")).json == finished
     failed = (await after.get(f"/v1/responses/{unfinished}")).json
     assert failed["status"] == "failed"
-    assert "restarted" in failed["error"]["message"]
+    assert "has ended" in failed["error"]["message"]
     before.engine.streams[0].close()
+
+
+async def test_a_response_that_another_router_makes_is_left_alone(service: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "data" / "history.sqlite")
+    maker = service(OutputPiece("a", (1,)), NEVER_S, path=path)
+    root = f"/v1/responses/{(await maker.create(background=True)).json['id']}"
+    await maker.until(root.rpartition("/")[2], "in_progress")
+    other = service(path=path)
+    await other.protocols.start(other.app)
+    assert (await other.get(root)).json["status"] == "in_progress"
+    for method, tail in (("POST", "/cancel"), ("DELETE", ""), ("GET", "?stream=true")):
+        refused = await ask(other.app, method, root + tail)
+        assert (refused.status, "another router" in refused.json["error"]["message"]) == (503, True)
+    assert maker.engine.streams[0].num_closes == 0
+    await ask(maker.app, "POST", f"{root}/cancel")
+    assert (await other.get(root)).json["status"] == "cancelled"
+    assert (await ask(other.app, "DELETE", root)).status == 200
+    assert (await maker.get(root)).status == 404
+    assert list((tmp_path / "data" / "history.running").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+async def test_a_response_whose_end_could_not_be_kept_has_failed(service: Any, tmp_path: Path, is_shared: bool) -> None:
+    path = str(tmp_path / "data" / "history.sqlite") if is_shared else ":memory:"
+    long = OutputPiece("x" * 5000, (1,), "stop")
+    here = service(long, path=path, bounds=HistoryLimits(max_entries=10, max_bytes=4000, ttl_s=1000))
+    name = (await here.create(background=True)).json["id"]
+    failed = await here.until(name, "failed")
+    assert failed["error"]["code"] == "server_error"
+    # What the run itself tells goes when it is over.
+    async with asyncio.timeout(WAIT_S):
+        await here.protocols._responses.stop()
+    kept = (await here.get(f"/v1/responses/{name}")).json
+    assert (kept["status"], kept["output"]) == ("failed", [])
+    assert "could not keep its end" in kept["error"]["message"]
+
+
+def test_what_the_dead_left_goes_after_a_day(tmp_path: Path) -> None:
+    claims = Claims(tmp_path)
+    claims.take("mine")
+    for name in ("dead", "mine", "young"):
+        (tmp_path / name).touch()
+    for name in ("dead", "mine"):
+        os.utime(tmp_path / name, (0, 0))
+    claims.sweep((tmp_path / "young").stat().st_mtime + 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "young"]
+    assert Claims(tmp_path).is_taken("mine")
+    claims.close()
+    assert not Claims(tmp_path).is_taken("mine")
 
 
 def break_history(path: str) -> None:
@@ -520,7 +573,7 @@ def test_a_chain_has_a_bound_and_needs_finished_responses() -> None:
     assert responses.transcript("r1023", 1) == []
     with pytest.raises(InvalidRequestError, match="at most 1024"):
         responses.transcript("r1025", 1)
-    responses.put(response("open", status="in_progress"), [], now_s=0)
+    responses.begin(response("open", status="in_progress"), [], now_s=0)
     with pytest.raises(InvalidRequestError, match="finished"):
         responses.transcript("open", 1)
     history.close()

@@ -7,7 +7,6 @@ the next life goes on where this one ended: a request may be asked twice, and is
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 from headrace.errors import HeadraceError, NotFoundError
 from headrace.telemetry import logs
+from services.router.file_lock import take_lock
 from services.router.http.batches import lines as batch_lines
 from services.router.http.batches.in_process import InProcessAnswer, InProcessRequest
 from services.router.http.batches.lines import Line
@@ -95,14 +95,8 @@ class BatchRunner:
     def _has_lock(self) -> bool:
         """Whether this process is the one that works batches off; a lock is let go of by its holder's death."""
         if self._lock is None:
-            handle = os.open(self._storage.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                return False
-            self._lock = handle
-        return True
+            self._lock = take_lock(self._storage.directory / LOCK)
+        return self._lock is not None
 
     async def _work_off(self, found: Unfinished) -> None:
         assert self._app is not None

@@ -31,9 +31,17 @@ class Run:
     """One response on its way, and its events so far; the place of an event is its sequence number."""
 
     def __init__(
-        self, engine: Engine, call: Call, stream: OutputStream, answer: ResponseAnswer, keep: Keep, *, key_name: str
+        self,
+        engine: Engine,
+        call: Call,
+        stream: OutputStream,
+        answer: ResponseAnswer,
+        keep: Keep,
+        *,
+        release: Callable[[], None],
+        key_name: str,
     ) -> None:
-        """`key_name` is that of the key whose it is."""
+        """`release` is told when its end has been kept, as far as possible; `key_name` is that of the key whose it is."""
         self.answer = answer
         self.key_name = key_name
         self.events: list[bytes] = answer.queued()
@@ -43,6 +51,7 @@ class Run:
         self._call = call
         self._stream = stream
         self._keep = keep
+        self._release = release
         self._news = asyncio.Event()
         self._over = asyncio.Event()
 
@@ -66,6 +75,7 @@ class Run:
         if error is not None:
             self.answer.abandon("cancelled" if self.is_cancelled else "failed", None if self.is_cancelled else error)
             await self._keep_or_log()
+        self._release()
         self._tell([self.answer.last_event()])
         self.is_over = True
         self._over.set()

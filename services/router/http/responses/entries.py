@@ -108,11 +108,6 @@ class Entries:
         found: dict[str, Any] = orjson.loads(row[0])
         return found
 
-    def unfinished(self, statuses: Sequence[str]) -> list[dict[str, Any]]:
-        """Entries in one of these states."""
-        marks = ", ".join("?" * len(statuses))
-        return [orjson.loads(body) for (body,) in self._db.execute(f"SELECT body FROM entries WHERE status IN ({marks})", statuses)]
-
     def replace(self, body: dict[str, Any], status: str) -> None:
         """Another body for an entry that keeps its items."""
         self._db.execute("UPDATE entries SET status = ?, body = ? WHERE id = ?", (status, orjson.dumps(body), body["id"]))

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from headrace.errors import InvalidRequestError, NotFoundError
+from headrace.errors import InvalidRequestError, NotFoundError, UnavailableError
+from services.router.http.responses.claims import Claims
 from services.router.http.responses.entries import Entries, HistoryLimits
 from services.router.http.responses.items import Item
 
 CHAIN_MAX = 1024
 """Most responses that one may follow on; more would make every next one slower."""
 UNFINISHED = ("queued", "in_progress")
+LOST = "the router that made this response has ended, or could not keep its end; send the request again"
 
 
 class Responses:
     """Responses of one key, with what they were given."""
 
-    def __init__(self, entries: Entries, key_name: str) -> None:
+    def __init__(self, entries: Entries, claims: Claims, key_name: str) -> None:
         self._entries = entries
+        self._claims = claims
         self._key_name = key_name
+
+    def begin(self, response: dict[str, Any], input_items: Sequence[Item], now_s: float) -> None:
+        """Keep a response that this router is going to make, until `History.release`."""
+        self._claims.take(response["id"])
+        try:
+            self.put(response, input_items, now_s)
+        except BaseException:
+            self._claims.release(response["id"])
+            raise
 
     def put(self, response: dict[str, Any], input_items: Sequence[Item], now_s: float) -> None:
         """Keep a response as it stands, in place of how it stood before."""
@@ -36,12 +49,35 @@ class Responses:
         )
 
     def get(self, response_id: str, now_s: float) -> dict[str, Any]:
-        """A response.
+        """A response. One that is not finished, and that nobody makes any more, has failed.
 
         Raises:
             NotFoundError: There is none of that id, or it has expired.
         """
-        return self._entries.body(response_id, "response", now_s, key_name=self._key_name)
+        response = self._entries.body(response_id, "response", now_s, key_name=self._key_name)
+        if response["status"] not in UNFINISHED or self._claims.is_taken(response_id):
+            return response
+        # Its maker keeps its end before it lets go: read after that, what is unfinished stays so.
+        response = self._entries.body(response_id, "response", now_s, key_name=self._key_name)
+        if response["status"] in UNFINISHED:
+            response |= {"status": "failed", "error": {"code": "server_error", "message": LOST}}
+            self._entries.replace(response, "failed")
+        return response
+
+    def finished(self, response_id: str, now_s: float) -> dict[str, Any]:
+        """A response that this router does not make.
+
+        Raises:
+            NotFoundError: There is none of that id, or it has expired.
+            UnavailableError: Another router makes it.
+        """
+        response = self.get(response_id, now_s)
+        if response["status"] in UNFINISHED:
+            message = (
+                f"the response {response_id} is being made by another router, which alone can end it or send its events: retry"
+            )
+            raise UnavailableError(message, param="response_id")
+        return response
 
     def input_items(self, response_id: str, now_s: float) -> list[Item]:
         """What a response was given, oldest first."""
@@ -75,8 +111,8 @@ class Responses:
         return [item for part in reversed(parts) for item in part]
 
     def delete(self, response_id: str, now_s: float) -> None:
-        """Forget a response."""
-        self.get(response_id, now_s)
+        """Forget a response that this router does not make; raises as `finished` does."""
+        self.finished(response_id, now_s)
         self._entries.delete(response_id)
 
 
@@ -126,10 +162,10 @@ class Conversations:
 class KeyHistory:
     """What is remembered of one key; what others have stored is as if it were not there."""
 
-    def __init__(self, entries: Entries, key_name: str) -> None:
+    def __init__(self, entries: Entries, claims: Claims, key_name: str) -> None:
         self._entries = entries
         self._key_name = key_name
-        self.responses = Responses(entries, key_name)
+        self.responses = Responses(entries, claims, key_name)
         self.conversations = Conversations(entries, key_name)
 
     def resolve(self, items: Sequence[Item], now_s: float) -> list[Item]:
@@ -150,18 +186,21 @@ class History:
     def __init__(self, path: str, limits: HistoryLimits) -> None:
         """`path` is a file's, or ":memory:"."""
         self._entries = Entries(path, limits)
+        self._claims = Claims(None if path == ":memory:" else Path(path).with_suffix(".running"))
 
     def of(self, key_name: str) -> KeyHistory:
         """That of a key; "" where none are asked for."""
-        return KeyHistory(self._entries, key_name)
+        return KeyHistory(self._entries, self._claims, key_name)
 
-    def fail_unfinished(self, message: str) -> int:
-        """Responses that a former life of the router left unfinished have failed; gives their number."""
-        found = self._entries.unfinished(UNFINISHED)
-        for response in found:
-            self._entries.replace({**response, "status": "failed", "error": {"code": "server_error", "message": message}}, "failed")
-        return len(found)
+    def release(self, response_id: str) -> None:
+        """A response that was begun is over. Blocks no longer than a file takes to close, and may be called from any thread."""
+        self._claims.release(response_id)
+
+    def sweep(self, now_s: float) -> None:
+        """Drop what former lives of routers left."""
+        self._claims.sweep(now_s)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
+        self._claims.close()
         self._entries.close()

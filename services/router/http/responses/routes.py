@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -22,7 +23,6 @@ from services.router.http.validation import load_object, validate
 from services.router.storage_thread import StorageThread
 
 BACKGROUND_ENDPOINT = "/v1/responses (background)"
-RESTARTED = "the router was restarted while it made this response; send the request again"
 
 
 class ResponsesRoutes:
@@ -47,8 +47,8 @@ class ResponsesRoutes:
         return self._history.of(exchange.key_name)
 
     async def start(self) -> None:
-        """Responses of a former life that it could not finish have failed."""
-        await self._thread.run(self._history.fail_unfinished, RESTARTED)
+        """Drop what former lives left."""
+        await self._thread.run(self._history.sweep, time.time())
 
     async def stop(self) -> None:
         """Keep what ends now."""
@@ -92,7 +92,7 @@ class ResponsesRoutes:
             stream = serving.open_stream_for(own, exchange, self._engine, generation, user=call.body.user)
             answer = self._answer(call, own.request_id, stream.model)
             try:
-                await self._thread.run(history.responses.put, answer.response(), items, time.time())
+                await self._thread.run(history.responses.begin, answer.response(), items, time.time())
             except BaseException:
                 stream.close()
                 raise
@@ -104,7 +104,8 @@ class ResponsesRoutes:
             await _keep(self._thread, history, call, ended, items)
 
         queued = orjson.dumps(answer.response())
-        self._runs.start(Run(self._engine, own, stream, answer, keep, key_name=exchange.key_name))
+        release = partial(self._history.release, answer.id)
+        self._runs.start(Run(self._engine, own, stream, answer, keep, release=release, key_name=exchange.key_name))
         if call.body.stream is True:
             await self._runs.send_events(exchange, answer.id, starting_after=None)
         else:
@@ -116,11 +117,9 @@ class ResponsesRoutes:
         if asked.starting_after is not None and not asked.stream:
             raise InvalidRequestError("starting_after must be left out unless stream is true", param="starting_after")
         run = self._runs.running(response_id, exchange.key_name)
-        kept = (
-            run.answer.response()
-            if run is not None
-            else await self._thread.run(self._of(exchange).responses.get, response_id, time.time())
-        )
+        responses = self._of(exchange).responses
+        read = responses.finished if asked.stream else responses.get
+        kept = run.answer.response() if run is not None else await self._thread.run(read, response_id, time.time())
         if asked.stream:
             await self._runs.send_events(exchange, response_id, starting_after=asked.starting_after)
         else:
@@ -140,7 +139,7 @@ class ResponsesRoutes:
         run = self._runs.running(response_id, exchange.key_name)
         if run is not None:
             await run.cancel()
-        kept = await self._thread.run(self._of(exchange).responses.get, response_id, time.time())
+        kept = await self._thread.run(self._of(exchange).responses.finished, response_id, time.time())
         if not kept["background"]:
             raise InvalidRequestError(
                 "only a background response can be cancelled; end others by closing the connection", param="response_id"
