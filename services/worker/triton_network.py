@@ -7,7 +7,6 @@ a token is computed in changes nothing of what it attends to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import torch
 
@@ -16,13 +15,11 @@ from services.worker.attention.triton_paged import StagedStep
 from services.worker.batch_inputs import Limits
 from services.worker.decode_graphs import DecodeGraphs, Outputs
 from services.worker.device import Device
-from services.worker.gpu_step import StepStaging, parts_of
+from services.worker.gpu_step import StepStaging
 from services.worker.kv_cache import KvCache
 from services.worker.layers.ops import Best, Model, StepTensors
 from services.worker.layers.triton_ops import TritonOps
-
-PART_TOKENS_MIN: Final = 16
-"""A step of so few tokens that finds no memory will find none in parts either."""
+from services.worker.step_parts import PART_TOKENS_MIN, parts_of
 
 
 class TritonNetwork:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from headrace.errors import ConfigError
 from services.worker.native_draw import NativeDraw
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -67,6 +68,59 @@ def test_chunks_change_no_bit(native_driver: Any, chunks: list[int]) -> None:
     """So prefill and decode of a position agree, and a sequence computed again after preemption goes on as before."""
     prompt = tokens(250, seed=6)
     assert torch.equal(last_logits(native_driver, prompt, [250]), last_logits(native_driver, prompt, chunks))
+
+
+class ScarceMemory:
+    """The library, which finds memory for steps of up to so many tokens."""
+
+    def __init__(self, library: Any, max_tokens: int) -> None:
+        self._library = library
+        self.max_tokens = max_tokens
+        self.attempts: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def hr_run(self, program: Any, step: Any) -> Any:
+        self.attempts.append(step.num_tokens)
+        return step.num_tokens <= self.max_tokens and self._library.hr_run(program, step)
+
+
+def test_a_step_that_finds_no_memory_is_computed_in_halves_and_changes_no_bit(
+    native_driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and decode rows lie across the borders of the parts, and one part samples nothing."""
+    prompts = {slot: tokens(num_tokens, seed=80 + slot) for slot, num_tokens in enumerate((5, 130, 9, 40))}
+
+    def compute() -> tuple[list[dict[int, int]], list[torch.Tensor]]:
+        for slot, prompt in prompts.items():
+            native_driver.enter(slot, prompt)
+        native_driver.step({2: 8})
+        steps = [native_driver.step({2: 1, 0: 5, 1: 130, 3: 40}), native_driver.step(dict.fromkeys(prompts, 1))]
+        for slot in prompts:
+            native_driver.free(slot)
+        return [found for found, _ in steps], [logits[slot] for _, logits in steps for slot in prompts]
+
+    expected, logits = compute()
+    network = native_driver.network._network
+    scarce = ScarceMemory(network._library, 50)
+    monkeypatch.setattr(network, "_library", scarce)
+    found, part_logits = compute()
+    assert found == expected
+    assert torch.equal(torch.stack(part_logits), torch.stack(logits))
+    assert scarce.attempts == [8, 176, 88, 44, 44, 88, 44, 44, 4]
+
+
+def test_a_small_step_that_finds_no_memory_says_what_to_do(native_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = native_driver.network._network
+    scarce = ScarceMemory(network._library, 0)
+    monkeypatch.setattr(network, "_library", scarce)
+    prompt = tokens(20, seed=1)
+    native_driver.enter(0, prompt)
+    with pytest.raises(ConfigError, match=r"no memory for a step of 10 tokens, .* worker.kv_cache_bytes is too large"):
+        native_driver.step({0: 20})
+    # What is left of it is over with the worker; here the next test goes on.
+    native_driver.runner.reset()
 
 
 def test_neighbours_change_no_bit(native_driver: Any) -> None:

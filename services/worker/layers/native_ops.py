@@ -18,12 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.errors import ConfigError
 from headrace.models.pooling_config import Pooling
 from kernels.cpu import library as native
+from services.worker import machine
 from services.worker.layers.native_graph import Node, sample_early
 from services.worker.layers.native_packing import UnsupportedError, pack_matrix
 from services.worker.layers.ops import AttentionSpec, Best, Index, Layer, MixtureSpec, Model, Part, StepTensors
 from services.worker.layers.rotary import RotaryTables
+from services.worker.step_parts import PART_TOKENS_MIN, parts_of
 from services.worker.weights import WeightLoader
 
 HEAD_DIM_MAX: Final = 256
@@ -258,7 +261,7 @@ class NativeNetwork:
             self._library.hr_set_pages(self._program, layer, pages.ctypes.data, page_items)
 
     def forward(self, step: StepTensors) -> torch.Tensor:
-        """See `Network.forward`."""
+        """See `Network.forward`. A step that finds no memory is computed in halves."""
         num_sampled = step.sampled_tokens.shape[0]
         if self._logits.shape[0] < num_sampled:
             # Rows a multiple of a page apart would meet in the same places of a cache.
@@ -280,8 +283,32 @@ class NativeNetwork:
         native_step.logits, native_step.logits_stride = self._logits.data_ptr(), self._logits.shape[1]
         native_step.best, native_step.is_finite = self._best.ctypes.data, self._is_finite.ctypes.data
         if not self._library.hr_run(self._program, native_step):
-            raise MemoryError("the native kernels have no memory for this step")
+            self._run_halves(step)
         return self._logits[:num_sampled, : self._width]
+
+    def _run_halves(self, step: StepTensors) -> None:
+        """Compute a step that found no memory in two parts, each of which may be cut again; what they found is put together.
+
+        Raises:
+            ConfigError: It has too few tokens for that to help.
+        """
+        num_tokens, num_sampled = step.token_ids.shape[0], step.sampled_tokens.shape[0]
+        if num_tokens <= PART_TOKENS_MIN:
+            raise ConfigError(
+                f"the native kernels find no memory for a step of {num_tokens} tokens, {machine.available_memory_bytes()} bytes "
+                "are free: another process takes it, or worker.kv_cache_bytes is too large",
+                param="worker.kv_cache_bytes",
+            )
+        logits = torch.empty((num_sampled, self._width))
+        best, is_finite = np.empty(num_sampled, dtype=np.int64), np.empty(num_sampled, dtype=np.bool_)
+        for part, sampled in parts_of(step, -(-num_tokens // 2)):
+            # Each part writes over what the one before it found.
+            logits[sampled] = self.forward(part)
+            places, count = sampled.numpy(), len(sampled)
+            best[places], is_finite[places] = self._best[:count], self._is_finite[:count]
+        self._logits[:num_sampled, : self._width] = logits
+        self._best[:num_sampled], self._is_finite[:num_sampled] = best, is_finite
+        self._step.num_sampled = num_sampled
 
     def best(self) -> Best | None:
         """See `Network.best`."""
