@@ -45,7 +45,7 @@ class Settings(BaseModel):
     unavailable_wait_s: float = Field(10.0, ge=0, description="Longest wait for a missing stage before 503.")
     recovery_wait_s: float = Field(120.0, ge=0, description="The same for requests under way, whose stage was lost.")
     unknown_model_wait_s: float = Field(
-        60.0, ge=0, description="Time after the start in which a model that nobody has offered is answered 503, not 404."
+        10.0, ge=0, description="Time after the start in which a model that nobody has offered is answered 503, not 404."
     )
     stall_nudge_s: float = Field(15.0, gt=0, description="Silence of a request after which its stages are asked again.")
     move_delay_s: float = Field(0.2, ge=0, description="Pause before a request goes back to an instance that refused it.")
