@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -63,6 +64,10 @@ def local_specs(settings: Settings, environment: Mapping[str, str]) -> list[Proc
 
     The worker takes longest and starts at once; the light services start one after another beside it. The router stops first, so
     that the others can finish what it has open.
+
+    Args:
+        settings: What to start.
+        environment: Variables that every process gets besides this one's own.
     """
     serve = settings.serve
     chain = (
@@ -81,7 +86,7 @@ def local_specs(settings: Settings, environment: Mapping[str, str]) -> list[Proc
                 # One port cannot be bound twice; the further replicas take free ones and log them.
                 own[env_name(f"telemetry.{service}_metrics_port")] = "0"
             if service == "worker" and count > 1:
-                own |= own_gpu(index, environment)
+                own |= own_gpu(index, {**os.environ, **environment})
             specs.append(_spec(service, name, settings, own, start_after=before))
         before = names if service != "worker" else ()
     if settings.embedding_model.name:

@@ -47,11 +47,17 @@ def test_a_machine_without_one_sets_nothing(tmp_path: Path) -> None:
     assert own_gpu(0, {}, tmp_path) == {}
 
 
-@pytest.mark.parametrize(("num_workers", "seen"), [(1, [None]), (2, ["0", "1"])])
-def test_a_single_worker_sees_what_the_machine_has(
-    num_workers: int, seen: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("num_workers", "named", "seen"), [(1, None, [None]), (2, None, ["0", "1"]), (2, "4,5", ["4", "5"]), (2, "", [None, None])]
+)
+def test_a_single_worker_sees_what_the_machine_has_and_more_share_what_is_named(
+    num_workers: int, named: str | None, seen: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = nvidia(tmp_path, 2)
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     monkeypatch.setattr(serve, "own_gpu", lambda index, environment: own_gpu(index, environment, root))
     settings = load_settings(flags={"serve.worker_replicas": num_workers})
     specs = {spec.name: spec for spec in serve.local_specs(settings, {})}
