@@ -12,11 +12,13 @@ from typing import Any
 
 import structlog
 
+from headrace.telemetry.standard_streams import lose_unheard_lines
+
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 def configure(*, service: str, instance: str, level: str = "info", output: str = "auto") -> None:
-    """Send every log line of this process to stderr.
+    """Send every log line of this process to stderr, which from now on takes them or loses them, as stdout does.
 
     Args:
         service: Name of the service, on each line.
@@ -24,6 +26,7 @@ def configure(*, service: str, instance: str, level: str = "info", output: str =
         level: One of `LEVELS`.
         output: "json", "console", or "auto" (console when stderr is a terminal).
     """
+    lose_unheard_lines()
     is_console = output == "console" or (output == "auto" and sys.stderr.isatty())
     renderer: Any = structlog.dev.ConsoleRenderer() if is_console else structlog.processors.JSONRenderer()
     structlog.configure(

@@ -69,7 +69,7 @@ class Tree:
         program = argv or [sys.executable, str(HERE / "child_program.py"), described]
         self.specs.append({"name": name, "argv": program, **(spec or {})})
 
-    def start(self, *, stderr: int | None = None) -> None:
+    def start(self, *, stdout: int | None = None, stderr: int | None = None) -> None:
         self.states_path.touch()
         plan = {
             "specs": self.specs,
@@ -80,11 +80,11 @@ class Tree:
         }
         plan_path = self.directory / f"plan-{self.tag}.json"
         plan_path.write_text(json.dumps(plan))
-        with open(self.stdout_path, "ab") as stdout, open(self.stderr_path, "ab") as stderr_file:
+        with open(self.stdout_path, "ab") as stdout_file, open(self.stderr_path, "ab") as stderr_file:
             self.popen = subprocess.Popen(
                 [sys.executable, str(HERE / "tree_program.py"), str(plan_path)],
                 stdin=subprocess.DEVNULL,
-                stdout=stdout,
+                stdout=stdout_file if stdout is None else stdout,
                 stderr=stderr_file if stderr is None else stderr,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "SUPERVISION_TEST_TAG": self.tag},
                 start_new_session=True,

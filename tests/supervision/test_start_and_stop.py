@@ -215,6 +215,37 @@ def test_a_closed_stderr_of_the_supervisor_does_no_harm(tree):
     assert tree.wait() == 0
 
 
+def test_output_that_is_cut_off_ends_nothing_and_a_stop_is_as_clean_as_ever(tree, tmp_path):
+    """What `headrace serve 2>&1 | tee log` and Ctrl-C do: tee ends at once, and the supervisor has lines of its own to tell."""
+    log = tmp_path / "stops"
+    reading, writing = os.pipe()
+    tree.options["tells_as_serve"] = True
+    tree.add("router", stop_log=str(log), drain_s=0.2, stderr="hello\n")
+    tree.start(stdout=writing, stderr=writing)
+    os.close(writing)
+    tree.wait_ready()
+    told = b""
+    while b"headrace ready: http://127.0.0.1:1" not in told or b"hello" not in told:
+        told += os.read(reading, 65536)
+    os.close(reading)
+    tree.signal(signal.SIGINT)
+    assert tree.wait() == 0
+    assert log.read_text().split() == ["router"], "it drained to its end"
+    assert tree.pids() == {}
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_under_the_output_ends_nothing(tree, stream):
+    full = os.open("/dev/full", os.O_WRONLY)
+    tree.options["tells_as_serve"] = True
+    tree.add("router", stderr="hello\n")
+    tree.start(**{stream: full})
+    os.close(full)
+    tree.wait_ready()
+    tree.signal(signal.SIGTERM)
+    assert tree.wait() == 0
+
+
 def test_an_error_of_the_supervisor_itself_ends_everything_and_is_not_hidden(tree):
     tree.options["fails_at_ready"] = True
     tree.add("router", grandchild=True, daemon=True)

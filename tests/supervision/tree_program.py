@@ -26,8 +26,17 @@ def main() -> int:
     # How long a process takes to get its core, and to write its dump, is for the machine to say.
     member.DUMP_WAIT_S = plan.get("dump_wait_s", member.DUMP_WAIT_S)
     structlog.configure(processors=[structlog.processors.JSONRenderer()])
+    lines = None
+    if plan.get("tells_as_serve"):
+        from headrace.cli.serve import StateLines
+        from headrace.telemetry import logs
+
+        logs.configure(service="supervisor", instance="serve")
+        lines = StateLines()
 
     def on_state(name: str, state: State, detail: str) -> None:
+        if lines is not None:
+            lines(name, state, detail or "http://127.0.0.1:1")
         with open(plan["states_path"], "a") as states:
             states.write(json.dumps([name, state.value, detail]) + "\n")
         if state is State.READY and plan.get("fails_at_ready"):
