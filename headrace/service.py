@@ -284,7 +284,7 @@ class _Runner:
             await self._service.stop()
             await self._context.wire.close("stopped" if self._error is None else "failed")
             await self._exposition.stop()
-            # Exporters may wait for a collector; the event loop has nothing else to do any more.
+            # Exporters may wait a moment for a collector; the event loop has nothing else to do any more.
             self._context.tracer.close()
         if self._error is not None:
             raise self._error

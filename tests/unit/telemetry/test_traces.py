@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
+import pytest
+
 from headrace.telemetry import traces
+from tests.patience import WAIT_S
 
 
 def test_child_in_another_process_hangs_below_its_parent() -> None:
@@ -63,3 +67,20 @@ def test_file_holds_one_json_line_a_span(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["service"] for line in lines] == ["headrace.router", "headrace.worker"]
     assert lines[0]["attributes"] == {"headrace.num_steps": 3}
+
+
+def test_a_collector_that_does_not_answer_is_not_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Method: the exporter's last export stands still until the test is over, as one to a collector that is down does."""
+    is_over, exported = threading.Event(), threading.Event()
+    monkeypatch.setattr(traces, "CLOSE_TIMEOUT_S", 0.01)
+    tracer, spans = traces.memory_tracer()
+
+    def export_at_last() -> None:
+        is_over.wait(WAIT_S / 10)
+        exported.set()
+
+    monkeypatch.setattr(spans, "shutdown", export_at_last)
+    tracer.close()
+    assert not exported.is_set()
+    is_over.set()
+    assert exported.wait(WAIT_S)
