@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from services.tokenizer.constraints.json_schema import Schema, SchemaError, enforceable
+from services.tokenizer.constraints.json_schema import RESTRICTING, Schema, SchemaError, enforceable
 from services.tokenizer.constraints.literals import ANY_TEXT, Literals, escaped, quoted
 from services.tokenizer.constraints.reasoning_first import SPACE
 
@@ -119,13 +119,13 @@ class CallGrammar:
         """Each argument of a strict tool as its key between two texts, and its value up to `end`; a line break behind each."""
         assert tool.schema is not None
         properties = tool.schema.get("properties", {})
-        unknown = set(tool.schema) - {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+        unknown = RESTRICTING & set(tool.schema) - {"type", "properties", "required", "additionalProperties"}
         if unknown:
             raise SchemaError(
                 f"{tool.path}/{min(unknown)}",
                 "cannot be enforced for a strict tool of this model, which writes arguments as bare text",
             )
-        definitions: Schema = {name: tool.schema[name] for name in ("$defs", "definitions") if name in tool.schema}
+        definitions = {name: value for name, value in tool.schema.items() if name not in RESTRICTING}
         required = tool.schema.get("required", ())
         for key in required:
             if key not in properties:

@@ -1,8 +1,10 @@
 """JSON schemas of clients: what of them can be enforced is kept, what cannot is refused with its path.
 
 A schema passes only if every output that its grammar allows is valid: nothing that restricts is ever left out silently. What only
-describes (titles, examples, formats that JSON Schema does not define) has no effect, as the specification says. Depth and size
-have limits. Pure; runs in the child, see `compiler.py`.
+describes (titles, examples, formats that JSON Schema does not define) and what JSON Schema does not know (`x-…`, `strict`) is left
+out, as it has no effect by the specification. So is OpenAPI's `nullable`: what is written without it is valid by both. A `$schema`
+is read as 2020-12, whatever it names; `exclusiveMinimum: true` of draft 4 means there what it meant. Depth and size have limits.
+Pure; runs in the child, see `compiler.py`.
 
 Source: JSON Schema 2020-12, core and validation.
 """
@@ -23,6 +25,15 @@ Schema = dict[str, Any]
 _OF_NAMES: Final = ("properties", "patternProperties", "$defs", "definitions")
 _OF_LISTS: Final = ("prefixItems", "anyOf", "allOf", "oneOf")
 _OF_ONE: Final = ("items", "additionalProperties")
+_PLAIN: Final = frozenset(
+    {
+        "const", "exclusiveMaximum", "exclusiveMinimum", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
+        "minLength", "minProperties", "minimum", "multipleOf", "pattern", "required", "type",
+    }
+)  # fmt: skip
+"""Keywords that restrict and hold no schemas; the compiler checks their values."""
+RESTRICTING: Final = _PLAIN | {"$ref", "enum", "format", "patternProperties", "properties", *_OF_LISTS, *_OF_ONE}
+"""All keywords of an enforceable schema; what else it has are places that references lead to."""
 _UNSUPPORTED: Final = frozenset(
     {
         "$anchor", "$dynamicAnchor", "$dynamicRef", "$id", "$recursiveAnchor", "$recursiveRef", "additionalItems", "contains",
@@ -58,10 +69,14 @@ def enforceable(schema: object) -> Schema:
     """
     if schema is True:
         return {}
-    walk = _Walk(schema)
+    walk = _Walk()
     kept = walk.subschema(schema, "#", 1)
+    # Grows while it is gone through: what a reference leads to may refer further.
     for path, pointer in walk.references:
         _check_reference(schema, path, pointer)
+        if pointer not in walk.paths:
+            target = walk.subschema(_resolve(schema, pointer), pointer, 1)
+            _put(kept, walk.paths - {pointer}, path, pointer, target)
     return kept
 
 
@@ -89,14 +104,15 @@ def escaped(name: str) -> str:
 class _Walk:
     """One pass over a schema."""
 
-    def __init__(self, root: object) -> None:
+    def __init__(self) -> None:
         self.references: list[tuple[str, str]] = []
-        self._root = root
+        self.paths: set[str] = set()
         self._num_subschemas = 0
         self._num_values = 0
 
     def subschema(self, schema: object, path: str, depth: int) -> Schema:
         """A subschema's enforceable form; true is one without keywords."""
+        self.paths.add(path)
         if schema is True:
             return {}
         if not isinstance(schema, dict):
@@ -136,8 +152,7 @@ class _Walk:
             if self._num_values > MAX_VALUES:
                 raise SchemaError(path, f"makes {self._num_values} values of all enums together, the limit is {MAX_VALUES}")
             kept[keyword] = value
-        elif keyword != "x-guidance":
-            # Settings of the compiler are not the client's to make; other unknown keywords have no effect.
+        elif keyword in _PLAIN:
             kept[keyword] = value
 
     def _named(self, value: Any, path: str, depth: int) -> dict[str, Any]:
@@ -147,7 +162,10 @@ class _Walk:
 
     def _member(self, value: Any, path: str, depth: int) -> Schema | bool:
         """A schema inside another, where false has its use: as what additional properties or items may be."""
-        return False if value is False else self.subschema(value, path, depth + 1)
+        if value is False:
+            self.paths.add(path)
+            return False
+        return self.subschema(value, path, depth + 1)
 
     def _format(self, kept: Schema, value: Any, path: str) -> None:
         if not isinstance(value, str):
@@ -179,10 +197,26 @@ def _check_reference(root: object, path: str, pointer: str) -> None:
         pointer = target["$ref"]
 
 
+def _put(kept: Schema, paths: set[str], path: str, pointer: str, target: Schema) -> None:
+    """Put what a reference leads to at its place: inside something that is no keyword, such as OpenAPI's `components`."""
+    steps = _steps(pointer)
+    places = ["#" + "".join(f"/{escaped(step)}" for step in steps[:num]) for num in range(len(steps))]
+    num_known = max(num for num, place in enumerate(places) if place in paths)
+    if steps[num_known] in RESTRICTING or steps[num_known] in _OF_NAMES:
+        raise SchemaError(path, f"there is no schema at {pointer}")
+    at: Any = _resolve(kept, places[num_known])
+    for step in steps[num_known:-1]:
+        at = at.setdefault(step, {})
+    at[steps[-1]] = {**at.get(steps[-1], {}), **target}
+
+
+def _steps(pointer: str) -> list[str]:
+    return [step.replace("~1", "/").replace("~0", "~") for step in pointer.split("/")[1:]]
+
+
 def _resolve(root: object, pointer: str) -> object:
     target = root
-    for step in pointer.split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
+    for name in _steps(pointer):
         if isinstance(target, dict):
             target = target.get(name)
         elif isinstance(target, list) and name.isdecimal() and int(name) < len(target):

@@ -13,7 +13,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from headrace.errors import InvalidRequestError
 from headrace.grammars import GrammarError, Vocabulary, compile_grammar
 from services.tokenizer.constraints.call_grammar import CallGrammar, takes_call_grammar
-from services.tokenizer.constraints.json_schema import Schema, SchemaError, enforceable, subschemas
+from services.tokenizer.constraints.json_schema import RESTRICTING, Schema, SchemaError, enforceable, subschemas
 from services.tokenizer.constraints.literals import Literals
 from services.tokenizer.constraints.reasoning_first import Block, with_reasoning
 from services.tokenizer.constraints.structural_tag import TagGrammar, regex_literal
@@ -142,7 +142,7 @@ def _schema_grammar(schema: Schema) -> str:
 
 def _place_of(schema: Schema, vocabulary: Vocabulary) -> str:
     """Where in a schema that does not compile the reason is: the innermost part that does not compile alone."""
-    definitions: Schema = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    definitions = {name: value for name, value in schema.items() if name not in RESTRICTING}
     for number, (path, part) in enumerate(subschemas(schema)):
         if number == _PROBES_MAX:
             break

@@ -24,10 +24,13 @@ from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.constraints.sources import ModelText, grammar_of
 
 WEATHER: Final[dict[str, Any]] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema#",
+    "title": "Weather",
+    "description": "Tells the weather.",
     "type": "object",
     "properties": {
-        "city": {"type": "string"},
-        "unit": {"type": "string", "enum": ["C", "F"]},
+        "city": {"type": "string", "description": "Where.", "examples": ["Paris"], "x-order": 1},
+        "unit": {"type": "string", "enum": ["C", "F"], "default": "C", "title": "Unit", "nullable": False},
         "days": {"type": "integer", "minimum": 1, "maximum": 14},
         "at": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]},
     },

@@ -32,6 +32,44 @@ def test_what_restricts_is_kept_and_what_only_describes_has_no_effect() -> None:
     assert enforceable(True) == {}
 
 
+DESCRIBING: dict[str, Any] = {
+    "title": "T", "description": "says", "default": 3, "example": 1, "examples": [1], "deprecated": True, "readOnly": False,
+    "writeOnly": True, "$comment": "no", "contentMediaType": "text/html", "contentEncoding": "base64", "nullable": True,
+    "x-order": 1, "strict": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "dialect", ["https://json-schema.org/draft-07/schema#", "https://spec.openapis.org/oas/3.1/dialect/base", "http://example.com/own"]
+)
+def test_nothing_is_left_of_what_only_describes(dialect: str) -> None:
+    """At every depth; a property may still have such a name."""
+    bare = {"type": "object", "properties": {"title": {"type": "string"}, "b": {"items": {"anyOf": [{"const": {"title": 1}}]}}}}
+    schema = {
+        **bare,
+        **DESCRIBING,
+        "$schema": dialect,
+        "properties": {
+            "title": {"type": "string", **DESCRIBING},
+            "b": {"items": {"anyOf": [{"const": {"title": 1}, **DESCRIBING}]}, "$schema": dialect},
+        },
+    }
+    assert enforceable(schema) == bare
+
+
+def test_what_references_lead_to_is_kept_and_checked_wherever_it_is() -> None:
+    schema = {
+        "$ref": "#/components/schemas/a",
+        "components": {"schemas": {"a": {"items": {"$ref": "#/components/more/0"}, "title": "A"}, "unused": {"not": {}}}, "more": [{}]},
+        "$defs": {"group": {"b": {"type": "null", "title": "B"}}, "c": {"$ref": "#/$defs/group/b"}},
+    }
+    assert enforceable(schema) == {
+        "$ref": "#/components/schemas/a",
+        "components": {"schemas": {"a": {"items": {"$ref": "#/components/more/0"}}}, "more": {"0": {}}},
+        "$defs": {"group": {"b": {"type": "null"}}, "c": {"$ref": "#/$defs/group/b"}},
+    }
+
+
 @pytest.mark.parametrize(
     ("schema", "path", "reason"),
     [
@@ -51,6 +89,9 @@ def test_what_restricts_is_kept_and_what_only_describes_has_no_effect() -> None:
         ({"$ref": "#/$defs/none"}, "#/$ref", "there is no schema at #/$defs/none"),
         ({"items": {"$ref": "#/prefixItems/7"}, "prefixItems": [{}]}, "#/items/$ref", "there is no schema"),
         ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "#/$defs/a/$ref", "nothing but itself"),
+        ({"$ref": "#/components/a", "components": {"a": {"not": {}}}}, "#/components/a/not", "not cannot be enforced"),
+        ({"properties": {"a": {"type": "null"}}, "items": {"$ref": "#/properties"}}, "#/items/$ref", "there is no schema at #/prop"),
+        ({"const": {"a": {}}, "items": {"$ref": "#/const/a"}}, "#/items/$ref", "there is no schema at #/const/a"),
         ({"enum": list(range(MAX_VALUES + 1))}, "#/enum", f"limit is {MAX_VALUES}"),
     ],
 )

@@ -52,6 +52,13 @@ THINK = {
         ("json_schema", ADDRESS, ['{"zip": "01234"}', '{ \n"zip":"01234", "b": 1}'], ['{"zip": "1"}', "{}", '{"zip":"01234"} ']),
         ("json_schema", "true", ["1", '"ü"'], ["x"]),
         ("json_schema", {"type": "object"}, ['{"a":' + " " * 40 + "1}"], ['{"a":' + " " * 41 + "1}"]),
+        (
+            "json_schema",
+            {"$schema": "https://json-schema.org/draft-07/schema#", "type": "integer", "minimum": 3, "exclusiveMinimum": True},
+            ["4"],
+            ["3"],
+        ),
+        ("json_schema", {"$ref": "#/components/a~1b/0", "components": {"a/b": [{"type": "integer"}]}}, ["4"], ['"4"']),
         ("regex", "^a+/b$", ["aa/b"], ["a/b\n", "xa/b", "aa/"]),
         ("regex", r"a\$", ["a$"], ["a"]),
         ("regex", "a|bc", ["a", "bc"], ["ac", "b"]),
