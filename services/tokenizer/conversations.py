@@ -76,6 +76,16 @@ def with_argument_texts(turns: Sequence[Turn]) -> list[Turn]:
     return found
 
 
+def with_contents(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with an empty text as the content of those that have none."""
+    return [{**turn, "content": turn.get("content") or ""} for turn in turns]
+
+
+def with_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools with an empty description for those that have none."""
+    return [{**tool, "function": {"description": "", **tool["function"]}} if "function" in tool else tool for tool in tools]
+
+
 def written_out(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> list[Turn]:
     """The same conversation for a template without tools: only system, user and assistant turns, of text."""
     found: list[Turn] = []

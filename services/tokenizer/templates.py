@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -20,8 +21,8 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from headrace.errors import InvalidRequestError, ModelError, RequestFailedError
-from services.tokenizer.conversations import with_argument_texts, written_out
+from headrace.errors import HeadraceError, InvalidRequestError, ModelError, RequestFailedError
+from services.tokenizer.conversations import with_argument_texts, with_contents, with_descriptions, written_out
 from services.tokenizer.output_formats import takes_tools
 
 Message = Mapping[str, Any]
@@ -122,14 +123,27 @@ class ChatTemplate:
         return rendered[:end].rstrip() if is_trimmed else rendered[:end]
 
     def _run(self, turns: list[dict[str, Any]], variables: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
-        shown = {**variables, "add_generation_prompt": add_generation_prompt}
+        shown = {**variables, "messages": turns, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._generate({**shown, "messages": turns})
-        except RequestFailedError:
-            if not any(turn.get("tool_calls") for turn in turns):
+            return self._generate(shown)
+        except (RequestFailedError, InvalidRequestError) as error:
+            if _is_refusal(error):
                 raise
-            # Some templates join a call's arguments with text; they want them as text.
-            return self._generate({**shown, "messages": with_argument_texts(turns)})
+            return self._generate_repaired(shown, error)
+
+    def _generate_repaired(self, shown: Mapping[str, Any], failure: HeadraceError) -> str:
+        """What the template makes of the conversation with as few repairs as it can do with; else why it refuses it, or failed."""
+        repairs = [repair for repair in _REPAIRS if repair(shown) != shown]
+        for num in range(1, len(repairs) + 1):
+            for chosen in combinations(repairs, num):
+                repaired = shown
+                for repair in chosen:
+                    repaired = repair(repaired)
+                try:
+                    return self._generate(repaired)
+                except (RequestFailedError, InvalidRequestError) as error:
+                    failure = error if _is_refusal(error) else failure
+        raise failure
 
     def _generate(self, variables: Mapping[str, Any]) -> str:
         parts: list[str] = []
@@ -153,6 +167,26 @@ class ChatTemplate:
                 param="messages",
             ) from error
         return "".join(parts)
+
+
+def _of(name: str, change: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    return lambda shown: {**shown, name: change(shown[name]) if shown[name] else shown[name]}
+
+
+_REPAIRS: Final = (
+    # Some templates join a call's arguments with text; they want them as text.
+    _of("messages", with_argument_texts),
+    # Some look into the content of every turn, or join it (GPT-OSS, Phi-4-mini).
+    _of("messages", with_contents),
+    # Some join a tool's description with text (GPT-OSS).
+    _of("tools", with_descriptions),
+)
+"""What is done to a conversation on which a template fails. Others tell turns and tools apart by what these fill in."""
+
+
+def _is_refusal(error: HeadraceError) -> bool:
+    """Whether a template has looked at a conversation and does not want it, rather than failed on it."""
+    return isinstance(error, InvalidRequestError) and not isinstance(error.__cause__, jinja2.UndefinedError)
 
 
 class _GenerationTag(Extension):

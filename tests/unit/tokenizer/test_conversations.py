@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from headrace.errors import ProtocolError, RequestFailedError
+from headrace.errors import InvalidRequestError, ProtocolError, RequestFailedError
 from headrace.v1.tokenizer_pb2 import ChatMessage, ChatPrompt
 from services.tokenizer.conversations import template_kwargs_of, text_of, tools_of, turns_of
 from services.tokenizer.templates import ChatTemplate
@@ -58,6 +58,32 @@ def test_a_template_that_joins_arguments_with_text_gets_text() -> None:
     assert render(source) == '1 {"zone": "CET"} {"zone": "CET"}'
     with pytest.raises(RequestFailedError):
         render("{{ tools + 1 }}")
+
+
+LOOKS_INTO_CONTENT = (
+    "{% for t in tools or [] %}{{ '// ' + t.function.description + '|' + t.function.name }};{% endfor %}"
+    "{% for m in messages %}{% if '<|x|>' in m.content %}{{ raise_exception('no channels') }}{% endif %}"
+    "{{ m.role }}:{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %};{% endfor %}"
+)
+
+
+def test_a_template_that_looks_into_every_content_gets_an_empty_one_and_empty_descriptions() -> None:
+    """As GPT-OSS's does. What it can do with as it is stays so: the calls' arguments are objects."""
+    assert render(LOOKS_INTO_CONTENT) == (
+        '// |now;user:What time is it?;assistant:{"zone": "CET"}{"zone": "CET"};tool:12:00;tool:13:00;'
+    )
+    told = {"type": "function", "function": {"name": "say", "description": "Says."}}
+    chat = ChatPrompt(messages=CONVERSATION.messages[1:2], tools=json.dumps([told, TOOL]))
+    joined = "{% for t in tools %}{{ '/' + t.function.description }}{% endfor %}{{ ':' + messages[0].content }}"
+    assert render(joined + "{{ messages[0].tool_calls[0].function.arguments + '!' }}", chat) == '/Says./:{"zone": "CET"}!'
+
+
+def test_a_repair_that_does_not_help_hides_no_reason() -> None:
+    with pytest.raises(InvalidRequestError, match="refuses this conversation: 'dict object' has no attribute 'x'"):
+        render("{{ tools[0].x.y }}{% for m in messages %}{{ m.content | length }}{% endfor %}")
+    refused = ChatPrompt(messages=[*CONVERSATION.messages, ChatMessage(role="user", content="<|x|>")], tools=CONVERSATION.tools)
+    with pytest.raises(InvalidRequestError, match="refuses this conversation: no channels"):
+        render(LOOKS_INTO_CONTENT, refused)
 
 
 def test_a_template_without_tools_gets_them_in_words() -> None:

@@ -40,7 +40,8 @@ DESCRIBING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "dialect", ["https://json-schema.org/draft-07/schema#", "https://spec.openapis.org/oas/3.1/dialect/base", "http://example.com/own"]
+    "dialect",
+    ["https://json-schema.org/draft-07/schema#", "https://spec.openapis.org/oas/3.1/dialect/base", "http://example.com/own"],
 )
 def test_nothing_is_left_of_what_only_describes(dialect: str) -> None:
     """At every depth; a property may still have such a name."""
@@ -60,7 +61,10 @@ def test_nothing_is_left_of_what_only_describes(dialect: str) -> None:
 def test_what_references_lead_to_is_kept_and_checked_wherever_it_is() -> None:
     schema = {
         "$ref": "#/components/schemas/a",
-        "components": {"schemas": {"a": {"items": {"$ref": "#/components/more/0"}, "title": "A"}, "unused": {"not": {}}}, "more": [{}]},
+        "components": {
+            "schemas": {"a": {"items": {"$ref": "#/components/more/0"}, "title": "A"}, "unused": {"not": {}}},
+            "more": [{}],
+        },
         "$defs": {"group": {"b": {"type": "null", "title": "B"}}, "c": {"$ref": "#/$defs/group/b"}},
     }
     assert enforceable(schema) == {
@@ -90,7 +94,11 @@ def test_what_references_lead_to_is_kept_and_checked_wherever_it_is() -> None:
         ({"items": {"$ref": "#/prefixItems/7"}, "prefixItems": [{}]}, "#/items/$ref", "there is no schema"),
         ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "#/$defs/a/$ref", "nothing but itself"),
         ({"$ref": "#/components/a", "components": {"a": {"not": {}}}}, "#/components/a/not", "not cannot be enforced"),
-        ({"properties": {"a": {"type": "null"}}, "items": {"$ref": "#/properties"}}, "#/items/$ref", "there is no schema at #/prop"),
+        (
+            {"properties": {"a": {"type": "null"}}, "items": {"$ref": "#/properties"}},
+            "#/items/$ref",
+            "there is no schema at #/prop",
+        ),
         ({"const": {"a": {}}, "items": {"$ref": "#/const/a"}}, "#/items/$ref", "there is no schema at #/const/a"),
         ({"enum": list(range(MAX_VALUES + 1))}, "#/enum", f"limit is {MAX_VALUES}"),
     ],
