@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
+from headrace.argument_types import ANY, Types, argument_types
 from headrace.errors import ProtocolError
 from services.detokenizer.parsers.characters import SPACES
 
@@ -25,17 +26,17 @@ class CallPart:
 
 @dataclass(frozen=True, slots=True)
 class ToolTypes:
-    """The tools that may be called, and which of their arguments are strings: by tool and argument, None where that is open."""
+    """The tools that may be called, and the types of their arguments: by tool and argument."""
 
-    arguments: Mapping[str, Mapping[str, bool | None]] = field(default_factory=dict)
+    arguments: Mapping[str, Mapping[str, Types]] = field(default_factory=dict)
 
     def knows(self, name: str) -> bool:
         """Whether a call of this name is a call. Without any tools, all are."""
         return bool(name) and (not self.arguments or name in self.arguments)
 
-    def is_string(self, name: str, argument: str) -> bool | None:
-        """Whether an argument is a string; None when its schema leaves that open."""
-        return self.arguments.get(name, {}).get(argument)
+    def types(self, name: str, argument: str) -> Types:
+        """What an argument may be, as far as its schema tells."""
+        return self.arguments.get(name, {}).get(argument, ANY)
 
     @staticmethod
     def from_json(text: str) -> ToolTypes:
@@ -48,23 +49,9 @@ class ToolTypes:
             return ToolTypes()
         try:
             functions = [tool["function"] for tool in json.loads(text)]
-            return ToolTypes({function["name"]: _argument_types(function.get("parameters")) for function in functions})
+            return ToolTypes({function["name"]: argument_types(function.get("parameters")) for function in functions})
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"open_stream: the tools cannot be read: {error}") from error
-
-
-def _argument_types(schema: Any) -> dict[str, bool | None]:
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    if not isinstance(properties, dict):
-        return {}
-    return {name: _is_string(value) for name, value in properties.items()}
-
-
-def _is_string(schema: Any) -> bool | None:
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind == "string":
-        return True
-    return False if isinstance(kind, str) else None
 
 
 class Reading:

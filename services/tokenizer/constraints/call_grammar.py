@@ -5,7 +5,7 @@ arguments of a strict tool must fit its schema; those of others are as the model
 beginning of a call (`llama3_json`, `pythonic`, `gpt_oss`, `json`) have no such grammar.
 
 Where arguments are written as bare text (`qwen3_coder`, `minimax`, `glm`) they come in the order of the schema's properties,
-strings as they are, anything else as JSON.
+strings as they are, null where an argument may be a string too as that word, anything else as JSON.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from headrace.argument_types import NULL, TEXT, TEXT_OR_NULL, Types, argument_types
+from services.tokenizer.constraints.bare_strings import BareString, bare_strings
 from services.tokenizer.constraints.json_schema import RESTRICTING, Schema, SchemaError, enforceable
 from services.tokenizer.constraints.literals import ANY_TEXT, Literals, escaped, quoted
 from services.tokenizer.constraints.reasoning_first import SPACE
 
 _NO_ARGUMENTS: Final[Schema] = {"type": "object", "properties": {}}
-_BARE_STRING_KEYS: Final = frozenset({"type", "enum", "const", "minLength", "maxLength"})
 _KEY_ENDS: Final = frozenset('<>"\n')
 
 
@@ -125,44 +126,43 @@ class CallGrammar:
                 f"{tool.path}/{min(unknown)}",
                 "cannot be enforced for a strict tool of this model, which writes arguments as bare text",
             )
-        definitions = {name: value for name, value in tool.schema.items() if name not in RESTRICTING}
         required = tool.schema.get("required", ())
         for key in required:
             if key not in properties:
                 raise SchemaError(f"{tool.path}/required", f"must name properties only; got {key!r}")
+        types = argument_types(tool.schema)
         parts = []
         for key, schema in properties.items():
             path = f"{tool.path}/properties/{key}"
             if not key or key != key.strip() or _KEY_ENDS & set(key):
                 raise SchemaError(path, "is no name that this model can write")
-            value = self._bare_value(schema, definitions, path, end)
+            if schema is False:
+                # It may not be given.
+                if key in required:
+                    raise SchemaError(path, "false allows nothing")
+                continue
+            value = self._bare_value(schema, types[key], tool, path, end)
             one = self._rule(f'{self.literal(before_key + key + after_key)} {value} "\\n"')
             parts.append(one if key in required else f"{one}?")
         return " ".join(parts)
 
-    def _bare_value(self, schema: Schema, definitions: Schema, path: str, end: str) -> str:
-        if schema.get("type") != "string":
+    def _bare_value(self, schema: Schema, types: Types, tool: _Tool, path: str, end: str) -> str:
+        assert tool.schema is not None
+        if types not in (TEXT, TEXT_OR_NULL):
+            definitions = {name: value for name, value in tool.schema.items() if name not in RESTRICTING}
             return f"{self.json_value({**definitions, **schema})} {self.literal(end)}"
-        unknown = set(schema) - _BARE_STRING_KEYS
-        if unknown:
-            raise SchemaError(
-                f"{path}/{min(unknown)}", "cannot be enforced for a strict tool of this model, which writes strings as bare text"
-            )
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
-        if "enum" in schema or "const" in schema:
-            values = [value for value in schema.get("enum", [schema.get("const")]) if isinstance(value, str)]
-            values = [value for value in values if value == schema.get("const", value) and least <= len(value)]
-            # Line breaks at either end may be taken for those that set a value off.
-            values = [value for value in values if (most is None or len(value) <= most) and value and end not in value]
-            values = [value for value in values if value == value.strip("\n")]
-            if not values:
-                raise SchemaError(path, "allows no string that this model can write")
-            return f"({' | '.join(self.literal(value) for value in values)}) {self.literal(end)}"
-        if not least:
-            return self.until(end, f"/(?s:.{{0,{most}}})/" if most is not None else f"/{ANY_TEXT}/")
-        longest = "" if most is None else most - 1
-        text = rf"/[^\n](?s:.{{{least - 1},{longest}}})/ & ~/(?s:.*)\n/ & ~/(?s:.*){escaped(end)}(?s:.*)/"
-        return self.until(end, text)
+        strings = bare_strings(schema, path, root=tool.schema, root_path=tool.path)
+        # Line breaks at either end may be taken for those that set a value off.
+        values = [value for kind in strings.kinds for value in kind.values or ()]
+        values = [value for value in values if value and value == value.strip("\n") and end.strip() not in value]
+        values += [NULL] if strings.has_null else []
+        texts = [_text(kind) for kind in strings.kinds if kind.values is None]
+        if texts:
+            texts += [f"/{escaped(value)}/" for value in values]
+            return self.until(end, f"({' | '.join(texts)}) & ~/(?s:.*){escaped(end.strip())}(?s:.*)/")
+        if not values:
+            raise SchemaError(path, "allows no string that this model can write")
+        return f"({' | '.join(self.literal(value) for value in values)}) {self.literal(end)}"
 
     def _rule(self, body: str, *, is_token: bool = False, options: str = "") -> str:
         name = f"{'C' if is_token else 'c'}{len(self._rules)}"
@@ -177,6 +177,15 @@ def _tool(value: Any, path: str) -> _Tool:
         return _Tool(value["name"], enforceable(value["parameters"] or _NO_ARGUMENTS), path)
     except SchemaError as error:
         raise SchemaError(path + error.path[1:], error.reason) from error
+
+
+def _text(kind: BareString) -> str:
+    """An expression for strings of some lengths; none that a line break could make shorter than they must be."""
+    least, most = kind.min_length, kind.max_length
+    if not least:
+        return f"/{ANY_TEXT}/" if most is None else f"/(?s:.{{0,{most}}})/"
+    longest = "" if most is None else most - 1
+    return rf"(/[^\n](?s:.{{{least - 1},{longest}}})/ & ~/(?s:.*)\n/)"
 
 
 _Write = Callable[[CallGrammar, Sequence[_Tool], bool], str]

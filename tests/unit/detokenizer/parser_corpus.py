@@ -15,7 +15,16 @@ TOOLS = json.dumps(
                 "name": "get_weather",
                 "parameters": {
                     "type": "object",
-                    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "units": {"enum": ["C", 1]}},
+                    "properties": {
+                        "city": {"type": "string"},
+                        "days": {"type": "integer"},
+                        "units": {"enum": ["C", 1]},
+                        "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                        "zip": {"type": ["string", "null"]},
+                        "zone": {"$ref": "#/$defs/zone"},
+                        "kind": {"enum": ["1", "true"]},
+                    },
+                    "$defs": {"zone": {"allOf": [{"type": "string"}, {}]}},
                 },
             },
         },
@@ -201,6 +210,13 @@ CASES = [
         "Weather?",
         calls=(("get_weather", {"city": 'Pa"r\nis', "days": 3}), NOW),
     ),
+    Case(
+        "glm strings that look like JSON",
+        _tools("glm"),
+        "<tool_call>get_weather<arg_key>note</arg_key><arg_value>None of it</arg_value><arg_key>zip</arg_key>"
+        "<arg_value>7</arg_value><arg_key>days</arg_key><arg_value>7</arg_value></tool_call>",
+        calls=(("get_weather", {"note": "None of it", "zip": "7", "days": 7}),),
+    ),
     Case("glm broken", _tools("glm"), "<tool_call>now or never</tool_call>", "<tool_call>now or never</tool_call>"),
     # Qwen3-Coder and MiniMax.
     Case(
@@ -211,6 +227,32 @@ CASES = [
         "<parameter=units>\nTrue\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
         "I look.",
         calls=(("get_weather", {"city": "12\n3 < 4", "days": 7, "units": True}), NOW),
+    ),
+    Case(
+        "qwen3-coder strings that look like JSON",
+        _tools("qwen3_coder"),
+        "<function=get_weather><parameter=note>\n12\n</parameter><parameter=zip>01234</parameter><parameter=zone>\n"
+        '{"a": 1}\n</parameter><parameter=kind>true</parameter></function>',
+        calls=(("get_weather", {"note": "12", "zip": "01234", "zone": '{"a": 1}', "kind": "true"}),),
+    ),
+    Case(
+        "qwen3-coder null for what may be a string",
+        _tools("qwen3_coder"),
+        "<function=get_weather>\n<parameter=note>\nnull\n</parameter>\n<parameter=zip>\nNone\n</parameter>\n"
+        "<parameter=city>\nnull\n</parameter>\n<parameter=zone>\nNone\n</parameter>\n</function>",
+        calls=(("get_weather", {"note": None, "zip": None, "city": "null", "zone": "None"}),),
+    ),
+    Case(
+        "qwen3-coder almost null",
+        _tools("qwen3_coder"),
+        "<function=get_weather><parameter=note>nul</parameter><parameter=zip></parameter></function>",
+        calls=(("get_weather", {"note": "nul", "zip": ""}),),
+    ),
+    Case(
+        "qwen3-coder null cut",
+        _tools("qwen3_coder"),
+        "<function=get_weather><parameter=note>nul",
+        calls=(("get_weather", '{"note": nul'),),
     ),
     Case("qwen3-coder bare", _tools("qwen3_coder"), "<function=now>\n</function>\n</tool_call>", calls=(NOW,)),
     Case(
@@ -232,6 +274,12 @@ CASES = [
         '<invoke name="now">\n</invoke>\n</minimax:tool_call>',
         reasoning="Hm.",
         calls=(PARIS, NOW),
+    ),
+    Case(
+        "minimax strings that look like JSON",
+        _tools("minimax"),
+        '<invoke name="get_weather"><parameter name="note">[1]</parameter><parameter name="zip">null</parameter></invoke>',
+        calls=(("get_weather", {"note": "[1]", "zip": None}),),
     ),
     # GPT-OSS.
     Case(

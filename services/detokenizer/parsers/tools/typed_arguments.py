@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from headrace.argument_types import NULL_WORDS, TEXT, TEXT_OR_NULL
 from services.detokenizer.parsers.characters import Source, Steps, copy_until, json_string, json_value
 from services.detokenizer.parsers.reading import Reading, ToolTypes
 
@@ -26,18 +27,36 @@ class TypedArguments:
         emit = self._reading.arguments
         emit(("{" if not self._num_arguments else ", ") + json_string(key) + ": ")
         self._num_arguments += 1
-        is_string = self._tools.is_string(self._name, key)
-        if is_string:
-            emit('"')
-            closing = yield from copy_until(source, lambda text: emit(json_string(text)[1:-1]), closings)
-            if closing:
-                emit('"')
-            return bool(closing)
+        types = self._tools.types(self._name, key)
+        if types in (TEXT, TEXT_OR_NULL):
+            return (yield from self._read_string(source, closings, nulls=NULL_WORDS if types == TEXT_OR_NULL else ()))
         chars: list[str] = []
         closing = yield from copy_until(source, chars.append, closings)
         text = "".join(chars)
         # Cut off, it is passed on as it is: nobody can say what it would have become.
         emit(_as_json(text) if closing else text)
+        return bool(closing)
+
+    def _read_string(self, source: Source, closings: tuple[str, ...], *, nulls: tuple[str, ...]) -> Steps[bool]:
+        """Pass a string on; what may yet become a word for null is held back."""
+        emit = self._reading.arguments
+        held: str | None = ""
+
+        def pass_on(text: str) -> None:
+            nonlocal held
+            if held is None:
+                emit(json_string(text)[1:-1])
+                return
+            held += text
+            if not any(word.startswith(held) for word in nulls):
+                emit(json_string(held)[:-1])
+                held = None
+
+        closing = yield from copy_until(source, pass_on, closings)
+        if held is not None:
+            emit("null" if closing and held in nulls else json_string(held) if closing else held)
+        elif closing:
+            emit('"')
         return bool(closing)
 
     def end(self) -> None:

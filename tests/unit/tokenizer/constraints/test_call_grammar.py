@@ -33,8 +33,14 @@ WEATHER: Final[dict[str, Any]] = {
         "unit": {"type": "string", "enum": ["C", "F"], "default": "C", "title": "Unit", "nullable": False},
         "days": {"type": "integer", "minimum": 1, "maximum": 14},
         "at": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]},
+        "note": {"anyOf": [{"type": "string", "maxLength": 9}, {"type": "null"}]},
+        "zone": {"$ref": "#/$defs/zone"},
+        "kind": {"enum": ["12", "true", None]},
     },
-    "$defs": {"place": {"type": "array", "items": {"type": "number"}}},
+    "$defs": {
+        "place": {"type": "array", "items": {"type": "number"}},
+        "zone": {"type": ["string", "null"], "minLength": 2, "description": "A zone."},
+    },
     "required": ["city", "days"],
     "additionalProperties": False,
 }
@@ -44,7 +50,8 @@ TOOLS: Final[list[dict[str, Any]]] = [
     {"name": "log", "parameters": None, "is_strict": False},
 ]
 ARGUMENTS: Final = '{"city": "Zürich <b>", "days": 3}'
-FULL: Final = '{"city":"a","unit":"F","days":14,"at":[1.5]}'
+FULL: Final = '{"city":"a","unit":"F","days":14,"at":[1.5],"note":"12","zone":"{}","kind":"true"}'
+NULLS: Final = '{"city":"null","days":1,"at":null,"note":null,"zone":null,"kind":null}'
 WRONG: Final = ('{"city": 3, "days": 3}', '{"city": "a", "days": 15}', '{"days": 3}', '{"city": "a", "days": 3, "x": 1}', "{}")
 
 
@@ -185,6 +192,7 @@ def test_text_is_free_and_calls_are_right(model: Model, tool_format: str) -> Non
         f"Let me see.\n{good}",
         f"{section}",
         f"{good}\n{form.of('get_weather', FULL)}",
+        form.of("get_weather", NULLS),
         form.of("get", "{}"),
     )
     for output in (*free, *calls):
@@ -249,12 +257,51 @@ def test_bare_strings_have_their_lengths_and_values(model: Model, tool_format: s
     assert model.allows(grammar, '<function=f>\n<parameter=e>\n"a"\n</parameter>\n</function>')
 
 
+@pytest.mark.parametrize("tool_format", ["qwen3_coder"])
+def test_bare_strings_may_be_null_where_the_schema_says_so(model: Model, tool_format: str) -> None:
+    two = {"anyOf": [{"type": "string", "minLength": 5}, {"enum": ["a.b", "</parameter>"]}, {"type": "null"}]}
+    properties = {
+        "l": {"type": ["string", "null"], "minLength": 5},
+        "o": {"oneOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]},
+        "a": {"allOf": [{"$ref": "#/$defs/two"}]},
+        "e": {"enum": ["x", None, "</parameter>"]},
+        "s": {"type": "string", "minLength": 5},
+        "f": False,
+    }
+    parameters = {"type": "object", "properties": properties, "$defs": {"two": two}}
+    tool = {"name": "f", "parameters": parameters, "is_strict": True}
+    grammar, write = model.grammar("tool_calls", strict([tool]), tool_format), FORMS[tool_format].write
+    assert write is not None
+    for arguments, is_right in (
+        ({"l": "null"}, True), ({"l": "nulls"}, True), ({"l": "nul"}, False), ({"o": "ab"}, True), ({"o": "null"}, True),
+        ({"o": "nul"}, False), ({"a": "a.b"}, True), ({"a": "a-b"}, False), ({"a": "null"}, True), ({"a": "12345"}, True),
+        ({"e": "x"}, True), ({"e": "null"}, True), ({"e": '"x"'}, False), ({"e": "</parameter>"}, False), ({"s": "null"}, False),
+        ({"s": "text</parameter>"}, False), ({"f": "null"}, False),
+    ):  # fmt: skip
+        call = f"<function=f>\n{write(arguments)}</function>"
+        assert model.allows(grammar, call, is_whole=False) is is_right, call
+
+
 @pytest.mark.parametrize(
     ("tool_format", "schema", "place"),
     [
         ("hermes", {"properties": {"a": {"not": {}}}}, "the strict tools at #/tools/1/parameters/properties/a/not: not cannot"),
         ("hermes", {"properties": {"a": {"type": "strin"}}}, "at #/tools/1/parameters/properties/a: Invalid type"),
         ("glm", {"properties": {"a": {"type": "string", "pattern": "b"}}}, "properties/a/pattern: cannot be enforced for a strict"),
+        (
+            "glm",
+            {
+                "properties": {"a": {"$ref": "#/$defs/d"}},
+                "$defs": {"d": {"anyOf": [{"type": "null"}, {"const": "a", "format": "date"}]}},
+            },
+            "#/tools/1/parameters/$defs/d/anyOf/1/format: cannot be enforced for a strict",
+        ),
+        (
+            "glm",
+            {"properties": {"a": {"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]}}},
+            "properties/a/oneOf: alternatives of oneOf that may overlap",
+        ),
+        ("glm", {"properties": {"a": False}, "required": ["a"]}, "properties/a: false allows nothing"),
         ("glm", {"anyOf": [{"type": "object"}]}, "at #/tools/1/parameters/anyOf: cannot be enforced for a strict tool"),
         ("glm", {"properties": {"<a>": {}}}, "parameters/properties/<a>: is no name that this model can write"),
         ("glm", {"properties": {}, "required": ["b"]}, "parameters/required: must name properties only; got 'b'"),
@@ -342,7 +389,7 @@ def test_what_a_grammar_allows_is_read_as_calls_that_fit(model: Model, tool_form
     choose, validator = random.Random(tool_format), jsonschema.Draft202012Validator(WEATHER)
     num_allowed = num_calls = 0
     for _ in range(200):
-        output = f"Hi. {form.lead}{form.of('get_weather', choose.choice((ARGUMENTS, FULL)))}{form.tail} Bye."
+        output = f"Hi. {form.lead}{form.of('get_weather', choose.choice((ARGUMENTS, FULL, NULLS)))}{form.tail} Bye."
         for _ in range(choose.choice((0, 1, 1, 2))):
             output = _mutated(output, choose)
         if not model.allows(grammar, output):
