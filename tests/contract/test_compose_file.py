@@ -68,3 +68,14 @@ def test_one_image_has_one_torch_also_where_there_are_gpus() -> None:
     assert set(services("compose.gpu.yaml")) == {
         name for name, service in SERVICES.items() if service["image"] == "headrace-worker"
     }
+
+
+def test_triton_can_load_on_a_gpu_what_it_compiles() -> None:
+    """Its cache must lie where a container that is read-only can write, and Docker mounts a tmpfs noexec unless told otherwise.
+
+    Compose puts both files' lists together, so what is mounted must be no place of compose.yaml's.
+    """
+    ours = services("compose.gpu.yaml")["worker"]
+    mounts = dict(mount.split(":") for mount in ours["tmpfs"])
+    assert "exec" in mounts[ours["environment"]["TRITON_CACHE_DIR"]].split(",")
+    assert not mounts.keys() & {mount.partition(":")[0] for mount in SERVICES["worker"]["tmpfs"]}
