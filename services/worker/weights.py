@@ -208,11 +208,14 @@ class WeightLoader:
         self._left -= {name for name in self._left if name.startswith(prefix)}
 
     def check_all_taken(self) -> None:
-        """Refuse weights that hold more than the model asked for.
+        """Refuse weights that hold more than the model asked for, but for biases that add nothing (`_is_idle_bias`).
 
         Raises:
             ModelError: Names the first tensors left over, with their shapes.
         """
+        for name in [name for name in self._left if _is_idle_bias(self._weights, name)]:
+            self._left.remove(name)
+            self._tell(tuple(self._weights.info(name).shape))
         if not self._left:
             return
         names = sorted(self._left)
@@ -257,6 +260,15 @@ _PLAIN_DTYPES: Final = {
     **FP8_DTYPES,
 }
 """Numbers that are read as they are, by the name in `TensorInfo.dtype_name`, and the type of what is read."""
+
+
+def _is_idle_bias(weights: Weights, name: str) -> bool:
+    """Whether a tensor is a bias of zeros beside a GPTQ matrix: AutoGPTQ once wrote one for every matrix."""
+    module, _, suffix = name.rpartition(".")
+    if suffix != "bias":
+        return False
+    stored = weights.stored_matrix(f"{module}.weight")
+    return stored is not None and stored.layout == "gptq" and not weights.load(name).any()
 
 
 def _read_into(weights: Weights, name: str, place: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,40 @@ def test_gptq_without_an_order_has_its_groups_in_order(tmp_path: Path) -> None:
     del tensors[f"{NAME}.g_idx"]
     loaded = open_loader(tmp_path, (config, tensors)).take(f"{NAME}.weight", (NUM_OUT, NUM_IN))
     assert np.array_equal(loaded.numpy(), case.weights().astype(np.float32))
+
+
+def test_biases_of_zeros_that_a_gptq_checkpoint_has_beside_every_matrix_are_left(tmp_path: Path) -> None:
+    """AutoGPTQ once wrote one for each matrix, whether the model has biases or not."""
+    told: list[tuple[int, int]] = []
+    config, tensors = gptq(Case(8))
+    tensors[f"{NAME}.bias"] = torch.zeros(NUM_OUT, dtype=torch.float16)
+    loader = open_loader(tmp_path, (config, tensors), on_progress=lambda done, of: told.append((done, of)))
+    taken(loader)
+    loader.check_all_taken()
+    assert sum(num_values for num_values, _ in told) == told[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "value"),
+    [
+        (lambda: gptq(Case(4)), f"{NAME}.bias", 0.5),
+        (lambda: gptq(Case(4)), f"{NAME}.bias", float("nan")),
+        (lambda: gptq(Case(4)), "model.layers.0.mlp.bias", 0.0),
+        (lambda: gptq(Case(4)), f"{NAME}.shift", 0.0),
+        (lambda: packed(Case(4)), f"{NAME}.bias", 0.0),
+    ],
+    ids=["a half", "no number", "of no matrix", "no bias", "of another layout"],
+)
+def test_other_tensors_that_no_model_asks_for_are_refused(
+    made: Callable[[], tuple[dict[str, Any], dict[str, torch.Tensor]]], name: str, value: float, tmp_path: Path
+) -> None:
+    config, tensors = made()
+    tensors[name] = torch.zeros(NUM_OUT, dtype=torch.float16)
+    tensors[name][3] = value
+    loader = open_loader(tmp_path, (config, tensors))
+    taken(loader)
+    with pytest.raises(ModelError, match=rf"describes a model without the tensors {re.escape(name)} \[24\]"):
+        loader.check_all_taken()
 
 
 @pytest.mark.parametrize("layout", ["gptq", "packed"])
