@@ -95,8 +95,10 @@ def distance_of_mass(row_ptr, vocab_size, maximum, temperature, share, limit, BI
             scaled, bits = distances(row_ptr, start, vocab_size, maximum, temperature, BLOCK)
             weights = tl.where(bits <= limit, tl.exp(scaled), 0.0)
             masses += tl.sum(tl.where(bits[:, None] <= ends[None, :], weights[:, None], 0.0), axis=0).to(tl.float64)
-        # Of the last piece nothing is asked: what was not reached before it is reached in it.
-        is_short = (masses < wanted) & (tl.arange(0, 1 << BITS) < (1 << BITS) - 1)
+        # Of the last piece nothing is asked: what was not reached before it is reached in it. Nor of pieces that end where it does,
+        # at the largest integer: they hold the whole mass too, but summed another way, which may fall a last bit short of it.
+        is_asked = ends < tl.max(ends, axis=0)
+        is_short = (masses < wanted) & is_asked
         low += tl.sum(is_short.to(tl.int32), axis=0) << shift
     return low
 

@@ -103,6 +103,15 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     assert sample_both(logits, rows_of(2, temperature=0.0, top_k=3, top_p=0.1)).tolist() == [70, 0]
 
 
+def test_a_share_next_to_one_keeps_what_can_be_drawn() -> None:
+    """Sums of the same numbers in two orders differ by more than the 6 · 10⁻⁸ that such a share leaves: none may fall short."""
+    almost_one = float(np.nextafter(np.float32(1), np.float32(0)))
+    for vocab_size in (33, 1000, 4100):
+        logits = normal(16, vocab_size, scale=2)
+        tokens = sample_both(logits, rows_of(16, seeds=3, positions=torch.arange(16), top_p=almost_one))
+        assert tokens.count_nonzero() > 8
+
+
 def test_equals_of_the_last_kept_are_kept_with_it() -> None:
     """Of four equal tokens, top-k of 2 and top-p of a half keep all: each is drawn at some position."""
     logits = torch.full((40, 30), -5.0)
