@@ -91,7 +91,9 @@ def torch_facts(import_module: Import, root: Path) -> Torch:
     if build == "CPU":
         return found
     try:
-        return replace(found, devices=_devices(torch))
+        devices = _devices(torch)
+        problem = import_module("services.worker.device").launch_problem() if devices else None
+        return replace(found, devices=devices, launch_problem=problem)
     except Exception as error:  # noqa: BLE001 - so may a driver that does not fit
         return replace(found, error=f"{type(error).__name__}: {error}")
 

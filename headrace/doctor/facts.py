@@ -50,6 +50,7 @@ class Torch:
         triton_wanted: What torch itself asks for, for example `triton==3.7.1`; empty for a build that needs none.
         triton_owners: Distributions that have installed a package of the name `triton`, with their versions.
         triton_tried: Versions that the kernels are tried with.
+        launch_problem: What Triton lacks to launch kernels on a GPU that is there, and what to do; None where it lacks nothing.
     """
 
     version: str | None
@@ -61,6 +62,7 @@ class Torch:
     triton_wanted: str = ""
     triton_owners: tuple[str, ...] = ()
     triton_tried: tuple[str, ...] = ()
+    launch_problem: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,10 +70,14 @@ def _gpu(facts: Facts) -> Iterator[Finding]:
             f"torch is built for {torch.build}, but finds no GPU: {why}",
             "the CPU computes; for a GPU, install its driver, and give a container the device",
         )
-    elif torch.triton_version is None:
+        return
+    if torch.triton_version is None:
         yield Finding("warning", "Triton is not installed, and there is a GPU", "pip install triton")
     else:
         yield from _triton(torch)
+    if torch.launch_problem is not None:
+        what, todo = torch.launch_problem
+        yield Finding("warning", f"the CPU computes though there is a GPU: {what}", todo)
 
 
 def _triton(torch: Torch) -> Iterator[Finding]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
@@ -240,9 +242,18 @@ class GpuDevice:
         )
 
 
-def has_compiler() -> bool:
-    """Whether there is a C compiler, which Triton compiles the launches of kernels with."""
-    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+def launch_problem() -> tuple[str, str] | None:
+    """What Triton lacks, which compiles launches of kernels as a C extension of Python, and what to do; None where it has all."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch kernels", "install gcc, or name one in CC"
+    # Triton's own choice: Debian's posix_local names a folder below /usr/local, where no headers are.
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    # Compilers look into these by themselves.
+    others = [folder for name in ("CPATH", "C_INCLUDE_PATH") for folder in os.environ.get(name, "").split(os.pathsep) if folder]
+    if any(Path(folder, "Python.h").is_file() for folder in (headers, *others)):
+        return None
+    return f"Triton needs Python's headers to launch kernels, and {headers} has no Python.h", "install python3-dev"
 
 
 def find_device(setting: str, *, cuda: Any = torch.cuda, hip: str | None = torch.version.hip) -> tuple[Device, str]:
@@ -276,8 +287,7 @@ def find_device(setting: str, *, cuda: Any = torch.cuda, hip: str | None = torch
         except UnsupportedArchitectureError as error:
             missing = str(error)
         else:
-            if not has_compiler():
-                missing = "Triton needs a C compiler to launch kernels: install gcc, or name one in CC"
+            missing = ": ".join(launch_problem() or ()) or None
         if missing is None:
             return GpuDevice(found, device, cuda=cuda), f"{cuda.get_device_name(device)}, {architecture.name}"
     if setting == "auto":

@@ -43,6 +43,7 @@ def fake_torch(*, cuda: str | None = None, hip: str | None = None, gpus: tuple[A
 
 def importing(**modules: Any) -> Callable[[str], Any]:
     """An import that gives fakes by name, with `_` for the dot, and raises those that are errors."""
+    modules.setdefault("services_worker_device", SimpleNamespace(launch_problem=lambda: None))
 
     def give(name: str) -> Any:
         found = modules.get(name.replace(".", "_"))
@@ -131,6 +132,21 @@ def test_a_triton_that_is_not_the_one_of_torch_or_of_the_kernels_is_told(
     judged = findings(all_facts)
     assert [finding.level for finding in judged] == ["warning"] * len(messages)
     assert all(finding.what.startswith(message) for finding, message in zip(judged, messages, strict=True))
+
+
+def test_what_triton_lacks_to_launch_kernels_is_told_where_there_is_a_gpu(facts: Facts, tmp_path: Path) -> None:
+    lacking = SimpleNamespace(launch_problem=lambda: ("Triton needs Python's headers", "install python3-dev"))
+    gpu = SimpleNamespace(name="H100", total_memory=80 << 30, major=9, minor=0)
+    found = [
+        collect.torch_facts(importing(torch=fake_torch(cuda="12.8", gpus=gpus), services_worker_device=lacking), tmp_path)
+        for gpus in ((gpu,), ())
+    ]
+    judged = findings(dataclasses.replace(facts, torch=dataclasses.replace(found[0], triton_version="3.7.1")))
+    assert can_serve(judged)
+    assert [(finding.what, finding.todo) for finding in judged] == [
+        ("the CPU computes though there is a GPU: Triton needs Python's headers", "install python3-dev")
+    ]
+    assert found[1].launch_problem is None
 
 
 def test_a_driver_that_does_not_fit_is_no_crash(facts: Facts, tmp_path: Path) -> None:

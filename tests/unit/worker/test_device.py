@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from headrace.errors import ConfigError
 from kernels import architecture
 from services.worker.backend_choice import choose_backend
 from services.worker.config import Settings
-from services.worker.device import GpuDevice, HostDevice, find_device
+from services.worker.device import GpuDevice, HostDevice, find_device, launch_problem
 
 
 def fake_cuda(*, is_available: bool = True, is_compiled: bool = True) -> Any:
@@ -28,10 +30,14 @@ def fake_cuda(*, is_available: bool = True, is_compiled: bool = True) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _capability(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     architecture.architecture_of.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("CC", "cc")
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    (headers / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(headers)})
     yield
     architecture.architecture_of.cache_clear()
 
@@ -81,6 +87,34 @@ def test_a_gpu_without_a_compiler_for_its_launches_is_not_used(monkeypatch: pyte
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="Triton needs a C compiler to launch kernels: install gcc"):
         find_device("cuda", cuda=fake_cuda(), hip=None)
+
+
+def test_a_gpu_without_pythons_headers_for_its_launches_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "headers" / "Python.h").unlink()
+    message = f"Triton needs Python's headers to launch kernels, and {tmp_path}/headers has no Python.h: install python3-dev"
+    with pytest.raises(ConfigError, match=f"worker.device is cuda, but {message}"):
+        find_device("cuda", cuda=fake_cuda(), hip=None)
+    device, reason = find_device("auto", cuda=fake_cuda(), hip=None)
+    assert (device.name, reason) == ("cpu", f"no GPU to use: {message}")
+
+
+@pytest.mark.parametrize("variable", ["CPATH", "C_INCLUDE_PATH"])
+def test_headers_may_be_where_compilers_look_by_themselves(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "headers" / "Python.h").unlink()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv(variable, f"/nowhere:{tmp_path}:")
+    assert launch_problem() is None
+
+
+def test_headers_are_looked_for_where_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's scheme names a folder that has none, and Triton takes another in its place."""
+    asked: list[str] = []
+    given = sysconfig.get_paths
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: asked.append(scheme) or given(scheme))
+    for scheme in ("posix_local", "venv"):
+        monkeypatch.setattr(sysconfig, "get_default_scheme", lambda scheme=scheme: scheme)
+        assert launch_problem() is None
+    assert asked == ["posix_prefix", "venv"]
 
 
 @pytest.mark.parametrize(
