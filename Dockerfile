@@ -19,6 +19,7 @@ FROM python:3.11-slim-bookworm AS base
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp headrace \
  && install --directory --owner=headrace --mode=0700 /keys \
  && install --directory --owner=headrace --mode=0755 /models \
+ && install --directory --owner=headrace --mode=0700 /data \
  && python3 -m venv --without-pip /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 COPY pyproject.toml constraints.txt tools/requirements.py tools/torch_index.py tools/image_install.sh /opt/build/

@@ -199,6 +199,15 @@ def test_a_killed_worker_costs_no_request_and_changes_no_answer(deployment: Depl
     deployment.wait_instances()
 
 
+def test_what_clients_left_is_there_after_the_router_is_made_anew(deployment: Deployment) -> None:
+    with deployment.client() as client:
+        kept = client.files.create(file=("note.txt", b"still here"), purpose="user_data")
+        deployment.compose("up", "--detach", "--no-deps", "--force-recreate", "router")
+        deployment.wait_ready()
+        assert client.files.content(kept.id).read() == b"still here"
+    deployment.wait_instances()
+
+
 @pytest.mark.parametrize("service", list(PORTS))
 def test_only_the_workers_image_has_torch_and_none_runs_as_root(deployment: Deployment, service: str) -> None:
     container = deployment.containers(service)[0]

@@ -25,6 +25,7 @@ def services(name: str) -> dict[str, Any]:
 
 
 SERVICES = services("compose.yaml")
+SECTIONS: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -56,6 +57,21 @@ def test_what_serves_vectors_is_what_serves_text_with_another_model(name: str, t
         assert ours.pop("environment") == theirs.pop("environment") | changed
         assert waits == {"embedding-model" if key == "model" else key: value for key, value in expected.items()}
     assert ours == theirs
+
+
+def test_what_is_to_outlive_a_container_is_in_a_volume_that_its_user_owns() -> None:
+    """A new volume takes owner and mode of the directory that it hides; the root and /tmp of a container end with it."""
+    made = re.findall(r"install --directory --owner=headrace --mode=(\d+) (/\w+)", (ROOT / "Dockerfile").read_text())
+    modes = {path: mode for mode, path in made}
+    for service in SERVICES.values():
+        mounts = [mount.split(":") for mount in service["volumes"]]
+        assert {name for name, *_ in mounts} <= set(SECTIONS["volumes"])
+        assert {path for _, path, *_ in mounts} <= set(modes)
+    router = SERVICES["router"]
+    settings = load_settings(environment={key: value or "" for key, value in router["environment"].items()})
+    directory = settings.sections["router"].data_directory  # type: ignore[attr-defined]
+    assert directory in [mount.partition(":")[2] for mount in router["volumes"]], "writable, hence without :ro"
+    assert modes[directory] == "0700"
 
 
 def test_the_models_can_be_pulled_by_name() -> None:
