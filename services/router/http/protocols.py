@@ -89,7 +89,7 @@ def _open_history(storage: StorageSettings) -> History:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory that only we can read.
+    """Make a directory, ours alone. One that is there stays as its owner made it: what we put in is private by itself.
 
     Raises:
         ConfigError: It cannot be made; the message names the setting.

@@ -17,6 +17,7 @@ import orjson
 
 from headrace.errors import InvalidRequestError, NotFoundError, OverloadedError, RequestFailedError
 from services.router.key_column import VISIBLE, add_key_column
+from services.router.private_files import make_private_directory, open_database
 
 DATABASE = "batches.sqlite"
 _ABANDONED_S = 86400
@@ -73,9 +74,10 @@ class Database:
         self.directory = directory
         self.contents = directory / "files"
         try:
-            self.contents.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.connection = sqlite3.connect(directory / DATABASE, isolation_level=None, check_same_thread=False, timeout=10)
-            self.connection.execute("PRAGMA journal_mode = WAL")
+            # The directory is an operator's, who may share it; the contents are in one of our own.
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_directory(self.contents)
+            self.connection = open_database(str(directory / DATABASE))
             self.connection.executescript(_SCHEMA)
             for table in ("files", "batches"):
                 add_key_column(self.connection, table)

@@ -6,7 +6,6 @@ entry does not fit any more, the oldest go first, whosever they are. All calls a
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import orjson
 from headrace.errors import InvalidRequestError, NotFoundError, RequestTooLargeError
 from services.router.http.responses.items import Item
 from services.router.key_column import VISIBLE, add_key_column
+from services.router.private_files import open_database
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -47,9 +47,7 @@ class Entries:
     def __init__(self, path: str, limits: HistoryLimits) -> None:
         """`path` is a file's, or ":memory:"."""
         self._limits = limits
-        # Opened on whatever thread makes the store, used on the one thread that runs it.
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db = open_database(path)
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.executescript(_SCHEMA)
