@@ -15,8 +15,16 @@ _KEPT_BLOCK_BYTES = 32 << 20
 _LOADING_BLOCK_BYTES = 1 << 20
 
 _CPU_MAX = "sys/fs/cgroup/cpu.max"
-_MEMORY_MAX = "sys/fs/cgroup/memory.max"
-_MEMORY_CURRENT = "sys/fs/cgroup/memory.current"
+# Of both versions of cgroups: folder, limit, what is used, and in memory.stat the pages of files that are part of it.
+_MEMORY_LIMITS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    (
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
 
 
 def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
@@ -64,15 +72,24 @@ def short_lived_blocks() -> Iterator[None]:
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that can still be taken, within the container's limit."""
+    """Memory that can still be taken, within the container's limit.
+
+    Pages that the kernel keeps of files, weights that were read among them, count as used there and are given up when memory is
+    asked for.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst, "Memory Interface Files"; cgroup-v1/memory.rst, "stat file".
+    """
     available = 0
     for line in _lines(root / "proc/meminfo"):
         key, _, value = line.partition(":")
         if key == "MemAvailable":
             available = int(value.split()[0]) * 1024
-    limit, current = _text(root / _MEMORY_MAX), _text(root / _MEMORY_CURRENT)
-    if limit.isdigit() and current.isdigit():
-        return min(available, max(0, int(limit) - int(current)))
+    for folder, limit_name, used_name, file_keys in _MEMORY_LIMITS:
+        limit, used = _text(root / folder / limit_name), _text(root / folder / used_name)
+        if limit.isdigit() and used.isdigit():
+            counts = dict(line.split(maxsplit=1) for line in _lines(root / folder / "memory.stat") if " " in line)
+            num_file_bytes = sum(int(counts.get(key, 0)) for key in file_keys)
+            available = min(available, max(0, int(limit) - int(used) + num_file_bytes))
     return available
 
 

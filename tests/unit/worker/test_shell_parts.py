@@ -104,6 +104,24 @@ def test_machine_reads_flags_and_memory_within_the_containers_limit(tmp_path: Pa
     assert machine.available_memory_bytes(tmp_path) == 8192
 
 
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "prefix"),
+    [
+        ("sys__fs__cgroup", "memory.max", "memory.current", ""),
+        ("sys__fs__cgroup__memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ],
+)
+def test_pages_of_files_in_a_container_can_be_given_up(tmp_path: Path, folder: str, limit: str, used: str, prefix: str) -> None:
+    """Pulled weights fill a container's memory with pages of files; shared memory is none of those."""
+    counts = {"inactive_file": 2000, "active_file": 500, "shmem": 100, "inactive_anon": 100}
+    stat = "".join(f"{name} {1 if prefix else value}\n{prefix}{name} {value}\n" for name, value in counts.items())
+    write(tmp_path, proc__meminfo="MemAvailable: 8 kB\n")
+    write(tmp_path, **{f"{folder}__{limit}": "5000\n", f"{folder}__{used}": "4900\n", f"{folder}__memory.stat": stat})
+    assert machine.available_memory_bytes(tmp_path) == 5000 - 4900 + 2500
+    write(tmp_path, **{f"{folder}__{limit}": "9223372036854771712\n"})
+    assert machine.available_memory_bytes(tmp_path) == 8192
+
+
 def test_threads_are_physical_cores_within_the_containers_share(tmp_path: Path) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     assert machine.num_usable_cores(tmp_path) == len(cpus)
