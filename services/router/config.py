@@ -39,7 +39,9 @@ class Settings(BaseModel):
     )
     max_open_requests: int = Field(4096, ge=1, description="Most requests open at once; more are answered 429.")
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest HTTP body or gRPC message; larger: 413.")
-    body_timeout_s: float = Field(60.0, gt=0, description="Longest time a client may take to send its body, or 1 MiB of a file.")
+    body_timeout_s: float = Field(
+        60.0, gt=0, description="Longest time a client may take to send a request's head, its body, or 1 MiB of a file."
+    )
     default_timeout_s: float = Field(600.0, gt=0, description="Deadline of requests that name none.")
     max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline a request may name.")
     unavailable_wait_s: float = Field(10.0, ge=0, description="Longest wait for a missing stage before 503.")

@@ -70,7 +70,13 @@ class RouterService:
         self._security = load_security(settings)
         app = HttpApp(self.gateway, limits, self._protocols.routes(), self._security.keys)
         self._app = app
-        self.http = HttpServer(app, host=settings.http_host, port=settings.http_port, keep_alive_s=settings.keep_alive_s)
+        self.http = HttpServer(
+            app,
+            host=settings.http_host,
+            port=settings.http_port,
+            keep_alive_s=settings.keep_alive_s,
+            head_timeout_s=settings.body_timeout_s,
+        )
         self.grpc = self._make_grpc(register_inference, settings.grpc_port, "router.grpc_port")
         gateway_ports = (
             self._make_grpc(register_sglang, settings.sglang_grpc_port, "router.sglang_grpc_port"),

@@ -1,6 +1,6 @@
 """The glue between our ASGI application and uvicorn, run inside our own event loop on a socket we bind. Nothing else knows uvicorn.
 
-Beyond uvicorn's own behaviour: a bound on the size of a request's head, errors of the HTTP parser in OpenAI's shape, a limit on
+Beyond uvicorn's own behaviour: bounds on size and time of a request's head, errors of the HTTP parser in OpenAI's shape, a limit on
 connections that never send a request, and a way for the application to break a connection that is not read.
 """
 
@@ -12,7 +12,8 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import httptools
 import orjson
@@ -35,12 +36,40 @@ class _Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with our bounds."""
 
     _head_bytes = 0
+    _head_deadline: asyncio.TimerHandle | None = None
+    """While bytes have come that are no whole head yet, and no answer is under way."""
+
+    def __init__(self, *args: Any, head_timeout_s: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._head_timeout_s = head_timeout_s
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are asyncio's by duck type only.
         super().connection_made(cast(asyncio.Transport, transport))
         # The first byte of a request disarms it, as between requests.
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes end the wait for a request; from the first of them on its head has a time, however many more trickle in."""
+        super().data_received(data)
+        # None before the first request, which uvicorn's types leave out.
+        cycle: Any = self.cycle
+        is_idle = cycle is None or cycle.response_complete
+        if is_idle and self._head_deadline is None and not self.transport.is_closing():
+            self._head_deadline = self.loop.call_later(self._head_timeout_s, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._end_head()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def _end_head(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -113,12 +142,13 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """The HTTP port."""
 
-    def __init__(self, app: HttpApp, *, host: str, port: int, keep_alive_s: float) -> None:
+    def __init__(self, app: HttpApp, *, host: str, port: int, keep_alive_s: float, head_timeout_s: float) -> None:
         self.port = port
         self._host = host
         config = uvicorn.Config(
             app,
-            http=_Protocol,
+            # uvicorn calls it, and asks for nothing else of a class.
+            http=cast("type[asyncio.Protocol]", partial(_Protocol, head_timeout_s=head_timeout_s)),
             ws="none",
             loop="none",
             lifespan="off",

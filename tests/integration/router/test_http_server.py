@@ -23,8 +23,8 @@ LIMITS = HttpLimits(max_body_bytes=1024 * 1024, body_timeout_s=WAIT_S, max_timeo
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine) -> AsyncIterator[HttpServer]:
-    server = HttpServer(HttpApp(engine, LIMITS), host="127.0.0.1", port=0, keep_alive_s=5)
+async def serving(engine: FakeEngine, *, head_timeout_s: float = WAIT_S) -> AsyncIterator[HttpServer]:
+    server = HttpServer(HttpApp(engine, LIMITS), host="127.0.0.1", port=0, keep_alive_s=WAIT_S, head_timeout_s=head_timeout_s)
     await server.start()
     try:
         yield server
@@ -148,8 +148,45 @@ async def test_what_is_no_request_gets_one_error_and_a_closed_connection(data: b
         assert b"alive" in await ask(server.port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["new", "used"])
+async def test_a_head_that_never_ends_is_not_waited_for(before: bytes) -> None:
+    """Method: bytes that go on trickling in, on a connection that has had an answer or not; nothing else would end it."""
+    async with serving(FakeEngine(), head_timeout_s=0.05) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(before)
+        if before:
+            assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"}"), WAIT_S)
+        writer.write(b"GET /health HTTP/1.1\r\nX: ")
+
+        async def trickle() -> None:
+            while not writer.transport.is_closing():
+                writer.write(b"y")
+                await asyncio.sleep(0.01)
+
+        trickling = asyncio.create_task(trickle())
+        try:
+            assert b"HTTP/1.1" not in await asyncio.wait_for(reader.read(), WAIT_S)
+        except ConnectionResetError:
+            # Closed with bytes of ours unread.
+            assert reader.at_eof() or reader.exception() is not None
+        finally:
+            trickling.cancel()
+            writer.transport.abort()
+
+
+async def test_the_time_of_a_head_cuts_no_answer_and_no_pause_between_requests() -> None:
+    engine = FakeEngine(OutputPiece("Hello", (1,)), 0.3, OutputPiece("!", (1,), "stop"))
+    async with serving(engine, head_timeout_s=0.05) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        for _ in range(2):
+            writer.write(post(json.dumps(CHAT).encode()))
+            assert b"Hello!" in await asyncio.wait_for(reader.readuntil(b"}}"), WAIT_S)
+            await asyncio.sleep(0.2)
+        writer.close()
+
+
 async def test_a_busy_port_stops_the_start_and_names_the_setting() -> None:
     async with serving(FakeEngine()) as server:
-        second = HttpServer(HttpApp(FakeEngine(), LIMITS), host="127.0.0.1", port=server.port, keep_alive_s=5)
+        second = HttpServer(HttpApp(FakeEngine(), LIMITS), host="127.0.0.1", port=server.port, keep_alive_s=5, head_timeout_s=5)
         with pytest.raises(ConfigError, match=rf"port {server.port} .* router.http_port"):
             await second.start()

@@ -134,7 +134,9 @@ async def test_grpc_over_tls_with_client_certificates(tmp_path: Path) -> None:
 
 async def test_http_asks_for_a_key_but_not_for_health() -> None:
     engine = FakeEngine()
-    server = HttpServer(HttpApp(engine, LIMITS, keys=ApiKeys([KEY])), host="127.0.0.1", port=0, keep_alive_s=5)
+    server = HttpServer(
+        HttpApp(engine, LIMITS, keys=ApiKeys([KEY])), host="127.0.0.1", port=0, keep_alive_s=5, head_timeout_s=WAIT_S
+    )
     await server.start()
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session:
