@@ -1,4 +1,4 @@
-"""Goal: nobody but the router's user reads what clients left. Method: modes of all that is there, under the umask of most machines."""
+"""Goal: nobody but the router's user reads what clients left. Method: modes of all that is there, under a umask of 022."""
 
 from __future__ import annotations
 
