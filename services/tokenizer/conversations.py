@@ -3,15 +3,16 @@
 Hugging Face's conventions: an assistant's calls are objects with `function.name` and `function.arguments`, the arguments parsed;
 reasoning is `reasoning_content` (GPT-OSS reads `thinking`).
 
-A template without tools gets them in words. The system turn lists them, one JSON object a line between `<tools>` and `</tools>`,
-and asks for calls as Hermes writes them; calls of earlier turns stand in the assistant's text in that form, results in a user's
-turn between `<tool_response>` and `</tool_response>`. A model that was not trained on tools may well not call any by itself.
+A template without tools gets them in words. The system turn (or the first user's, where the template takes no system turn) lists
+them, one JSON object a line between `<tools>` and `</tools>`, and asks for calls as Hermes writes them; calls of earlier turns
+stand in the assistant's text in that form, results in a user's turn between `<tool_response>` and `</tool_response>`. A model that
+was not trained on tools may well not call any by itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.errors import ProtocolError
@@ -86,8 +87,8 @@ def with_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**tool, "function": {"description": "", **tool["function"]}} if "function" in tool else tool for tool in tools]
 
 
-def written_out(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> list[Turn]:
-    """The same conversation for a template without tools: only system, user and assistant turns, of text."""
+def written_out(turns: Sequence[Turn]) -> list[Turn]:
+    """The same turns for a template without tools: only system, user and assistant turns, of text."""
     found: list[Turn] = []
     for turn in turns:
         content = turn.get("content") or ""
@@ -103,13 +104,23 @@ def written_out(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> list[
         found.append({**plain, "content": "\n".join([*([content] if content or not calls else []), *calls])})
     for turn in found:
         turn.pop("is_result", None)
-    if tools:
-        text = _TOOLS_TEXT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        if found and found[0]["role"] == "system":
-            found[0]["content"] = f"{found[0]['content']}\n\n{text}"
-        else:
-            found.insert(0, {"role": "system", "content": text})
     return found
+
+
+def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tools in words, and how to call them."""
+    return _TOOLS_TEXT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+
+
+def with_text(turns: Sequence[Turn], text: str, *, in_system: bool) -> list[Turn]:
+    """The turns with a text behind what the system turn says or before what the first user's does; in a new one where none is."""
+    role = "system" if in_system else "user"
+    at = 0 if in_system else next((index for index, turn in enumerate(turns) if turn["role"] == role), len(turns))
+    if at == len(turns) or turns[at]["role"] != role:
+        return [{"role": role, "content": text}, *turns]
+    content = turns[at]["content"]
+    content = f"{content}\n\n{text}" if in_system else f"{text}\n\n{content}"
+    return [*turns[:at], {**turns[at], "content": content}, *turns[at + 1 :]]
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

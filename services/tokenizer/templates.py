@@ -22,7 +22,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.errors import HeadraceError, InvalidRequestError, ModelError, RequestFailedError
-from services.tokenizer.conversations import with_argument_texts, with_contents, with_descriptions, written_out
+from services.tokenizer.conversations import (
+    tools_text,
+    with_argument_texts,
+    with_contents,
+    with_descriptions,
+    with_text,
+    written_out,
+)
 from services.tokenizer.output_formats import takes_tools
 
 Message = Mapping[str, Any]
@@ -86,17 +93,22 @@ class ChatTemplate:
         turns = [dict(message) for message in messages]
         if not turns:
             raise InvalidRequestError("messages: there are 0, at least 1 is needed", param="messages")
-        if not self._takes_tools:
-            turns, tools = written_out(turns, [dict(tool) for tool in tools]), ()
-        variables: dict[str, Any] = {**kwargs, **self._special_tokens, "tools": list(tools) or None, "documents": None}
-        if not continue_final_message:
-            return self._run(turns, variables, add_generation_prompt=add_generation_prompt)
-        if add_generation_prompt:
+        if add_generation_prompt and continue_final_message:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt are both true; a turn is either continued or opened: set one",
                 param="continue_final_message",
             )
-        return self._run_open(turns, variables)
+
+        def run(turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+            variables: dict[str, Any] = {**kwargs, **self._special_tokens, "tools": list(tools) or None, "documents": None}
+            if continue_final_message:
+                return self._run_open(turns, variables)
+            return self._run(turns, variables, add_generation_prompt=add_generation_prompt)
+
+        if self._takes_tools:
+            return run(turns, tools)
+        turns = written_out(turns)
+        return _run_with_text(run, turns, tools_text(tools)) if tools else run(turns)
 
     def _run_open(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         """Mark the end of the final message, render, and cut at the mark."""
@@ -110,7 +122,7 @@ class ChatTemplate:
         while any(mark in (turn.get("content") or "") for turn in turns):
             mark += "\ue000"
         # The space after the mark shows whether the template trims messages.
-        turns[-1]["content"] = f"{content}{mark} "
+        turns = [*turns[:-1], {**turns[-1], "content": f"{content}{mark} "}]
         rendered = self._run(turns, variables, add_generation_prompt=False)
         end = rendered.rfind(mark)
         if end < 0 or content.strip() not in rendered:
@@ -167,6 +179,24 @@ class ChatTemplate:
                 param="messages",
             ) from error
         return "".join(parts)
+
+
+def _run_with_text(run: Callable[[list[dict[str, Any]]], str], turns: list[dict[str, Any]], text: str) -> str:
+    """A prompt with a text of ours in the system turn; where the template has no place for one, in the first user's.
+
+    A system turn of the client's stays where it is, and so does the template's word on it.
+    """
+    has_system = turns[0]["role"] == "system"
+    try:
+        prompt = run(with_text(turns, text, in_system=True))
+    except InvalidRequestError:
+        if has_system:
+            raise
+    else:
+        # Some templates leave out turns of roles that they do not know.
+        if has_system or text in prompt:
+            return prompt
+    return run(with_text(turns, text, in_system=False))
 
 
 def _of(name: str, change: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:

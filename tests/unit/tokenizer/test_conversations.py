@@ -103,6 +103,39 @@ def test_tools_in_words_follow_the_system_turn_that_is_there() -> None:
     assert render(PLAIN, ChatPrompt(messages=[ChatMessage(role="user", content="hi")])) == "<user>hi"
 
 
+# As Gemma 2's: no system turn, users' and assistants' by turns.
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+)
+SYSTEM_LEFT_OUT = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [NO_SYSTEM, SYSTEM_LEFT_OUT])
+def test_tools_in_words_stand_before_the_first_user_turn_where_no_system_turn_may_be(source: str) -> None:
+    text = render(source)
+    assert text.startswith("<user>You can call functions.")
+    assert f"{json.dumps(TOOL)}\n</tools>" in text
+    assert "</tool_call>\n\nWhat time is it?<assistant><tool_call>" in text
+    open_turn = [*CONVERSATION.messages[:1], ChatMessage(role="assistant", content="It is")]
+    chat = ChatPrompt(messages=open_turn, tools=json.dumps([TOOL]))
+    continued = template(source).render(
+        turns_of(chat), add_generation_prompt=False, continue_final_message=True, tools=tools_of(chat)
+    )
+    assert continued == text[: text.index("<assistant>")] + "<assistant>It is"
+
+
+def test_a_system_turn_of_the_client_s_is_refused_as_the_template_refuses_it() -> None:
+    told = ChatMessage(role="system", content="Be brief.")
+    for tools in ("", json.dumps([TOOL])):
+        with pytest.raises(InvalidRequestError, match="System role not supported"):
+            render(NO_SYSTEM, ChatPrompt(messages=[told, *CONVERSATION.messages], tools=tools))
+    twice = [*CONVERSATION.messages[:1]] * 2
+    with pytest.raises(InvalidRequestError, match="must alternate"):
+        render(NO_SYSTEM, ChatPrompt(messages=twice, tools=json.dumps([TOOL])))
+
+
 def test_template_variables_do_not_replace_the_conversation() -> None:
     chat = ChatPrompt(messages=[ChatMessage(role="user", content="hi")], template_kwargs='{"messages": [], "bos_token": "x"}')
     assert render("{{ bos_token }}" + PLAIN, chat) == "<s><user>hi"
