@@ -6,6 +6,7 @@ from typing import Final
 
 from headrace.output_formats import CHANNELS_FORMAT, REASONING_FORMATS
 from services.tokenizer.constraints.reasoning_first import Block
+from services.tokenizer.template_source import takes_tools
 
 AUTO: Final = "auto"
 NONE: Final = "none"
@@ -38,12 +39,7 @@ _REASONING_MARKS: Final = (
     ("qwen3", ("</think>",)),
 )
 GENERIC_TOOL_FORMAT: Final = "hermes"
-"""What a model whose template knows no tools is told to write (generic_tools.py)."""
-
-
-def takes_tools(template: str) -> bool:
-    """Whether a template shows tools to the model."""
-    return "tools" in template
+"""What a model whose template knows no tools is told to write (conversations.py)."""
 
 
 def tool_format_of(template: str | None, setting: str) -> str:

@@ -16,9 +16,6 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
-from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.errors import HeadraceError, InvalidRequestError, ModelError, RequestFailedError
@@ -30,7 +27,7 @@ from services.tokenizer.conversations import (
     with_text,
     written_out,
 )
-from services.tokenizer.output_formats import takes_tools
+from services.tokenizer.template_source import EXTENSIONS, takes_tools
 
 Message = Mapping[str, Any]
 """One turn as conversations.py makes it: `role`, `content`, and what else it has."""
@@ -60,7 +57,7 @@ class ChatTemplate:
         self._model = model
         self._output_max = output_max
         self._takes_tools = takes_tools(source)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=strftime, dict=_make_dict, namespace=_Namespace)
         try:
@@ -217,20 +214,6 @@ _REPAIRS: Final = (
 def _is_refusal(error: HeadraceError) -> bool:
     """Whether a template has looked at a conversation and does not want it, rather than failed on it."""
     return isinstance(error, InvalidRequestError) and not isinstance(error.__cause__, jinja2.UndefinedError)
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's own words for training; for serving it only passes them on."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_pass_on"), [], [], body).set_lineno(line)
-
-    def _pass_on(self, caller: Callable[[], str]) -> str:
-        return caller()
 
 
 class _Namespace(jinja2.utils.Namespace):

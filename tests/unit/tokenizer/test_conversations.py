@@ -97,6 +97,15 @@ def test_a_template_without_tools_gets_them_in_words() -> None:
     ) in text
 
 
+def test_a_template_that_has_the_word_tools_but_not_the_tools_gets_them_in_words() -> None:
+    """As Phi-4-mini's, which shows those that stand in the system turn, as no client sends them."""
+    source = (
+        "{% for m in messages %}{% if m['role'] == 'system' and 'tools' in m %}{{ m['content'] + '<|tool|>' + m['tools'] }}"
+        "{% else %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert render(source) == render(PLAIN)
+
+
 def test_tools_in_words_follow_the_system_turn_that_is_there() -> None:
     chat = ChatPrompt(messages=[ChatMessage(role="system", content="Be brief.")], tools=json.dumps([TOOL]))
     assert render(PLAIN, chat).startswith("<system>Be brief.\n\nYou can call functions.")

@@ -9,6 +9,7 @@ from headrace.output_formats import REASONING_FORMATS, TOOL_FORMATS
 from services.tokenizer.config import Settings
 from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.output_formats import AUTO, block_before, reasoning_format_of, starts_in_reasoning, tool_format_of
+from services.tokenizer.template_source import takes_tools
 
 TEMPLATES = {
     "gpt-oss": ("{{ tools }}<|start|>assistant<|channel|>analysis<|message|>", "gpt_oss", "gpt_oss"),
@@ -34,6 +35,7 @@ TEMPLATES = {
     "llama 4": ("{{ tools }}[func_name1(params)]", "pythonic", ""),
     "llama 3": ('{{ tools }}{"name": n, "parameters": p}', "llama3_json", ""),
     "no tools": ("{{ messages }}", "hermes", ""),
+    "phi-4-mini": ("{% for m in messages %}{% if 'tools' in m %}{{ m['tools'] }}{% endif %}{% endfor %}", "hermes", ""),
     "tools of unknown form": ("{{ tools }}", "", ""),
 }
 
@@ -44,6 +46,26 @@ def test_formats_are_told_from_the_template(name: str) -> None:
     assert tool_format_of(template, AUTO) == tool_format
     assert reasoning_format_of(template, AUTO) == reasoning_format
     assert {tool_format, reasoning_format} <= {"", *TOOL_FORMATS, *REASONING_FORMATS}
+
+
+@pytest.mark.parametrize(
+    ("template", "takes"),
+    [
+        ("{% if tools %}x{% endif %}", True),
+        ("{% if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}{% for t in tools %}{{ t }}{% endfor %}", True),
+        ("{% set tools = tools or [] %}", True),
+        ("{% generation %}{{ tools | tojson }}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}", True),
+        ("{% set tools = messages[0]['tools'] %}{{ tools }}", False),
+        ("{% macro show(tools) %}{{ tools }}{% endmacro %}{{ show(messages) }} no tools", False),
+        ("You have no tools.{# tools #}{{ messages[0].tools }}", False),
+        # Worked out by a compiler, these would take gigabytes and hours.
+        ("{{ tools }}{{ 'a' * 10 ** 10 }}{{ ('a' * 10 ** 10) | upper }}{{ [1] * 10 ** 10 }}", True),
+        ("{{ 'tools' * 10 ** 10 }}{{ 10 ** 10 ** 10 }}{{ 'a' | center(10 ** 10) }}", False),
+        ("{% for tools %}", True),
+    ],
+)
+def test_a_template_takes_tools_where_it_reads_the_variable(template: str, takes: bool) -> None:
+    assert takes_tools(template) is takes
 
 
 def test_the_setting_leads() -> None:
