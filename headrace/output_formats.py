@@ -16,6 +16,7 @@ TOOL_FORMATS: Final = (
     "deepseek_v31",
     "glm",
     "gpt_oss",
+    "granite",
     "hermes",
     "json",
     "kimi_k2",

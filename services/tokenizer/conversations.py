@@ -87,6 +87,16 @@ def with_descriptions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**tool, "function": {"description": "", **tool["function"]}} if "function" in tool else tool for tool in tools]
 
 
+def with_granite_calls(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with their calls in the content as Granite 3 writes them, whose template does not show calls."""
+    found = []
+    for turn in turns:
+        calls = ", ".join(_call_object(call) for call in turn.get("tool_calls", ()))
+        plain = {key: value for key, value in turn.items() if key != "tool_calls"}
+        found.append({**plain, "content": f"{turn.get('content') or ''}<|tool_call|>[{calls}]"} if calls else turn)
+    return found
+
+
 def written_out(turns: Sequence[Turn]) -> list[Turn]:
     """The same turns for a template without tools: only system, user and assistant turns, of text."""
     found: list[Turn] = []
@@ -129,9 +139,13 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written_call(call: dict[str, Any]) -> str:
+    return f"<tool_call>\n{_call_object(call)}\n</tool_call>"
+
+
+def _call_object(call: dict[str, Any]) -> str:
     function = call["function"]
     name = json.dumps(function["name"], ensure_ascii=False)
-    return f'<tool_call>\n{{"name": {name}, "arguments": {_as_text(function["arguments"])}}}\n</tool_call>'
+    return f'{{"name": {name}, "arguments": {_as_text(function["arguments"])}}}'
 
 
 def _turn(message: ChatMessage) -> Turn:

@@ -22,6 +22,7 @@ _TOOL_MARKS: Final = (
     ("glm", ("<arg_key>",)),
     ("hermes", ("<tool_call>",)),
     ("mistral", ("[TOOL_CALLS]",)),
+    ("granite", ("<|tool_call|>",)),
     ("pythonic", ("<|python_start|>",)),
     ("pythonic", ("[func_name1(",)),
     ("llama3_json", ("<|python_tag|>",)),

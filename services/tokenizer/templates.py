@@ -24,6 +24,7 @@ from services.tokenizer.conversations import (
     with_argument_texts,
     with_contents,
     with_descriptions,
+    with_granite_calls,
     with_text,
     written_out,
 )
@@ -57,6 +58,7 @@ class ChatTemplate:
         self._model = model
         self._output_max = output_max
         self._takes_tools = takes_tools(source)
+        self._is_granite = "<|tool_call|>" in source and "tool_calls" not in source
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=strftime, dict=_make_dict, namespace=_Namespace)
@@ -103,7 +105,7 @@ class ChatTemplate:
             return self._run(turns, variables, add_generation_prompt=add_generation_prompt)
 
         if self._takes_tools:
-            return run(turns, tools)
+            return run(with_granite_calls(turns) if self._is_granite else turns, tools)
         turns = written_out(turns)
         return _run_with_text(run, turns, tools_text(tools)) if tools else run(turns)
 

@@ -38,6 +38,7 @@ _TOOL_FORMATS: Final[Mapping[str, _ToolFormat]] = MappingProxyType(
         "glm": _ToolFormat(
             xml_calls.read_glm, ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
         ),
+        "granite": _ToolFormat(json_calls.read_granite, ("<|tool_call|>",)),
         "hermes": _ToolFormat(json_calls.read_hermes, ("<tool_call>", "</tool_call>")),
         "json": _ToolFormat(json_calls.read_json),
         "kimi_k2": _ToolFormat(marked_calls.read_kimi_k2, marked_calls.KIMI_MARKERS),

@@ -208,11 +208,25 @@ def _write_hermes(build: CallGrammar, tools: Sequence[_Tool], is_parallel: bool)
     return f"SPACE? ({_any_of([_object(build, tool, '</tool_call>') for tool in tools])})"
 
 
-def _write_mistral(build: CallGrammar, tools: Sequence[_Tool], is_parallel: bool) -> str:
-    """An array, as older models write it, or a name and its arguments. Nothing marks their end, so any of them are an object."""
-    tools = [replace(tool, schema=tool.schema or {"type": "object"}) for tool in tools]
+def _with_end(tools: Sequence[_Tool]) -> list[_Tool]:
+    """The tools for a format that marks no end of arguments: any of them are an object."""
+    return [replace(tool, schema=tool.schema or {"type": "object"}) for tool in tools]
+
+
+def _array(build: CallGrammar, tools: Sequence[_Tool], is_parallel: bool) -> str:
     one = f"({_any_of([_object(build, tool, '') for tool in tools])})"
-    several = f'"[" SPACE? {one} (SPACE? "," SPACE? {one})* SPACE? "]"' if is_parallel else f'"[" SPACE? {one} SPACE? "]"'
+    more = f'(SPACE? "," SPACE? {one})*' if is_parallel else ""
+    return f'"[" SPACE? {one} {more} SPACE? "]"'
+
+
+def _write_granite(build: CallGrammar, tools: Sequence[_Tool], is_parallel: bool) -> str:
+    return f"SPACE? {_array(build, _with_end(tools), is_parallel)}"
+
+
+def _write_mistral(build: CallGrammar, tools: Sequence[_Tool], is_parallel: bool) -> str:
+    """An array, as older models write it, or a name and its arguments."""
+    tools = _with_end(tools)
+    several = _array(build, tools, is_parallel)
     call_id = f"({build.literal('[CALL_ID]')} /[0-9A-Za-z]{{1,32}}/)?"
     named = [f"{quoted(tool.name)} {call_id} {build.literal('[ARGS]')}? {build.arguments(tool, '')}" for tool in tools]
     return f"SPACE? ({_any_of([several, *named])})"
@@ -276,6 +290,7 @@ _FORMATS: Final[Mapping[str, _Form]] = MappingProxyType(
         "glm": _Form(
             "<tool_call>", _write_tagged("\n", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "</tool_call>", _GLM_INNER)
         ),
+        "granite": _Form("<|tool_call|>", _write_granite),
         "hermes": _Form("<tool_call>", _write_hermes),
         "kimi_k2": _Form("<|tool_call_begin|>", _write_kimi_k2, ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")),
         "minimax": _Form(

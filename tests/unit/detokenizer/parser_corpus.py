@@ -148,6 +148,19 @@ CASES = [
     Case("pythonic unknown", _tools("pythonic"), "[rm(path='/')]", "[rm(path='/')]"),
     Case("pythonic without name", _tools("pythonic"), "[get_weather('Paris')]", "[get_weather('Paris')]"),
     Case("pythonic cut", _tools("pythonic"), "[get_weather(city='Pa", calls=(("get_weather", '{"city": \'Pa'),)),
+    # Granite 3.
+    Case(
+        "granite two calls",
+        _tools("granite"),
+        'I look. <|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "now", "arguments": {}}]',
+        "I look.",
+        calls=(PARIS, NOW),
+    ),
+    Case("granite one", _tools("granite"), '<|tool_call|> {"arguments": {"city": "Paris"}, "name": "get_weather"}', calls=(PARIS,)),
+    Case(
+        "granite text behind", _tools("granite"), '<|tool_call|>[{"name": "now"}] <|tool_call|>no', " <|tool_call|>no", calls=(NOW,)
+    ),
+    Case("granite unknown", _tools("granite"), '<|tool_call|>[{"name": "rm"}]', '<|tool_call|>[{"name": "rm"}]'),
     # Mistral.
     Case(
         "mistral array",

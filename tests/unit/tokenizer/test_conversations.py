@@ -145,6 +145,17 @@ def test_a_system_turn_of_the_client_s_is_refused_as_the_template_refuses_it() -
         render(NO_SYSTEM, ChatPrompt(messages=twice, tools=json.dumps([TOOL])))
 
 
+def test_granite_sees_its_calls_of_earlier_turns() -> None:
+    """Its template joins each content with text and looks at no calls."""
+    source = (
+        "{{ tools[0].function.name }} <|tool_call|>{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+    )
+    call = '{"name": "now", "arguments": {"zone": "CET"}}'
+    assert render(source) == (
+        f"now <|tool_call|><user>What time is it?<assistant><|tool_call|>[{call}, {call}]<tool>12:00<tool>13:00"
+    )
+
+
 def test_template_variables_do_not_replace_the_conversation() -> None:
     chat = ChatPrompt(messages=[ChatMessage(role="user", content="hi")], template_kwargs='{"messages": [], "bos_token": "x"}')
     assert render("{{ bos_token }}" + PLAIN, chat) == "<s><user>hi"

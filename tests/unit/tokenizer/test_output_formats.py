@@ -31,6 +31,7 @@ TEMPLATES = {
     "glm": ("[gMASK]{{ tools }}<tool_call><arg_key><think></think>", "glm", "glm"),
     "qwen2.5": ("{{ tools }}<tool_call>", "hermes", ""),
     "qwen3": ("{{ tools }}<tool_call><think></think>", "hermes", "qwen3"),
+    "granite 3": ("{{ tools }}respond only with <|tool_call|> followed by a JSON list", "granite", ""),
     "mistral": ("{{ tools }}[TOOL_CALLS]", "mistral", ""),
     "llama 4": ("{{ tools }}[func_name1(params)]", "pythonic", ""),
     "llama 3": ('{{ tools }}{"name": n, "parameters": p}', "llama3_json", ""),

@@ -1,7 +1,8 @@
 """Calls written as JSON objects: `{"name": …, "arguments": {…}}`, alone, in arrays, behind markers.
 
-Covers Hermes and Qwen (`<tool_call>`), Mistral (`[TOOL_CALLS]`), Llama 3 (`<|python_tag|>` or bare), and plain JSON. Arguments are
-passed on as the model writes them. An object that turns out to be no call of a known tool is text, from its first character.
+Covers Hermes and Qwen (`<tool_call>`), Granite 3 (`<|tool_call|>`), Mistral (`[TOOL_CALLS]`), Llama 3 (`<|python_tag|>` or bare),
+and plain JSON. Arguments are passed on as the model writes them. An object that turns out to be no call of a known tool is text,
+from its first character.
 """
 
 from __future__ import annotations
@@ -37,6 +38,18 @@ def read_hermes(source: Source, reading: Reading, tools: ToolTypes) -> Steps[Non
             reading.text(lead)
         elif (yield from _Object(source, reading, tools, lead=lead).read()):
             yield from _skip(source, "</tool_call>")
+
+
+def read_granite(source: Source, reading: Reading, tools: ToolTypes) -> Steps[None]:
+    """`<|tool_call|>`, then an array of calls, or one."""
+    while tag := (yield from copy_until(source, reading.text, ("<|tool_call|>",))):
+        lead = tag + (yield from skip_spaces(source))
+        if (yield from match(source, "[")):
+            yield from _read_array(source, reading, tools, lead=lead + "[")
+        elif (yield from match(source, "{")):
+            yield from _Object(source, reading, tools, lead=lead).read()
+        else:
+            reading.text(lead)
 
 
 def read_json(source: Source, reading: Reading, tools: ToolTypes) -> Steps[None]:

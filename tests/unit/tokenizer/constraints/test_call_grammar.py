@@ -134,6 +134,11 @@ FORMS: Final = {
         lead="<|tool_calls_section_begin|>",
         tail="<|tool_calls_section_end|>",
     ),
+    "granite": Form(
+        '<|tool_call|>[{"name": "@NAME@", "arguments": @ARGS@}]',
+        ("<|tool_call|>",),
+        ("<|tool_call|>x", "<|tool_call|>[]", '<|tool_call|>{"name": "get"'),
+    ),
     "mistral": Form(
         "[TOOL_CALLS]@NAME@[ARGS]@ARGS@",
         ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
