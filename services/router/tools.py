@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Final
@@ -117,7 +117,7 @@ def _inside(value: Any) -> Iterator[Any]:
 def calls_constraint(tools: tuple[Tool, ...], choice: ToolChoice, *, is_parallel: bool) -> Constraint:
     """A schema of one call or more: an array of objects with the name of a tool and arguments that fit it."""
     wanted = [tool for tool in tools if choice.kind != "named" or tool.name == choice.name]
-    definitions = {tool.name: _moved(tool.parameters or {"type": "object", "properties": {}}, tool.name) for tool in wanted}
+    definitions = {tool.name: _moved(_of_object(tool.parameters or {"properties": {}}), tool.name) for tool in wanted}
     calls = [
         {
             "type": "object",
@@ -147,6 +147,11 @@ def strict_calls(tools: tuple[Tool, ...], *, is_parallel: bool) -> Constraint:
         "is_parallel": is_parallel,
     }
     return Constraint(TOOL_CALLS_KIND, json.dumps(source, ensure_ascii=False), param="tools")
+
+
+def _of_object(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of arguments, which are an object whether it says so or not."""
+    return {"type": "object", **schema}
 
 
 def _moved(schema: Any, name: str) -> Any:

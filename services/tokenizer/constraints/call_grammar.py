@@ -174,7 +174,7 @@ def _tool(value: Any, path: str) -> _Tool:
     if not value["is_strict"]:
         return _Tool(value["name"], None, path)
     try:
-        return _Tool(value["name"], enforceable(value["parameters"] or _NO_ARGUMENTS), path)
+        return _Tool(value["name"], {"type": "object", **enforceable(value["parameters"] or _NO_ARGUMENTS)}, path)
     except SchemaError as error:
         raise SchemaError(path + error.path[1:], error.reason) from error
 

@@ -76,6 +76,15 @@ def test_required_is_an_array_of_calls_of_any_tool() -> None:
     assert (schema["type"], schema["minItems"], schema["maxItems"], names) == ("array", 1, 8, ["get_weather", "now"])
 
 
+def test_arguments_are_an_object_whether_their_schema_says_so_or_not() -> None:
+    parameters = {"properties": {"a": {}}}
+    forced = with_checked_tools(request(replace(NOW, parameters=parameters), choice=ToolChoice("required")))
+    assert schema_of(forced)["$defs"]["now"] == {"type": "object", **parameters}
+    for empty in (None, {}):
+        forced = with_checked_tools(request(replace(NOW, parameters=empty), choice=ToolChoice("required")))
+        assert schema_of(forced)["$defs"]["now"]["type"] == "object"
+
+
 def test_references_inside_a_tool_follow_it() -> None:
     definition = schema_of(with_checked_tools(request(WEATHER, choice=ToolChoice("required"))))["$defs"]["get_weather"]
     assert definition["properties"] == {

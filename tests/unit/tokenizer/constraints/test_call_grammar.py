@@ -218,6 +218,15 @@ def test_arguments_of_a_tool_that_is_not_strict_are_free(model: Model, tool_form
         assert not model.allows(grammar, call + form.of("get_weather", "{}"), is_whole=False)
 
 
+@pytest.mark.parametrize("tool_format", [name for name, form in FORMS.items() if form.write is None])
+def test_arguments_are_an_object_whether_the_schema_says_so_or_not(model: Model, tool_format: str) -> None:
+    tool = {"name": "get", "parameters": {"properties": {"a": {"type": "integer"}}}, "is_strict": True}
+    form, grammar = FORMS[tool_format], model.grammar("tool_calls", strict([tool]), tool_format)
+    assert model.allows(grammar, form.of("get", '{"a": 1}'))
+    for wrong in ("1", '"text"', "[]", "null", '{"a": "b"}'):
+        assert not model.allows(grammar, form.of("get", wrong), is_whole=False), wrong
+
+
 @pytest.mark.parametrize("tool_format", FORMS)
 def test_one_call_where_several_are_not_wanted(model: Model, tool_format: str) -> None:
     form, grammar = FORMS[tool_format], model.grammar("tool_calls", strict(is_parallel=False), tool_format)
