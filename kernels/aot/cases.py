@@ -46,8 +46,9 @@ class CompileCase:
         types: Triton type of each argument that is no constant: `*bf16`, `i32`, `fp32`.
         constants: Values of the constant arguments, and of others that a launch would fold in (None, 1).
         config: Warps and stages.
-        unaligned: Arguments that need not be divisible by 16. A launch specialises pointers and integers that are, and for most
-            that is so (addresses from torch's allocator, strides of whole heads); counts and lengths belong here.
+        unaligned: Arguments that need not be divisible by 16, beside those that the kernel's decorator names. A launch specialises
+            pointers and integers that are, and for most that is so (addresses from torch's allocator, strides of whole heads);
+            counts and lengths belong here.
         is_hot: Runs in every layer of a step: a spilled register is an error.
     """
 

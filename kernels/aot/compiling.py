@@ -43,10 +43,12 @@ def compile_case(registered: RegisteredCase) -> Any:
     if unknown := set(names) ^ (set(case.types) | set(case.constants)):
         raise LookupError(f"{registered.key}: argument {min(unknown)!r} is the kernel's or the case's, and not both")
     signature = {name: case.types.get(name, "constexpr") for name in names}
+    # As a launch does it: arguments that the kernel itself takes as they come are never specialised.
+    as_they_come = {each.name for each in case.kernel.params if each.do_not_specialize or each.do_not_specialize_on_alignment}
     aligned = [
         index
         for index, name in enumerate(names)
-        if name not in case.unaligned and (signature[name].startswith("*") or signature[name] in ("i32", "i64"))
+        if name not in case.unaligned | as_they_come and (signature[name].startswith("*") or signature[name] in ("i32", "i64"))
     ]
     source = ASTSource(case.kernel, signature, dict(case.constants), {(index,): [["tt.divisibility", 16]] for index in aligned})
     target = GPUTarget(architecture.backend, architecture.target, architecture.warp_size)

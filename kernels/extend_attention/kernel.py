@@ -25,7 +25,10 @@ def visible_keys(
     return is_visible
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_page_tables_row"],
+    do_not_specialize_on_alignment=["page_tables_ptr", "query_starts_ptr", "context_lengths_ptr"],
+)
 def extend_attention_kernel(
     out_ptr,
     queries_ptr,

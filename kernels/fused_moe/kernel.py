@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def fused_moe_route_kernel(
     logits_ptr,
     selection_bias_ptr,
@@ -71,7 +71,7 @@ def fused_moe_route_kernel(
     tl.store(experts_ptr + places, chosen, mask=is_place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def fused_moe_count_kernel(
     experts_ptr,
     counts_ptr,
@@ -89,7 +89,7 @@ def fused_moe_count_kernel(
     tl.store(counts_ptr + chunk.to(tl.int64) * num_experts + experts, counts, mask=experts < num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def fused_moe_place_kernel(
     counts_ptr,
     before_ptr,
@@ -121,7 +121,7 @@ def fused_moe_place_kernel(
     tl.store(totals_ptr + experts, totals, mask=is_expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def fused_moe_order_kernel(
     experts_ptr,
     before_ptr,
@@ -174,7 +174,7 @@ def expert_of_block(block_m, ends_ptr, totals_ptr, num_experts, BLOCK_M: tl.cons
     return expert, start + total - block_m * BLOCK_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks_m"])
 def fused_moe_gate_up_kernel(
     x_ptr,
     weight_ptr,
@@ -249,7 +249,7 @@ def fused_moe_gate_up_kernel(
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks_m"])
 def fused_moe_down_kernel(
     activated_ptr,
     weight_ptr,

@@ -31,7 +31,10 @@ def split_range(
     return begin, tl.minimum(begin + split_tokens, length), visible_from, tl.cdiv(length - first, split_tokens)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_log_sums_row", "stride_log_sums_head", "stride_page_tables_row"],
+    do_not_specialize_on_alignment=["page_tables_ptr", "lengths_ptr"],
+)
 def paged_decode_attention_split_kernel(
     out_ptr,
     partials_ptr,
@@ -120,7 +123,7 @@ def paged_decode_attention_split_kernel(
             tl.store(log_sum_ptrs, maximum + tl.log2(total), mask=group < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_log_sums_row", "stride_log_sums_head"], do_not_specialize_on_alignment=["lengths_ptr"])
 def paged_decode_attention_reduce_kernel(
     out_ptr,
     partials_ptr,

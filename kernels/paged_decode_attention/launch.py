@@ -88,8 +88,8 @@ def paged_decode_attention(
     if num_rows == 0:
         return out
     num_splits = splits_of(max_length)
-    partials, log_sums = _workspace(queries, num_splits)
     blocks = blocks_of(architecture_of(queries.device), shape, queries.dtype)
+    partials, log_sums = _workspace(queries, num_splits, blocks.num_dims)
     paged_decode_attention_split_kernel[(num_rows, shape.num_kv_heads, num_splits)](
         out,
         partials,
@@ -126,11 +126,11 @@ def paged_decode_attention(
     return out
 
 
-def _workspace(queries: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the parts of rows that are split, float32; none where none can be."""
-    num_rows, num_heads, head_dim = queries.shape
+def _workspace(queries: torch.Tensor, num_splits: int, block_d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the parts of rows that are split, float32; none where none can be. Parts begin at multiples of 16 numbers."""
+    num_rows, num_heads, _ = queries.shape
     num_parts = num_splits if num_splits > 1 else 0
-    partials = torch.empty((num_rows, num_heads, num_parts, head_dim), dtype=torch.float32, device=queries.device)
+    partials = torch.empty((num_rows, num_heads, num_parts, block_d), dtype=torch.float32, device=queries.device)
     log_sums = torch.empty((num_rows, num_heads, num_parts), dtype=torch.float32, device=queries.device)
     return partials, log_sums
 

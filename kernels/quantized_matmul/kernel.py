@@ -86,7 +86,7 @@ def load_w4(
     return tl.reshape(values, (BLOCK_K, BLOCK_N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantized_matmul_w4a16_kernel(
     x_ptr,
     qweight_ptr,
@@ -169,7 +169,7 @@ def quantized_matmul_w4a16_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantized_matmul_w8a16_kernel(
     x_ptr,
     codes_ptr,
@@ -225,7 +225,7 @@ def quantized_matmul_w8a16_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantized_matmul_int8_kernel(
     x_ptr,
     x_scale_ptr,
@@ -268,7 +268,7 @@ def quantized_matmul_int8_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_token[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantized_matmul_fp8_kernel(
     x_ptr,
     x_scale_ptr,
@@ -354,7 +354,7 @@ def quantized_matmul_quantize_int8_kernel(
         tl.store(out_ptr + token * stride_out_token + first + steps, code.to(tl.int8), mask=is_step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantized_matmul_quantize_fp8_kernel(
     x_ptr,
     out_ptr,

@@ -38,7 +38,7 @@ def turn_heads(
     tl.store(second_ptrs, turned_second.to(base_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def rotary_kernel(
     queries_ptr,
     keys_ptr,

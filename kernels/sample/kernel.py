@@ -152,7 +152,7 @@ def draw(row_ptr, vocab_size, maximum, temperature, limit, number, BLOCK: tl.con
     return token
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seeds_ptr", "positions_ptr"])
 def sample_draw_kernel(
     tokens_ptr,
     is_valid_ptr,

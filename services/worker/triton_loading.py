@@ -32,7 +32,7 @@ from services.worker.layers.ops import Model
 from services.worker.layers.triton_ops import TritonOps
 from services.worker.models.registry import build_model
 from services.worker.triton_draw import TritonDraw
-from services.worker.triton_network import TritonNetwork, largest_step
+from services.worker.triton_network import TritonNetwork, largest_step, longest_step
 from services.worker.weights import WeightLoader
 
 
@@ -132,8 +132,9 @@ class TritonLoader:
         with torch.inference_mode():
             dropped = network.capture()
             if self._device.can_capture:
-                # With all else in its place: what a request may ask for later is had now.
+                # With all else in its place: what a request may ask for later is had now, memory and compiled kernels.
                 network.forward(largest_step(limits))
+                network.compute_whole(longest_step(limits))
         report = DeviceReport(
             name=self._device.name,
             reason=self._reason,

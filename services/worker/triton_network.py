@@ -68,7 +68,7 @@ class TritonNetwork:
         return self._graphs.capture(self._compute) if self._device.can_capture else ()
 
     def compute_whole(self, step: StepTensors) -> None:
-        """Compute a step in one part or fail, for what it takes."""
+        """Compute a step in one part, without a graph, or fail, for what it takes."""
         self._outputs = Outputs.of(self._compute(self._staging.load(step)))
 
     def forward(self, step: StepTensors) -> torch.Tensor:
@@ -162,4 +162,19 @@ def largest_step(limits: Limits) -> StepTensors:
         page_tables=torch.arange(num_pages, device="cpu").expand(num_rows, -1),
         num_decode_rows=int((counts == 1).sum()),
         sampled_tokens=flat[: limits.max_num_seqs],
+    )
+
+
+def longest_step(limits: Limits) -> StepTensors:
+    """A decode step of one row at the end of the longest context, over one page again and again."""
+    position = torch.tensor([limits.max_model_len - 1], device="cpu")
+    return StepTensors(
+        token_ids=torch.zeros_like(position),
+        positions=position,
+        slot_mapping=position % limits.page_size,
+        row_starts=position,
+        row_counts=torch.ones_like(position),
+        page_tables=torch.zeros((1, -(-limits.max_model_len // limits.page_size)), dtype=torch.int64, device="cpu"),
+        num_decode_rows=1,
+        sampled_tokens=torch.zeros_like(position),
     )

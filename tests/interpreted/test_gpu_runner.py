@@ -10,20 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from headrace.errors import ConfigError
 from services.worker import loading, triton_loading, triton_network
 from services.worker.backend_choice import DeviceOptions
+from services.worker.batch_inputs import Limits
 from services.worker.device import GpuDevice
+from services.worker.layers.ops import StepTensors
 from services.worker.layers.triton_ops import TritonOps
 from services.worker.loading import LoadReport
-from tests.interpreted.fake_cuda import FakeCuda
+from tests.interpreted.fake_cuda import FakeCuda, FakeGraph
 from tests.interpreted.quantizing import quantize_checkpoint
 from tests.interpreted.running import load, make_driver, mixed_steps, options_for, token_ids
+from tests.interpreted.variants import Variants
 from tests.parity.conftest import Driver
-from tests.parity.families import assert_near
+from tests.parity.families import FAMILIES, assert_near
+from tests.unit.worker.test_sampler import rows as sampled_rows
 
 KV_BYTES = 8 * 2 * 2 * 32 * 4
 """Of a page: tokens, keys and values, heads, head size, float32; of the checkpoint, which has one layer."""
@@ -333,3 +338,67 @@ def test_failed_rows_fail_alone_and_copied_pages_are_copies(load_gpu: Callable[.
     network = driver.runner._network._network
     network.clear_pages(torch.tensor([1, 2]))
     assert all(not bool(layer[1:3].any()) for layer in network._kv_layers)
+
+
+def random_step(generator: np.random.Generator, limits: Limits) -> StepTensors:
+    """Decode rows, rows of several tokens, or both, of any lengths, over the first page; some tokens are sampled."""
+    num_decode, num_extend = generator.integers(0, 4), generator.integers(0, 3)
+    num_decode += num_decode + num_extend == 0
+    new = generator.integers(2, (limits.max_num_batched_tokens - num_decode) // max(num_extend, 1) + 1, num_extend)
+    counts = np.concatenate((np.ones(num_decode, dtype=np.int64), new))
+    starts = generator.integers(0, generator.choice((40, 400, limits.max_model_len)) - counts + 1)
+    positions = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
+    sampled = np.sort(generator.permutation(len(positions))[: generator.integers(1, len(counts) + 1)])
+    return StepTensors(
+        token_ids=torch.zeros(len(positions), dtype=torch.int64),
+        positions=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(positions % limits.page_size),
+        row_starts=torch.from_numpy(starts),
+        row_counts=torch.from_numpy(counts),
+        page_tables=torch.zeros((len(counts), -(-limits.max_model_len // limits.page_size)), dtype=torch.int64),
+        num_decode_rows=int(num_decode),
+        sampled_tokens=torch.from_numpy(sampled),
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "batch_sizes", "changes"),
+    [
+        ("qwen3", (1, 3), {}),
+        ("qwen3", (), {"head_dim": 20}),
+        ("gpt_oss", (3,), {}),
+        *((form, (), {}) for form in ("gptq", "int8", "int8 for int8", "fp8 blocks")),
+    ],
+    ids=["graphs", "no graphs", "experts", "codes of 4 bits", "codes of 8 bits", "quantised inputs", "eight-bit floats"],
+)
+def test_no_step_has_a_kernel_compiled_that_the_start_has_not(
+    form: str,
+    batch_sizes: tuple[int, ...],
+    changes: dict[str, int],
+    load_gpu: Callable[..., Any],
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Goal: no request waits for a compiler, whatever the numbers of a step and wherever they lie.
+
+    Method: Triton is asked at each launch which variant of the kernel it takes. After the start nothing is computed any more.
+    """
+    variants = Variants(monkeypatch)
+    is_family = form in FAMILIES
+    sizes = {"num_hidden_layers": 2 if is_family else 1, "max_position_embeddings": 2048}
+    directory = checkpoint(form if is_family else "llama biases", **(sizes | changes))
+    directory = directory if is_family else quantize_checkpoint(directory, tmp_path, form)
+    driver, _ = load_gpu(directory=directory, graph_batch_sizes=batch_sizes, max_model_len=1200, kv_cache_bytes=1 << 22)
+    driver.runner.warm_up()
+    network, draw, limits = driver.runner._network._network, driver.runner._draw, driver.runner.limits
+    variants.is_computing = False
+    monkeypatch.setattr(FakeGraph, "replay", lambda graph: None)
+    generator, at_start = np.random.default_rng(1), set(variants.found)
+    assert {name for name, *_ in at_start} > {"extend_attention_kernel", "sample_draw_kernel", "store_kv_kernel"}
+    with torch.inference_mode():
+        for _ in range(120):
+            logits = network.forward(random_step(generator, limits))
+            indices = np.flatnonzero(generator.integers(0, 2, len(logits)))
+            draw(logits, sampled_rows(len(logits)), indices)
+    assert sorted(name for name, *_ in variants.found - at_start) == []
