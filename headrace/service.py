@@ -30,6 +30,7 @@ from headrace.config.load import FILE_ENV, Settings, load_settings
 from headrace.errors import ConfigError, HeadraceError, ModelError
 from headrace.heap import trim_heap
 from headrace.lifecycle import State
+from headrace.open_files import raise_open_files_limit
 from headrace.startup import StartPhases, spawned_ns
 from headrace.supervision.child import Notifier, attach
 from headrace.telemetry import logs, traces
@@ -176,6 +177,7 @@ def run_service(name: str, *, prepare: Callable[[Settings], None] | None = None)
         The exit status.
     """
     attachment = attach()
+    raise_open_files_limit()
     phases = StartPhases(_spawned_ns())
     try:
         settings = settings_from_process()

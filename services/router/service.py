@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ConfigError, UnavailableError
+from headrace.open_files import open_files_limit
 from headrace.telemetry import logs
 from headrace.telemetry.metrics import RouterMetrics
 from headrace.v1.common_pb2 import ModelInfo
@@ -42,6 +43,8 @@ log = logs.get_logger()
 
 TICK_S = 0.05
 IDLE_TICK_S = 0.25
+RESERVED_FILES = 256
+"""Open files that no client's connection is: links, listeners, storage, and connections that are refused."""
 
 
 class RouterService:
@@ -102,6 +105,7 @@ class RouterService:
     async def start(self) -> None:
         """Bind both public ports and the back-plane."""
         self._check_settings()
+        self._check_open_files()
         await self._protocols.start(self._app)
         # The public ports first: a second router started by mistake fails here, before it takes the first one's ipc socket.
         await self.http.start()
@@ -122,6 +126,17 @@ class RouterService:
             raise ConfigError(
                 f"router.default_timeout_s must be at most router.max_timeout_s, {self._settings.max_timeout_s:g}; "
                 f"got {self._settings.default_timeout_s:g}"
+            )
+
+    def _check_open_files(self) -> None:
+        """Clients over HTTP/1.1 have a connection for each request: over the process's limit they would not even be refused."""
+        limit, wanted = open_files_limit(), self._settings.max_open_requests + RESERVED_FILES
+        if limit < wanted:
+            log.warning(
+                "open_files.limited",
+                limit=limit,
+                wanted=wanted,
+                reason="router.max_open_requests cannot be reached: raise `ulimit -n`, or lower the setting",
             )
 
     async def _run_timers(self) -> None:

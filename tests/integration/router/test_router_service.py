@@ -26,6 +26,7 @@ from headrace.wire import topology
 from headrace.wire.envelope import int32_array
 from headrace.wire.fake import FakeNetwork, FakeWire
 from headrace.wire.session import Peer
+from services.router import service as router_service
 from services.router.config import Settings
 from services.router.service import RouterService
 from services.scheduler.cache_events import block_hashes, namespace_hash
@@ -563,3 +564,14 @@ async def test_salt_and_tenant_make_the_namespace(tmp_path: Path) -> None:
         assert submit.cache_namespace == f"{len(tenant)}:{tenant}s"
         assert submit.priority == 3
         answer.task.cancel()
+
+
+@pytest.mark.parametrize(("limit", "max_open_requests", "is_told"), [(1024, 4096, True), (4352, 4096, False), (1024, 768, False)])
+async def test_too_few_open_files_for_the_requests_that_may_be_open_are_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, max_open_requests: int, is_told: bool
+) -> None:
+    monkeypatch.setattr(router_service, "open_files_limit", lambda: limit)
+    with capture_logs() as lines:
+        async with system(tmp_path, stages=False, max_open_requests=max_open_requests):
+            told = [line for line in lines if line["event"] == "open_files.limited"]
+    assert [(line["log_level"], line["limit"], line["wanted"]) for line in told] == ([("warning", 1024, 4352)] if is_told else [])
