@@ -29,6 +29,7 @@ from prometheus_client import CollectorRegistry
 from headrace.config.load import FILE_ENV, Settings, load_settings
 from headrace.errors import ConfigError, HeadraceError, ModelError
 from headrace.heap import trim_heap
+from headrace.home import expand_home
 from headrace.lifecycle import State
 from headrace.open_files import raise_open_files_limit
 from headrace.startup import StartPhases, spawned_ns
@@ -114,13 +115,25 @@ class ServiceContext:
         """
         from headrace.models.store import resolve
 
-        return resolve(self.settings.model.name, Path(self.settings.model.store).expanduser())
+        return resolve(self.settings.model.name, expand_home(self.settings.model.store, "model.store"))
 
     def bind_address(self, backplane: Backplane) -> str:
-        """Where this process binds a back-plane: the setting, else an ipc socket in the run directory."""
-        address: str = getattr(self.settings.wire, f"{backplane.front}_bind")
+        """Where this process binds a back-plane: the setting, else an ipc socket in the run directory, which is made if missing.
+
+        Raises:
+            ConfigError: The run directory cannot be made.
+        """
+        setting = f"{backplane.front}_bind"
+        address: str = getattr(self.settings.wire, setting)
         if address:
             return address
+        try:
+            self.run_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run directory {self.run_directory} cannot be made ({error.strerror}): set run_directory, or wire.{setting}",
+                param="run_directory",
+            ) from error
         # Detokenizers are reached by the address they advertise; the others by a name everyone can guess.
         stem = self.instance if backplane.default_port == 0 else backplane.front
         return f"ipc://{self.run_directory}/{stem}.sock"
@@ -131,10 +144,20 @@ class ServiceContext:
         return targets or [f"ipc://{self.run_directory}/{backplane.front}.sock"]
 
     def advertised_address(self, bound: str) -> str:
-        """What to tell others of a bound address: a wildcard host becomes the advertised one."""
+        """What to tell others of a bound address: a wildcard host becomes the advertised one.
+
+        Raises:
+            ConfigError: None is set, and this machine's own name has no address.
+        """
         if not is_wildcard(bound):
             return bound
-        host = self.settings.wire.advertise_host or socket.gethostbyname(socket.gethostname())
+        try:
+            host = self.settings.wire.advertise_host or socket.gethostbyname(socket.gethostname())
+        except OSError as error:
+            raise ConfigError(
+                f"this machine's name {socket.gethostname()!r} has no address ({error.strerror}): set wire.advertise_host",
+                param="wire.advertise_host",
+            ) from error
         return f"tcp://{host}:{split_tcp(bound)[1]}"
 
     @classmethod
@@ -155,7 +178,7 @@ class ServiceContext:
 def default_run_directory(settings: Settings) -> Path:
     """Where ipc sockets go when nothing is set: a directory of the user's own."""
     if settings.run_directory:
-        return Path(settings.run_directory).expanduser().absolute()
+        return expand_home(settings.run_directory, "run_directory").absolute()
     base = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
     return Path(base) / f"headrace-{os.getuid()}"
 
@@ -200,6 +223,14 @@ def run_service(name: str, *, prepare: Callable[[Settings], None] | None = None)
         attachment.notifier.state(State.FAILED, error.message)
         print(f"headrace {name}: {error.code}: {error.message}", file=sys.stderr)
         return 1
+    except OSError as error:
+        # Where it names a file, that says all an operator needs; anything else is a fault of ours.
+        if error.filename is None:
+            raise
+        attachment.notifier.state(State.FAILED, str(error))
+        log.debug("service.failed", exc_info=error)
+        print(f"headrace {name}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -224,7 +255,6 @@ class _Runner:
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
         run_directory = default_run_directory(settings)
-        run_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         registry = CollectorRegistry()
         telemetry = settings.telemetry
         self._metrics = ServiceMetrics(registry)

@@ -16,13 +16,14 @@ import click
 
 from headrace.config.load import FILE_ENV, SERVICES, Settings, env_name, flag_name, load_settings, parse_text, section_classes
 from headrace.errors import HeadraceError
+from headrace.home import expand_home
 from headrace.supervision.exit_status import ExitStatus
 
 HEALTH_TIMEOUT_S = 3.0
 
 
 class _Group(click.Group):
-    """Turns our errors into one line on stderr and exit status 2."""
+    """Turns our errors into one line on stderr and exit status 2, and those of files that cannot be used into one and status 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -30,6 +31,12 @@ class _Group(click.Group):
         except HeadraceError as error:
             click.echo(f"headrace: {error.message}", err=True)
             ctx.exit(ExitStatus.CONFIG_ERROR)
+        except OSError as error:
+            # Where it names a file, that says all; anything else is a fault of ours, or click's own affair.
+            if error.filename is None:
+                raise
+            click.echo(f"headrace: {error}", err=True)
+            ctx.exit(ExitStatus.START_FAILED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -167,8 +174,7 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _store(store: str | None) -> Path:
-    text = store or load_settings(environment=os.environ).model.store
-    return Path(text).expanduser()
+    return expand_home(store or load_settings(environment=os.environ).model.store, "model.store")
 
 
 _store_option = click.option("--store", default=None, help="Directory of models; by default the setting model.store.")

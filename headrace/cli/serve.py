@@ -16,6 +16,7 @@ from headrace.cli.gpus import own_gpu
 from headrace.config.load import Settings, env_name
 from headrace.config.settings import SupervisionSettings
 from headrace.errors import ModelError
+from headrace.home import expand_home
 from headrace.lifecycle import LOADING, State
 from headrace.service import default_run_directory
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
@@ -41,7 +42,7 @@ def _check_models(settings: Settings) -> None:
     from headrace.models.model_config import load_model_config
     from headrace.models.store import resolve
 
-    store = Path(settings.model.store).expanduser()
+    store = expand_home(settings.model.store, "model.store")
     for key, name in (("model.name", settings.model.name), ("embedding_model.name", settings.embedding_model.name)):
         if not name and key != "model.name":
             continue

@@ -21,6 +21,7 @@ from typing import Any, Final
 from headrace.config.load import SERVICES, Settings
 from headrace.doctor.facts import Device, Facts, Machine, Model, NativeKernels, Port, Torch
 from headrace.errors import ModelError
+from headrace.home import expand_home
 
 FEATURES: Final = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
@@ -43,7 +44,7 @@ def collect(settings: Settings, *, import_module: Import = importlib.import_modu
         import_module: Imports what may be missing or broken.
         root: Where /proc and /sys are.
     """
-    store = Path(settings.model.store).expanduser()
+    store = expand_home(settings.model.store, "model.store")
     worker: Any = settings.sections["worker"]
     return Facts(
         headrace_version=_version("headrace") or "unknown",
@@ -169,8 +170,13 @@ def model_facts(store: Path) -> tuple[Model, ...]:
     from headrace.models.description import describe
     from headrace.models.store import list_models
 
+    try:
+        entries = list_models(store)
+    except ModelError:
+        # `model_problem` tells it of the model that is wanted.
+        return ()
     found = []
-    for entry in list_models(store):
+    for entry in entries:
         try:
             model = describe(entry.path)
             found.append(Model(entry.name, model.architecture, model.size_bytes, ""))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from headrace.errors import ModelError
+from headrace.home import expand_home
 from headrace.models.model_config import CONFIG_FILE
 
 DEFAULT_MODELS_ROOT: Final = Path("~/.cache/headrace/models")
@@ -60,23 +61,37 @@ def resolve(name_or_path: str, root: Path) -> Path:
         root: Where models live.
 
     Raises:
-        ModelError: There is no such directory, or it is no model; the message says what was looked for and how to get it.
+        ModelError: There is no such directory, or it is no model, or may not be read; the message says what was looked for and
+            how to get it.
     """
     looked_for: list[Path] = []
     if _NAME_PATTERN.fullmatch(name_or_path) or is_hub_id(name_or_path):
-        looked_for.append(root.expanduser() / directory_name(name_or_path))
-    looked_for.append(Path(name_or_path).expanduser().absolute())
+        looked_for.append(expand_home(root, "model.store") / directory_name(name_or_path))
+    looked_for.append(expand_home(name_or_path, "model.name").absolute())
     for directory in looked_for:
-        if (directory / CONFIG_FILE).is_file():
+        if _is_model(directory):
             return directory
     places = " or ".join(str(directory) for directory in looked_for)
     raise ModelError(f"no model {name_or_path!r}: looked for {places}; get one with `headrace models pull {name_or_path}`")
 
 
 def list_models(root: Path) -> list[ModelEntry]:
-    """List the models under the root, by name; empty when the root is not there yet."""
-    root = root.expanduser()
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if not path.name.startswith(".") and (path / CONFIG_FILE).is_file()]
+    """List the models under the root, by name; empty when the root is not there yet.
+
+    Raises:
+        ModelError: The root may not be read.
+    """
+    root = expand_home(root, "model.store")
+    try:
+        names = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
+    except OSError as error:
+        raise ModelError(f"the model store {root} cannot be read ({error.strerror})", param="model.store") from error
+    found = [path for path in names if _is_model(path)]
     return [ModelEntry(name=name_of(path), path=path) for path in sorted(found)]
+
+
+def _is_model(directory: Path) -> bool:
+    try:
+        return (directory / CONFIG_FILE).is_file()
+    except OSError as error:
+        raise ModelError(f"the model directory {directory} cannot be read ({error.strerror})", param="model.store") from error

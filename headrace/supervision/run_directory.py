@@ -48,10 +48,12 @@ class RunDirectory:
             try:
                 if _lock(path, lock_fd, is_patient=time.monotonic() < patient_until):
                     _clear(path, lock_fd)
-                    entry = read_entry(os.getpid())
-                    assert entry is not None
-                    (path / PID_FILE_NAME).write_text(f"{entry.pid} {entry.start_ticks}\n")
+                    _sign(path)
                     return cls(path, lock_fd)
+            except OSError as error:
+                # No permission, or a disk that is full.
+                os.close(lock_fd)
+                raise ConfigError(f"run directory {path} cannot be used: {error.strerror}", param=_PARAM) from error
             except BaseException:
                 os.close(lock_fd)
                 raise
@@ -131,6 +133,12 @@ def _clear(path: Path, lock_fd: int) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def _sign(path: Path) -> None:
+    entry = read_entry(os.getpid())
+    assert entry is not None
+    (path / PID_FILE_NAME).write_text(f"{entry.pid} {entry.start_ticks}\n")
 
 
 def _owner_pid(path: Path) -> int | None:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from opentelemetry import trace as otel
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from headrace.errors import ConfigError
 from headrace.telemetry import names
 
 if TYPE_CHECKING:
@@ -219,8 +220,18 @@ class FileExporter:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("ab", buffering=0)
+        """Open, and make what is missing.
+
+        Raises:
+            ConfigError: It cannot be written to; the message names the setting.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"telemetry.trace_file {path} cannot be written to ({error.strerror})", param="telemetry.trace_file"
+            ) from error
 
     def export(self, spans: Sequence[ReadableSpan]) -> Any:
         """Write spans; a full disk is reported to the SDK as a failure, never raised into a request."""

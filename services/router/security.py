@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from headrace.errors import ConfigError
+from headrace.home import expand_home
 from services.router.api_keys import ApiKeys, parse_keys
 from services.router.config import Settings
 from services.router.grpc.server import Security, credentials_of
@@ -40,6 +39,6 @@ def _read_pem(path: str, setting: str) -> bytes:
 
 def _read(path: str, setting: str) -> bytes:
     try:
-        return Path(path).expanduser().read_bytes()
+        return expand_home(path, setting).read_bytes()
     except OSError as error:
         raise ConfigError(f"{setting}: {path} cannot be read: {error.strerror}") from error

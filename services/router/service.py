@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ConfigError, UnavailableError
+from headrace.home import expand_home
 from headrace.open_files import open_files_limit
 from headrace.telemetry import logs
 from headrace.telemetry.metrics import RouterMetrics
@@ -209,7 +209,7 @@ class RouterService:
 
 
 def _storage(settings: Settings) -> StorageSettings:
-    directory = Path(settings.data_directory).expanduser()
+    directory = expand_home(settings.data_directory, "router.data_directory")
     return StorageSettings(
         history_path=str(directory / HISTORY_FILE) if settings.history == "sqlite" else ":memory:",
         history=HistoryLimits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from services.router.http.responses.entries import HistoryLimits
 from services.router.http.responses.history import History
 from services.router.http.responses.routes import ConversationsRoutes, ResponsesRoutes
 from services.router.http.routing import Route
+from services.router.private_files import MEMORY
 from services.router.storage_thread import StorageThread
 
 HISTORY_FILE = "history.sqlite"
@@ -83,18 +85,19 @@ class Protocols:
 
 
 def _open_history(storage: StorageSettings) -> History:
-    if storage.history_path != ":memory:":
-        make_directory(Path(storage.history_path).parent)
-    return History(storage.history_path, storage.history)
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory, ours alone. One that is there stays as its owner made it: what we put in is private by itself.
+    """The history, in its file or in memory.
 
     Raises:
-        ConfigError: It cannot be made; the message names the setting.
+        ConfigError: The file cannot be used; the message names the settings.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"router.data_directory {path} cannot be made ({error.strerror})") from error
+        if storage.history_path != MEMORY:
+            # One that is there stays as its owner made it: what we put in is private by itself.
+            Path(storage.history_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return History(storage.history_path, storage.history)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(
+            f"router.history is sqlite, and {storage.history_path} cannot be used ({error}): move it away, or set "
+            "router.data_directory to another directory",
+            param="router.data_directory",
+        ) from error

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +71,15 @@ def test_the_guard_removes_only_what_its_own_supervisor_left(tmp_path):
     with RunDirectory.claim(path):
         remove_run_directory_of(str(path), os.getpid())
         assert path.exists(), "its owner lives"
+
+
+def test_a_full_disk_is_told_and_lets_go_of_the_directory(tmp_path, monkeypatch):
+    def refuse(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", refuse)
+        with pytest.raises(ConfigError, match=f"run directory {tmp_path / 'run'} cannot be used: No space left on device"):
+            RunDirectory.claim(tmp_path / "run")
+    with RunDirectory.claim(tmp_path / "run"):
+        assert os.listdir(tmp_path / "run") == [PID_FILE_NAME]
