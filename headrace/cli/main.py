@@ -6,16 +6,15 @@ import importlib
 import json
 import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import click
 
 from headrace.config.load import FILE_ENV, SERVICES, Settings, env_name, flag_name, load_settings, parse_text, section_classes
-from headrace.errors import HeadraceError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.home import expand_home
 from headrace.supervision.exit_status import ExitStatus
 
@@ -218,18 +217,21 @@ def models_show(name: str, store: str | None) -> None:
 @click.option("--ready", is_flag=True, help="Ask whether a request could be served, not only whether the process lives.")
 def health(service: str, ready: bool) -> None:
     """Ask a service on this machine for its health through its metrics port; exit status 0 or 1."""
-    settings = load_settings(environment=os.environ)
-    port = settings.telemetry.metrics_port(service)
-    url = f"http://127.0.0.1:{port}/{'ready' if ready else 'health'}"
+    from headrace.telemetry.asking import ask
+
+    telemetry = load_settings(environment=os.environ).telemetry
+    port = telemetry.metrics_port(service)
+    if not port:
+        setting = f"telemetry.{service}_metrics_port"
+        found = "null, so it listens on none" if port is None else "0, so it listens on a free one"
+        raise ConfigError(f"{setting} is {found}: set it to a port to ask for health there", param=setting)
+    path = "/ready" if ready else "/health"
     try:
-        with urllib.request.urlopen(url, timeout=HEALTH_TIMEOUT_S) as answer:
-            click.echo(answer.read().decode())
-    except urllib.error.HTTPError as error:
-        click.echo(error.read().decode(), err=True)
-        sys.exit(1)
+        status, body = ask(telemetry.metrics_host, port, path, timeout_s=HEALTH_TIMEOUT_S)
     except OSError as error:
-        click.echo(f"{url}: {error}", err=True)
-        sys.exit(1)
+        status, body = 0, f"http://{telemetry.metrics_host}:{port}{path}: {error}"
+    click.echo(body, err=status != HTTPStatus.OK)
+    sys.exit(0 if status == HTTPStatus.OK else 1)
 
 
 class _Bench(click.Group):

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import socket
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -22,6 +21,7 @@ from headrace.config.load import SERVICES, Settings
 from headrace.doctor.facts import Device, Facts, Machine, Model, NativeKernels, Port, Torch
 from headrace.errors import ModelError
 from headrace.home import expand_home
+from headrace.telemetry.asking import ask
 
 FEATURES: Final = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
@@ -229,10 +229,9 @@ def _can_bind(host: str, number: int) -> bool:
 
 
 def _answers_as_ours(host: str, number: int) -> bool:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     try:
-        with urllib.request.urlopen(f"http://{shown}:{number}/health", timeout=HEALTH_TIMEOUT_S) as answer:
-            health: Any = json.loads(answer.read(1 << 16))
+        _, body = ask(host, number, "/health", timeout_s=HEALTH_TIMEOUT_S)
+        health: Any = json.loads(body)
     except (OSError, ValueError):
         return False
     return isinstance(health, Mapping) and health.get("service") == "router"
