@@ -25,6 +25,11 @@ class Literals:
         """Whether a text is that of one special token."""
         return text in self._ids
 
+    def split(self, text: str) -> tuple[str, str, str]:
+        """What stands in a text before its first special token, that token's text, and what is behind it."""
+        match = self._special.search(text)
+        return (text[: match.start()], match.group(), text[match.end() :]) if match else (text, "", "")
+
     def write(self, text: str) -> str:
         """An expression for a text."""
         parts, start = [], 0

@@ -33,6 +33,22 @@ def _is_allowed(vocabulary: Vocabulary, grammar: str, output: str) -> bool:
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
+def _tags(*elements: object, kind: str = "sequence") -> dict[str, object]:
+    return {"type": kind, "elements": list(elements)}
+
+
+def _const(value: str) -> dict[str, object]:
+    return {"type": "const_string", "value": value}
+
+
+def _tag(begin: str, end: str = "", **content: object) -> dict[str, object]:
+    return {"type": "tag", "begin": begin, "content": content or {"type": "any_text"}, "end": end}
+
+
+ANY_TEXT = {"type": "any_text"}
+NUMBER = {"type": "regex", "pattern": "[0-9]+"}
+MAY_CALL = {"type": "triggered_tags", "triggers": ["<"], "tags": [_tag("<a>", "</a>", **NUMBER)]}
+CALLS_ONCE = {**MAY_CALL, "stop_after_first": True, "at_least_one": True}
 ADDRESS = {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^[0-9]{5}$"}}, "required": ["zip"]}
 TAGS = {"structures": [{"begin": "<f=a>", "schema": ADDRESS, "end": "</f>"}], "triggers": ["<f="]}
 THINK = {
@@ -102,6 +118,64 @@ THINK = {
         ),
         (
             "structural_tag",
+            {"format": _tags(ANY_TEXT, _tag("<a>", "</a>", **NUMBER), _const("."))},
+            ["x<a>1</a>.", "<a>12</a>.", "<b><a>1</a>."],
+            ["x", "x<a>b</a>.", "x<a>1</a>", "x<a>1</a>.y"],
+        ),
+        (
+            "structural_tag",
+            {"format": _tags(ANY_TEXT, _tags(_const("<a>"), _const("<abc>"), _tag("<b", ">", **NUMBER), kind="or"), ANY_TEXT)},
+            ["x<a>y", "<abc>", "x<b7>y<a>", "x<a<a>"],
+            ["x", "x<b>", "x<ab>"],
+        ),
+        (
+            "structural_tag",
+            {"format": _tags(_tags(_const("-"), _tags(ANY_TEXT, _const("!"), kind="or")), _tags(_const("<s>"), NUMBER))},
+            ["-x<s>1", "-<s>1", "-!<s>1", "-!!<s>1"],
+            ["x<s>1", "-x<s>y", "-x"],
+        ),
+        (
+            "structural_tag",
+            {"format": _tags(_tags(_const("("), _tag("[", type="any_text"), kind="or"), _const("."), ANY_TEXT, _const("<s>x"))},
+            ["(.<s>x", "[a.b<s>x", "[.b.<s>x"],
+            ["(a.<s>x", "[a<s>x", "(.<s>y", "(.x"],
+        ),
+        (
+            "structural_tag",
+            {
+                "format": _tags(
+                    ANY_TEXT, _tags(_tag("<t>", type="any_text"), _tag("<n>", **NUMBER), kind="or"), _const("</t>"), NUMBER
+                )
+            },
+            ["x<t>y</t>1", "<n>1</t>2"],
+            ["x<t>y</t>", "x</t>1", "<n>x</t>1"],
+        ),
+        (
+            "structural_tag",
+            {"format": _tag("[", "]", **MAY_CALL)},
+            ["[]", "[x]", "[x<a>1</a>y<a>2</a>]"],
+            ["[x", "[<a>x</a>]", "[x<b>]", "[x]y"],
+        ),
+        (
+            "structural_tag",
+            {"format": _tags(MAY_CALL, _const("<end>"), NUMBER)},
+            ["<end>1", "x<a>1</a>y<end>1"],
+            ["x", "<end>x", "<a>x</a><end>1"],
+        ),
+        (
+            "structural_tag",
+            {"format": _tags(ANY_TEXT, _tags(_const("."), _tag("?", **CALLS_ONCE), kind="or"), NUMBER)},
+            ["x.1", "x?y<a>1</a>2"],
+            ["x?2", "x?<a>1</a>", "x.y"],
+        ),
+        (
+            "structural_tag",
+            {"format": _tags({**MAY_CALL, "stop_after_first": True}, _const("!"))},
+            ["!", "x!", "x<a>1</a>!"],
+            ["x", "<a>1</a>x!", "x<b>!"],
+        ),
+        (
+            "structural_tag",
             {
                 "format": {
                     "type": "or",
@@ -139,6 +213,34 @@ def test_exactly_what_a_constraint_says_is_allowed(
         ("ebnf", "root ::= none", "neither GBNF nor Lark"),
         ("ebnf", "start: none", "the grammar cannot be used"),
         ("structural_tag", {}, "the structural tag at #/structures: must be a non-empty array"),
+        (
+            "structural_tag",
+            {"format": _tags(ANY_TEXT, NUMBER)},
+            "at #/format/elements/1: begins with no fixed text, and stands behind",
+        ),
+        ("structural_tag", {"format": _tags(ANY_TEXT, ANY_TEXT)}, "at #/format/elements/1: begins with no fixed text"),
+        ("structural_tag", {"format": _tags(ANY_TEXT, MAY_CALL)}, "at #/format/elements/1: begins with no fixed text"),
+        (
+            "structural_tag",
+            {"format": _tags(_tag("<a>"), _tags(_const("b"), _tags(NUMBER), kind="or"))},
+            "at #/format/elements/1/elements/1/elements/0: begins with no fixed text",
+        ),
+        ("structural_tag", {"format": {**MAY_CALL, "tags": [_tag("<a>")]}}, "at #/format/tags/0/end: must be a text"),
+        (
+            "structural_tag",
+            {"format": {"type": "tags_with_separator", "separator": ",", "tags": [_tag("<a>")]}},
+            "at #/format/tags/0/end: must be a text",
+        ),
+        (
+            "structural_tag",
+            {"format": _tags(_tags(), {"type": "or", "elements": 3})},
+            "at #/format/elements/0/elements: must be a non-",
+        ),
+        (
+            "structural_tag",
+            {"format": _tags(_tag("a", type="or", elements=3), ANY_TEXT)},
+            "0/content/elements: must be a non-empty",
+        ),
         ("structural_tag", {"format": {"type": "x"}}, "at #/format/type: must be one of"),
         ("structural_tag", TAGS | {"triggers": ["<g"]}, "at #/tags/0/begin: must begin with one of the triggers"),
         ("structural_tag", {"format": {"type": "json_schema", "json_schema": {"not": {}}}}, "at #/format/json_schema/not:"),
