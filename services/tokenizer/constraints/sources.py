@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from headrace.errors import InvalidRequestError
 from headrace.grammars import GrammarError, Vocabulary, compile_grammar
@@ -26,6 +26,8 @@ JSON_OPTIONS: Final[dict[str, Any]] = {
 }
 MAX_CHOICES: Final = 4096
 _PROBES_MAX: Final = 256
+_LARK: Final = re.compile(r"^[ \t]*(%llguidance\b|[?!]{0,2}start\b[^:\n]*:(?!:=))", re.MULTILINE)
+"""What only Lark has: its first rule, in every form, such as `?start:`. In GBNF a rule's name stands before `::=`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def _of_choices(choices: object) -> str:
 
 def _of_ebnf(source: str) -> str:
     try:
-        rules = any_to_lark(source)
+        rules = source if _LARK.search(source) else gbnf_to_lark(source)
     except Exception as error:
         raise GrammarError(f"it is neither GBNF nor Lark: {error}") from error
     return _lark(rules)

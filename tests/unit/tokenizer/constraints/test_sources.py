@@ -81,6 +81,9 @@ THINK = {
         ("choice", ['say "ü"', "no\n", "/x/"], ['say "ü"', "no\n", "/x/"], ["no", "say"]),
         ("ebnf", 'root ::= "(" root ")" | [0-9]+', ["((12))"], ["((1)", "()"]),
         ("ebnf", 'start: "(" start ")" | N\nN: /[0-9]+/', ["((12))"], ["((1)"]),
+        ("ebnf", '?start: "(" start ")" | N\nN: /[0-9]+/', ["((12))"], ["((1)"]),
+        ("ebnf", '// ::=\n  !start : n\n?n: "::=" | "b"', ["::=", "b"], ["c"]),
+        ("ebnf", 'root ::= begin\nbegin ::= "start:" | "?start: x"', ["start:", "?start: x"], ["x"]),
         ("structural_tag", TAGS, ["hi", 'hi <f=a>{"zip":"01234"}</f> and on'], ["<f=b>", '<f=a>{"zip":1}</f>']),
         ("structural_tag", {"format": THINK}, ["well </think>12", "</think>3"], ["12", "</think>x"]),
         (
@@ -211,6 +214,7 @@ def test_exactly_what_a_constraint_says_is_allowed(
         ("choice", ["a"] * (MAX_CHOICES + 1), "the choice at #: must be an array of 1 to"),
         ("choice", ["a", 3], "the choice at #/1: must be a non-empty string"),
         ("ebnf", "root ::= none", "neither GBNF nor Lark"),
+        ("ebnf", "?start: none", 'unknown name: "none"'),
         ("ebnf", "start: none", "the grammar cannot be used"),
         ("structural_tag", {}, "the structural tag at #/structures: must be a non-empty array"),
         (
