@@ -233,7 +233,7 @@ class Stream:
             if matcher is not None and matcher.is_found:
                 self.finish_reason = FinishReason.FINISH_REASON_STOP
                 if reader is not None:
-                    reader.finish("")
+                    reader.finish("", is_cut=False)
             elif reader is not None and reader.is_budget_spent:
                 self.finish_reason = FinishReason.FINISH_REASON_STOP
                 self.is_budget_spent = True
@@ -252,7 +252,7 @@ class Stream:
                 text += self._matcher.flush()
         if self._reader is None:
             return text
-        self._reader.finish(text)
+        self._reader.finish(text, is_cut=self.finish_reason != FinishReason.FINISH_REASON_STOP)
         return self._reader.gather()
 
 

@@ -55,10 +55,10 @@ class StreamReader:
         if was_reasoning or self._parser.is_reasoning:
             self.num_reasoning_tokens += 1
 
-    def finish(self, text: str) -> None:
-        """Read the last text, after which nothing comes."""
+    def finish(self, text: str, *, is_cut: bool) -> None:
+        """Read the last text, after which nothing comes; cut off, or at an end that the model or a stop string made."""
         self._parser.push(text)
-        self._parser.finish()
+        self._parser.finish(is_cut=is_cut)
 
     def gather(self) -> str:
         """Put what was read with the unsent; gives the text."""

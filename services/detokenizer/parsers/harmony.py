@@ -75,6 +75,7 @@ class Harmony:
         name = recipient.removeprefix(_FUNCTIONS)
         if recipient.startswith(_FUNCTIONS) and tools is not None and tools.knows(name):
             reading.begin_call(name)
+            yield from skip_spaces(source)
             emit = reading.arguments
         elif channel == "analysis":
             self.is_reasoning = True
@@ -83,6 +84,8 @@ class Harmony:
         elif recipient:
             reading.text(header + _MESSAGE)
         marker = yield from copy_until(source, emit, _BODY_ENDS)
+        if marker:
+            reading.end_call()
         # Cut off, the reasoning still stands open.
         self.is_reasoning = self.is_reasoning and not marker
         return marker

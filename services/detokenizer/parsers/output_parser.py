@@ -120,12 +120,12 @@ class OutputParser:
             self._texts.append(text)
             self._feed(text)
 
-    def finish(self) -> None:
-        """The text is over."""
+    def finish(self, *, is_cut: bool = False) -> None:
+        """The text is over; cut off, or ended by the model (whose end tokens make no text) or by a stop string."""
         self._first.feed_end()
         if self._second is not None:
             self._second.feed_end()
-        self._reading.finish()
+        self._reading.finish(is_cut=is_cut)
 
     def take(self) -> tuple[str, str, list[CallPart]]:
         """Text, reasoning and parts of calls since the last time."""

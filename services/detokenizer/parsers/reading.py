@@ -57,7 +57,17 @@ class ToolTypes:
 class Reading:
     """Gathers what parsers find. Calls follow each other: arguments belong to the latest."""
 
-    __slots__ = ("_calls", "_held_reasoning", "_is_reasoning_held", "_reasoning", "_spaces", "_text", "_trims_calls", "num_calls")
+    __slots__ = (
+        "_calls",
+        "_held_reasoning",
+        "_is_call_bare",
+        "_is_reasoning_held",
+        "_reasoning",
+        "_spaces",
+        "_text",
+        "_trims_calls",
+        "num_calls",
+    )
 
     def __init__(self, *, trims_calls: bool = False, holds_reasoning: bool = False) -> None:
         """Begin with nothing.
@@ -70,6 +80,8 @@ class Reading:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[CallPart] = []
+        # The latest call has no character of arguments yet.
+        self._is_call_bare = False
         self._trims_calls = trims_calls
         self._spaces = ""
         self._is_reasoning_held = holds_reasoning
@@ -77,6 +89,8 @@ class Reading:
 
     def text(self, text: str) -> None:
         """Text of the answer."""
+        if text:
+            self.end_call()
         if self._held_reasoning:
             self._release_reasoning()
         if not self._trims_calls:
@@ -95,25 +109,38 @@ class Reading:
 
     def reasoning(self, text: str) -> None:
         """Reasoning."""
+        self.end_call()
         (self._held_reasoning if self._is_reasoning_held else self._reasoning).append(text)
 
     def begin_call(self, name: str, call_id: str = "") -> None:
         """A call begins."""
+        self.end_call()
         self._release_reasoning()
         self._spaces = ""
         self._calls.append(CallPart(self.num_calls, name, call_id))
         self.num_calls += 1
+        self._is_call_bare = True
+
+    def end_call(self) -> None:
+        """The latest call is over: without any argument its arguments are an empty object."""
+        if self._is_call_bare:
+            self.arguments("{}")
 
     def arguments(self, text: str) -> None:
         """Characters of the latest call's arguments."""
+        if not text:
+            return
+        self._is_call_bare = False
         index = self.num_calls - 1
         if self._calls and self._calls[-1].index == index:
             self._calls[-1].arguments += text
         else:
             self._calls.append(CallPart(index, arguments=text))
 
-    def finish(self) -> None:
-        """Nothing follows: give what was held back."""
+    def finish(self, *, is_cut: bool) -> None:
+        """Nothing follows: give what was held back. A call that was cut off stays as it is."""
+        if not is_cut:
+            self.end_call()
         self._release_reasoning()
         if self._spaces and not self.num_calls:
             self._text.append(self._spaces)

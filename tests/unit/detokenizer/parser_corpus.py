@@ -203,7 +203,23 @@ CASES = [
         "x",
         calls=(("now", "what"),),
     ),
+    Case(
+        "deepseek v3 nothing in the fence",
+        _tools("deepseek_v3"),
+        f"{_DS[0]}{_DS[1]}function{_DS[2]}now\n```json\n```{_DS[3]}\n{_DS[1]}function{_DS[2]}now\n```json\n\n```{_DS[3]}{_DS[4]}x",
+        "x",
+        calls=(NOW, NOW),
+    ),
+    Case("deepseek nothing", _tools("deepseek_v31"), f"{_DS[1]}now{_DS[2]}\n{_DS[3]}{_DS[1]}now{_DS[2]}{_DS[4]}", calls=(NOW, NOW)),
+    Case(
+        "deepseek fence without JSON",
+        _tools("deepseek_v3"),
+        f"{_DS[1]}function{_DS[2]}now\n```json\n``` what{_DS[3]}",
+        calls=(("now", "``` what"),),
+    ),
     # Kimi K2.
+    Case("kimi nothing", _tools("kimi_k2"), f"{_KIMI[1]}functions.now:0{_KIMI[2]} {_KIMI[3]}{_KIMI[4]}", calls=(NOW,)),
+    Case("kimi ends", _tools("kimi_k2"), f"{_KIMI[1]}functions.now:0{_KIMI[2]}", calls=(NOW,)),
     Case(
         "kimi",
         _tools("kimi_k2"),
@@ -316,6 +332,14 @@ CASES = [
         _tools("gpt_oss", reasoning="gpt_oss"),
         " to=functions.now<|channel|>commentary json<|message|>{}<|call|>",
         calls=(NOW,),
+    ),
+    Case(
+        "harmony call of nothing",
+        _tools("gpt_oss", reasoning="gpt_oss"),
+        "<|start|>assistant<|channel|>commentary to=functions.now <|constrain|>json<|message|> <|call|><|start|>assistant"
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.now<|message|>",
+        reasoning="Hm.",
+        calls=(NOW, NOW),
     ),
     Case("harmony none", _tools("gpt_oss", reasoning="gpt_oss"), "Just words.", "Just words."),
     # Reasoning.

@@ -145,6 +145,23 @@ def test_arguments_stream_before_they_are_whole() -> None:
     assert message.content() == ("", "", [("get_weather", "", '{"city": "Par')])
 
 
+@pytest.mark.parametrize(
+    ("format_", "output"),
+    [
+        ("gpt_oss", "<|channel|>commentary to=functions.now<|message|>"),
+        ("kimi_k2", "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>"),
+        ("qwen3_coder", "<function=now>"),
+    ],
+)
+def test_a_call_without_arguments_is_whole_where_the_model_ended_it_and_not_where_it_was_cut(format_: str, output: str) -> None:
+    for is_cut, arguments in ((False, "{}"), (True, "")):
+        parser = OutputParser(ReadingOptions(format_, tools=TOOLS))
+        parser.push(output)
+        parser.finish(is_cut=is_cut)
+        _, _, parts = parser.take()
+        assert [(part.name, part.arguments) for part in parts] == [("now", arguments)]
+
+
 def test_reasoning_is_seen_while_it_stands_open() -> None:
     parser = OutputParser(ReadingOptions("", "qwen3"))
     seen = []

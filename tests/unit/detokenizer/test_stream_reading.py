@@ -115,6 +115,21 @@ def test_token_borders_change_nothing(table: TokenTable, case: Case) -> None:
     assert router == once
 
 
+@pytest.mark.parametrize(("finish", "arguments"), [(STOP, "{}"), (FinishReason.FINISH_REASON_LENGTH, "")])
+def test_a_call_that_ends_before_its_arguments_has_none_unless_it_was_cut(
+    table: TokenTable, finish: FinishReason, arguments: str
+) -> None:
+    """The end token that the model ends a call by makes no text (GPT-OSS's <|call|>)."""
+    options = ReadingOptions("gpt_oss", "gpt_oss", False, TOOLS)
+    ids = encode(table, "<|channel|>commentary to=functions.now<|message|>")
+    streams, router = StreamTable(table, StreamLimits()), Router()
+    open_stream(streams, options)
+    give(streams, 0, ids)
+    give(streams, len(ids), [], finish)
+    router.read(streams)
+    assert router.calls == [["now", arguments]]
+
+
 @pytest.mark.parametrize("options", [QWEN, replace(QWEN, holds_reasoning=True)], ids=["streamed", "held"])
 def test_a_stream_begun_again_anywhere_sends_nothing_twice(table: TokenTable, options: ReadingOptions) -> None:
     ids = encode(table, OUTPUT)

@@ -105,5 +105,15 @@ def _read_arguments(source: Source, reading: Reading, markers: _Markers) -> Step
         yield from skip_spaces(source)
         if not (yield from match(source, markers.call_end)):
             return
-    elif (yield from copy_until(source, reading.arguments, (markers.call_end, markers.section_end))):
-        return
+    else:
+        # A fence without anything in it holds no arguments.
+        lead = "```" if (yield from match(source, "```")) else ""
+        lead += yield from skip_spaces(source)
+
+        def emit(text: str) -> None:
+            nonlocal lead
+            reading.arguments(lead + text)
+            lead = ""
+
+        if (yield from copy_until(source, emit, (markers.call_end, markers.section_end))):
+            reading.end_call()
