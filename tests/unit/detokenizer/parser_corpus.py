@@ -142,6 +142,19 @@ CASES = [
         '<|python_start|>[get_weather(city="Paris")]<|python_end|>',
         calls=(PARIS,),
     ),
+    Case(
+        "pythonic three quotes",
+        _tools("pythonic"),
+        '[get_weather(city="""say "hi", (or) \'no\'\n\\"", ok)""", note=\'\'\'it\'s ""\'\'\', zip="", zone=\'\', days=2), now()]',
+        calls=(
+            ("get_weather", {"city": 'say "hi", (or) \'no\'\n"", ok)', "note": 'it\'s ""', "zip": "", "zone": "", "days": 2}),
+            NOW,
+        ),
+    ),
+    Case("pythonic empty three quotes", _tools("pythonic"), '[get_weather(city="""""")]', calls=(("get_weather", {"city": ""}),)),
+    Case(
+        "pythonic three quotes cut", _tools("pythonic"), '[get_weather(city="""a", b', calls=(("get_weather", '{"city": """a", b'),)
+    ),
     Case("pythonic JSON words", _tools("pythonic"), "[get_weather(units=true)]", calls=(("get_weather", {"units": True}),)),
     Case("pythonic word", _tools("pythonic"), "[get_weather(city=Paris)]", calls=(PARIS,)),
     Case("pythonic list", _tools("pythonic"), "[1, 2] are numbers", "[1, 2] are numbers"),

@@ -114,9 +114,16 @@ def _read_value(source: Source) -> Steps[tuple[str, str]]:
 
 
 def _copy_string(source: Source, chars: list[str], quote: str) -> Steps[None]:
+    """Copy a string behind its first quote: to the next, or, where three begin it, to the next three."""
+    num_quotes = 1
+    if (yield from match(source, quote * 2)):
+        num_quotes = 3
+        chars.append(quote * 2)
+    num_seen = 0
     while char := (yield from source.read()):
         chars.append(char)
-        if char == quote:
+        num_seen = num_seen + 1 if char == quote else 0
+        if num_seen == num_quotes:
             return
         if char == "\\" and (escaped := (yield from source.read())):
             chars.append(escaped)
