@@ -20,6 +20,7 @@ from headrace.home import expand_home
 from headrace.lifecycle import LOADING, State
 from headrace.service import default_run_directory
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
+from headrace.supervision.stderr_relay import StderrRelay
 from headrace.supervision.supervisor import StateCallback, Supervisor
 from headrace.telemetry import logs
 
@@ -144,9 +145,12 @@ def _supervise(
     name: str, settings: Settings, specs: list[ProcessSpec], *, on_state: StateCallback, run_directory: Path | None
 ) -> int:
     telemetry = settings.telemetry
-    logs.configure(service="supervisor", instance=name, level=telemetry.log_level, output=telemetry.log_output)
+    relay = StderrRelay()
+    logs.configure(
+        service="supervisor", instance=name, level=telemetry.log_level, output=telemetry.log_output, take_stderr=relay.write
+    )
     supervisor = Supervisor(
-        specs, settings=supervision_limits(settings.supervision), on_state=on_state, run_directory=run_directory
+        specs, settings=supervision_limits(settings.supervision), on_state=on_state, run_directory=run_directory, relay=relay
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(supervisor.run())

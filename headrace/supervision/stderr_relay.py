@@ -1,4 +1,4 @@
-"""Children's stderr on its way to ours: kept as a bounded tail, passed on by a thread, never in anyone's way.
+"""Children's stderr on its way to ours, and our own: kept as a bounded tail, passed on by a thread, never in anyone's way.
 
 The event loop only moves bytes into a bounded queue. Writing may block for as long as nobody reads our stderr; then the
 queue fills and further output is dropped and counted, so that neither the child nor the supervisor ever waits for a reader.
@@ -12,6 +12,8 @@ import threading
 from collections import deque
 from typing import IO
 
+from headrace.telemetry.standard_streams import write_or_lose
+
 QUEUE_SIZE_MAX_BYTES = 1024 * 1024
 TAIL_SIZE_MAX_BYTES = 32 * 1024
 LINE_SIZE_MAX_BYTES = 4 * 1024
@@ -20,7 +22,7 @@ _NUM_READS_AT_EXIT_MAX = 64
 
 
 class StderrRelay:
-    """The one writer to this process's stderr for all its children."""
+    """The one writer to this process's stderr, for all its children and for itself."""
 
     def __init__(self, fd: int = 2) -> None:
         self._fd = fd
@@ -33,8 +35,13 @@ class StderrRelay:
         self._thread.start()
 
     def write(self, data: bytes) -> None:
-        """Queue whole lines; drops them, counted, when the queue is full."""
+        """Queue whole lines; drops them, counted, when the queue is full. Once closed it writes at once."""
         with self._changed:
+            if self._is_closed:
+                # Where the thread is still at it, it hangs, and so would this.
+                if not self._thread.is_alive():
+                    write_or_lose(self._fd, data)
+                return
             if self._queue_bytes + len(data) > QUEUE_SIZE_MAX_BYTES:
                 self._dropped_bytes += len(data)
                 return
@@ -62,18 +69,10 @@ class StderrRelay:
                 if not self._queue:
                     return
                 data = self._queue.popleft()
-            self._write(data)
+            # Should our stderr be closed for good or gone with a terminal, the tail still keeps the last lines.
+            write_or_lose(self._fd, data)
             with self._changed:
                 self._queue_bytes -= len(data)
-
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError:
-            # Our stderr is closed for good or gone with a terminal; the tail still keeps the last lines.
-            return
 
 
 class StderrTail:

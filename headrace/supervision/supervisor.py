@@ -54,6 +54,7 @@ class Supervisor:
         on_state: StateCallback | None = None,
         run_directory: Path | None = None,
         handle_signals: bool = True,
+        relay: StderrRelay | None = None,
     ) -> None:
         """Prepare; nothing is started before `run`.
 
@@ -63,6 +64,8 @@ class Supervisor:
             on_state: Called in the event loop with (name, state, detail) for each state of each process.
             run_directory: Claimed at the start, named to the children in HEADRACE_RUN_DIRECTORY, removed at the end.
             handle_signals: False when the caller handles SIGINT and SIGTERM itself and calls `request_stop`.
+            relay: Writes to stderr, and is closed at the end; None makes one. A caller that logs through the same one never waits
+                for whoever reads there, as the children do not.
 
         Raises:
             ConfigError: The specs could never all start.
@@ -73,6 +76,7 @@ class Supervisor:
         self._settings = settings
         self._on_state = on_state
         self._run_directory = run_directory
+        self._relay = relay
         self._token = secrets.token_hex(8)
         self._members = {spec.name: Member(spec, settings, self._callbacks()) for spec in specs}
         self._wake = asyncio.Event()
@@ -96,7 +100,7 @@ class Supervisor:
             ConfigError: The run directory is in use or unusable; nothing was started.
         """
         assert threading.current_thread() is threading.main_thread(), "the supervisor runs on the main thread"
-        relay = StderrRelay()
+        relay = self._relay or StderrRelay()
         try:
             with self._signals.installed() if self._signals is not None else nullcontext():
                 await self._run_tree(relay)

@@ -12,12 +12,12 @@ from typing import Any
 
 import structlog
 
-from headrace.telemetry.standard_streams import lose_unheard_lines
+from headrace.telemetry.standard_streams import Take, lose_unheard_lines
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def configure(*, service: str, instance: str, level: str = "info", output: str = "auto") -> None:
+def configure(*, service: str, instance: str, level: str = "info", output: str = "auto", take_stderr: Take | None = None) -> None:
     """Send every log line of this process to stderr, which from now on takes them or loses them, as stdout does.
 
     Args:
@@ -25,8 +25,9 @@ def configure(*, service: str, instance: str, level: str = "info", output: str =
         instance: Stable name of the instance, on each line.
         level: One of `LEVELS`.
         output: "json", "console", or "auto" (console when stderr is a terminal).
+        take_stderr: Takes what would go to stderr; see `lose_unheard_lines`.
     """
-    lose_unheard_lines()
+    lose_unheard_lines(take_stderr)
     is_console = output == "console" or (output == "auto" and sys.stderr.isatty())
     renderer: Any = structlog.dev.ConsoleRenderer() if is_console else structlog.processors.JSONRenderer()
     structlog.configure(

@@ -113,6 +113,11 @@ class Tree:
         events = [json.loads(line) for line in self.states_path.read_text().splitlines()]
         return [state for who, state, _ in events if who == name]
 
+    def details(self, name: str, state: str) -> list[str]:
+        """What was told with each such state of `name`, in order."""
+        told = [json.loads(line) for line in self.states_path.read_text().splitlines()]
+        return [detail for who, found, detail in told if (who, found) == (name, state)]
+
     def events(self, event: str) -> list[dict]:
         """Log lines of this event."""
         lines = [json.loads(line) for line in self.stdout_path.read_text().splitlines() if line.startswith("{")]

@@ -234,6 +234,21 @@ def test_output_that_is_cut_off_ends_nothing_and_a_stop_is_as_clean_as_ever(tree
     assert tree.pids() == {}
 
 
+def test_output_that_nobody_reads_stalls_neither_the_children_nor_the_supervisor(tree):
+    """A terminal that Ctrl-S has stopped, or a pager that shows its first page: the pipe is full, and stays so."""
+    reading, writing = os.pipe()
+    tree.options["tells_as_serve"] = True
+    tree.add("router", flood_bytes=2_000_000)
+    tree.start(stderr=writing)
+    os.close(writing)
+    tree.wait_ready()
+    os.kill(int(tree.details("router", "starting")[-1].removeprefix("pid ")), signal.SIGKILL)
+    tree.wait_ready(times=2)
+    tree.signal(signal.SIGTERM)
+    assert tree.wait() == 0
+    os.close(reading)
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_full_disk_under_the_output_ends_nothing(tree, stream):
     full = os.open("/dev/full", os.O_WRONLY)

@@ -14,6 +14,7 @@ from headrace.errors import ConfigError
 from headrace.lifecycle import State
 from headrace.supervision import member
 from headrace.supervision.limits import ProcessSpec, SupervisionLimits
+from headrace.supervision.stderr_relay import StderrRelay
 from headrace.supervision.supervisor import Supervisor
 
 
@@ -26,12 +27,13 @@ def main() -> int:
     # How long a process takes to get its core, and to write its dump, is for the machine to say.
     member.DUMP_WAIT_S = plan.get("dump_wait_s", member.DUMP_WAIT_S)
     structlog.configure(processors=[structlog.processors.JSONRenderer()])
-    lines = None
+    lines = relay = None
     if plan.get("tells_as_serve"):
         from headrace.cli.serve import StateLines
         from headrace.telemetry import logs
 
-        logs.configure(service="supervisor", instance="serve")
+        relay = StderrRelay()
+        logs.configure(service="supervisor", instance="serve", take_stderr=relay.write)
         lines = StateLines()
 
     def on_state(name: str, state: State, detail: str) -> None:
@@ -46,7 +48,7 @@ def main() -> int:
         specs = [ProcessSpec(**{**spec, "start_after": tuple(spec.get("start_after", ()))}) for spec in plan["specs"]]
         run_directory = Path(plan["run_directory"])
         limits = SupervisionLimits(**plan["limits"])
-        return await Supervisor(specs, settings=limits, on_state=on_state, run_directory=run_directory).run()
+        return await Supervisor(specs, settings=limits, on_state=on_state, run_directory=run_directory, relay=relay).run()
 
     try:
         if plan.get("uvloop"):
