@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from pydantic import Field, field_validator
 
 from headrace.config.settings import Section
 from headrace.output_formats import REASONING_FORMATS, TOOL_FORMATS
-from services.tokenizer.output_formats import AUTO, NONE
+
+AUTO: Final = "auto"
+NONE: Final = "none"
 
 
 class Settings(Section):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from headrace.output_formats import CHANNELS_FORMAT, REASONING_FORMATS
+from services.tokenizer.config import AUTO, NONE
 from services.tokenizer.constraints.reasoning_first import Block
 from services.tokenizer.template_source import takes_tools
-
-AUTO: Final = "auto"
-NONE: Final = "none"
 
 # The first format of which all marks stand in the template; a mark of many formats comes after those that have more.
 _TOOL_MARKS: Final = (

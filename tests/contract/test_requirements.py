@@ -48,16 +48,27 @@ def imports() -> grimp.ImportGraph:
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_imports_only_what_its_extra_installs(service: str, imports: grimp.ImportGraph) -> None:
     """Goal: a slim image never misses a module. Method: the import graph from services.<service> on, lazy imports included."""
-    reached = imports.find_upstream_modules(f"services.{service}", as_package=True)
+    missing = missing_of(service, imports.find_upstream_modules(f"services.{service}", as_package=True))
+    assert not missing, f"the extra [{service}] lacks what services.{service} imports"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_settings_need_no_extra(service: str, imports: grimp.ImportGraph) -> None:
+    """Every process and the command itself read the settings of all services, by their modules' names."""
+    missing = missing_of("", imports.find_upstream_modules(f"services.{service}.config"))
+    assert not missing, f"services.{service}.config imports what an installation without extras lacks"
+
+
+def missing_of(extra: str, reached: set[str]) -> dict[str, list[str]]:
+    """Modules from outside among those reached that an extra does not install, and who provides them."""
     outside = {name for name in reached if "." not in name} - {"headrace", "services", "kernels", "bench"} - sys.stdlib_module_names
-    installed = closure(service)
+    installed = closure(extra)
     providers = importlib.metadata.packages_distributions()
-    missing = {
+    return {
         module: sorted({canonicalize_name(name) for name in providers.get(module, ["(not installed)"])})
         for module in outside
         if not {canonicalize_name(name) for name in providers.get(module, [])} & installed
     }
-    assert not missing, f"the extra [{service}] lacks what services.{service} imports"
 
 
 @pytest.mark.parametrize("extra", ["router", "tokenizer", "scheduler", "detokenizer", "models", "client"])
