@@ -35,7 +35,12 @@ def _num_nvidia(root: Path) -> int:
 
 
 def _num_amd(root: Path) -> int:
-    # Nodes of processors have the number 0.
-    return sum(
-        1 for node in (root / "sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id") if node.read_text().strip() not in ("", "0")
-    )
+    return sum(_is_gpu(node) for node in (root / "sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id"))
+
+
+def _is_gpu(gpu_id: Path) -> bool:
+    """Whether a node is a GPU of ours: processors have the number 0, and what a container may not use cannot be read."""
+    try:
+        return gpu_id.read_text().strip() not in ("", "0")
+    except OSError:
+        return False

@@ -35,6 +35,15 @@ def test_processors_among_the_nodes_of_amd_are_no_gpus(tmp_path: Path) -> None:
     assert [own_gpu(index, {}, root) for index in range(3)] == [{"HIP_VISIBLE_DEVICES": number} for number in ("0", "1", "0")]
 
 
+def test_gpus_that_may_not_be_used_are_none_of_ours(tmp_path: Path) -> None:
+    root = amd(tmp_path, "51234", "51235")
+    hidden = root / "sys/class/kfd/kfd/topology/nodes/0/gpu_id"
+    hidden.unlink()
+    # As good as refused, and so for root too: what is read is no file.
+    hidden.mkdir()
+    assert [own_gpu(index, {}, root) for index in range(2)] == [{"HIP_VISIBLE_DEVICES": "0"}] * 2
+
+
 @pytest.mark.parametrize(
     ("named", "first", "second"), [("4,GPU-8f", {"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "GPU-8f"}), ("", {}, {})]
 )
