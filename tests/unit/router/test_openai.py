@@ -53,6 +53,7 @@ def test_all_supported_fields_arrive() -> None:
         stream_options={"include_usage": True},
         user="me",
         metadata={"a": "b"},
+        service_tier="flex",
     )
     generation = parsed.generation
     assert (generation.sampling.temperature, generation.sampling.top_k, generation.sampling.seed) == (0.5, 40, -1)
@@ -79,7 +80,6 @@ def test_all_supported_fields_arrive() -> None:
         ("logit_bias", {}),
         ("store", False),
         ("parallel_tool_calls", True),
-        ("service_tier", "flex"),
         ("modalities", ["text"]),
         ("reasoning_effort", None),
     ],
