@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from headrace.json_pointer import referred
+
 Types = frozenset[str]
 """Of the values that a schema allows: some of STRING, NULL and OTHER."""
 
@@ -29,22 +31,6 @@ def argument_types(parameters: object) -> dict[str, Types]:
     types = _Types(parameters)
     properties = types.properties()
     return {name: types.of(schema) for name, schema in properties.items()}
-
-
-def referred(root: object, pointer: object) -> object:
-    """What a reference inside a schema leads to; None where that is nothing."""
-    if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
-        return None
-    target = root
-    for step in pointer.split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(target, Mapping):
-            target = target.get(name)
-        elif isinstance(target, list) and name.isdecimal() and int(name) < len(target):
-            target = target[int(name)]
-        else:
-            return None
-    return target
 
 
 class _Types:

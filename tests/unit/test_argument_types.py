@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from headrace.argument_types import ANY, NULL, OTHER, STRING, argument_types, referred
+from headrace.argument_types import ANY, NULL, OTHER, STRING, argument_types
+from headrace.json_pointer import referred
 
 DEFINITIONS: dict[str, Any] = {
     "text": {"$ref": "#/$defs/a~1b"},

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from headrace.argument_types import NULL, STRING, referred
+from headrace.argument_types import NULL, STRING
+from headrace.json_pointer import referred
 from services.tokenizer.constraints.json_schema import MAX_DEPTH, RESTRICTING, Schema, SchemaError
 
 _PLAIN_KEYS: Final = frozenset({"type", "enum", "const", "minLength", "maxLength"})

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from headrace.json_pointer import referred, steps_of
+
 MAX_DEPTH: Final = 64
 """Subschemas inside one another."""
 MAX_SUBSCHEMAS: Final = 4096
@@ -75,7 +77,7 @@ def enforceable(schema: object) -> Schema:
     for path, pointer in walk.references:
         _check_reference(schema, path, pointer)
         if pointer not in walk.paths:
-            target = walk.subschema(_resolve(schema, pointer), pointer, 1)
+            target = walk.subschema(referred(schema, pointer), pointer, 1)
             _put(kept, walk.paths - {pointer}, path, pointer, target)
     return kept
 
@@ -189,7 +191,7 @@ def _check_reference(root: object, path: str, pointer: str) -> None:
         if pointer in seen:
             raise SchemaError(path, f"{pointer} refers to nothing but itself")
         seen.add(pointer)
-        target = _resolve(root, pointer)
+        target = referred(root, pointer)
         if not isinstance(target, (dict, bool)):
             raise SchemaError(path, f"there is no schema at {pointer}")
         if not isinstance(target, Mapping) or not isinstance(target.get("$ref"), str):
@@ -199,28 +201,12 @@ def _check_reference(root: object, path: str, pointer: str) -> None:
 
 def _put(kept: Schema, paths: set[str], path: str, pointer: str, target: Schema) -> None:
     """Put what a reference leads to at its place: inside something that is no keyword, such as OpenAPI's `components`."""
-    steps = _steps(pointer)
+    steps = steps_of(pointer)
     places = ["#" + "".join(f"/{escaped(step)}" for step in steps[:num]) for num in range(len(steps))]
     num_known = max(num for num, place in enumerate(places) if place in paths)
     if steps[num_known] in RESTRICTING or steps[num_known] in _OF_NAMES:
         raise SchemaError(path, f"there is no schema at {pointer}")
-    at: Any = _resolve(kept, places[num_known])
+    at: Any = referred(kept, places[num_known])
     for step in steps[num_known:-1]:
         at = at.setdefault(step, {})
     at[steps[-1]] = {**at.get(steps[-1], {}), **target}
-
-
-def _steps(pointer: str) -> list[str]:
-    return [step.replace("~1", "/").replace("~0", "~") for step in pointer.split("/")[1:]]
-
-
-def _resolve(root: object, pointer: str) -> object:
-    target = root
-    for name in _steps(pointer):
-        if isinstance(target, dict):
-            target = target.get(name)
-        elif isinstance(target, list) and name.isdecimal() and int(name) < len(target):
-            target = target[int(name)]
-        else:
-            return None
-    return target
