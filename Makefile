@@ -33,8 +33,8 @@ test: setup ## every test but those of compose, Node and lm-eval, suite by suite
 test-times: setup ## the times that the design promises, held to on a machine that does nothing else
 	@TEST_QUIET_MACHINE=1 $(BIN)/pytest -s tests/supervision tests/e2e/test_kills.py tests/e2e/test_prefix_cache.py tests/e2e/test_run_ahead.py tests/gateway
 
-test-gpu: setup ## what only a GPU can show: parity, graphs, kernels beside the roofline (build/gpu_report.json)
-	@$(BIN)/python tools/run_suites.py gpu
+test-gpu: setup ## what only a GPU can show: parity, graphs, kernels compiled, and beside the roofline (build/gpu_report.json)
+	@TEST_KERNEL_DEVICE=cuda $(BIN)/python tools/run_suites.py gpu kernels
 
 lint: setup ## ruff (rules and format), import contracts, spelling, protos (lint, breaking changes)
 	$(BIN)/ruff check .

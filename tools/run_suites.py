@@ -26,7 +26,7 @@ LIMITS_S = {
     "integration": 900,
     "supervision": 600,
     "parity": 600,
-    "kernels": 600,
+    "kernels": 1200,
     "interpreted": 600,
     "gpu": 900,
     "e2e": 1800,
@@ -34,7 +34,8 @@ LIMITS_S = {
     "gateway": 600,
 }
 """Suite folder -> seconds until it is stopped: several times what it takes on two cores that nobody else uses; of `e2e`, twice what
-it takes without native kernels. In the order in which they run: what fails fastest comes first."""
+it takes without native kernels, and of `kernels` what it takes for a GPU, for which some 700 variants are compiled. In the order in
+which they run: what fails fastest comes first."""
 
 NOT_HERE = {"compose", "lm_eval", "node"}
 """Need a Docker engine, lm-eval's own environment, or Node.js: `make compose-test`, `make lm-eval`, `make node-test`."""

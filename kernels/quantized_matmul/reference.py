@@ -175,7 +175,8 @@ def matmul_int8(
     Returns:
         float32 `[num_tokens, num_outputs]`; the sum itself is exact.
     """
-    exact = (x.long() @ weight.long().T).float()
+    # float64 holds every such sum, and a GPU has no products of integers.
+    exact = (x.double() @ weight.double().T).float()
     out = exact * x_scale[:, None] * weight_scale[None, :]
     return out if bias is None else out + bias.float()
 

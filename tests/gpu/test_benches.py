@@ -1,5 +1,5 @@
 """Goal: what the kernels take on a GPU, beside what nobody can beat. Method: the calls of the roofline on paper, timed with a cold
-cache; one JSON file, `HEADRACE_GPU_REPORT` (default build/gpu_report.json).
+cache; one JSON file, `TEST_GPU_REPORT` (default build/gpu_report.json).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from tests.gpu.benches import Bench, benches
 
-REPORT = Path(os.environ.get("HEADRACE_GPU_REPORT", "build/gpu_report.json"))
+REPORT = Path(os.environ.get("TEST_GPU_REPORT", "build/gpu_report.json"))
 SLOWEST = 20.0
 """Times the least time on paper, over which something is wrong with a kernel. Calls of a few microseconds are not held to it."""
 

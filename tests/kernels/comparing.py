@@ -67,7 +67,12 @@ def strided(tensor: torch.Tensor, *, dim: int = 0, gap: int = 3) -> torch.Tensor
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are touched, and are promised none: for offsets past 2³¹ without gigabytes."""
+    """Zeros that take memory only where they are touched, and are promised none: for offsets past 2³¹ without gigabytes.
+
+    A GPU has the gigabytes.
+    """
+    if torch.get_default_device().type != "cpu":
+        return torch.zeros(shape, dtype=dtype)
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(dtype).view(shape)

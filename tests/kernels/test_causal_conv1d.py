@@ -221,7 +221,7 @@ def test_wrong_arguments_are_named() -> None:
         ("states", states[:, :7], r"states must have or be shape \(any, 8, any\), got shape \(2, 7, 3\)"),
         ("slots", slots_of(0), r"slots must have or be shape \(2\), got shape \(1,\)"),
         ("slots", slots_of(0, 1).long(), "slots must have or be torch.int32, got torch.int64"),
-        ("slots", slots_of(0, 1).to("meta"), "slots must have or be device cpu, got device meta"),
+        ("slots", slots_of(0, 1).to("meta"), f"slots must have or be device {x.device}, got device meta"),
         ("out", x, "out must have or be another tensor than x, got x"),
         ("out", x.half(), "out must have or be torch.float32, got torch.float16"),
     ):

@@ -228,7 +228,7 @@ def test_wrong_arguments_are_named() -> None:
         ("weights", weights[:1], r"weights must have or be shape \(2, 2\), got shape \(1, 2\)"),
         ("weights", weights.T.contiguous().T, "weights must have or be a contiguous tensor"),
         ("experts", experts.long(), "experts must have or be torch.int32, got torch.int64"),
-        ("experts", experts.to("meta"), "experts must have or be device cpu, got device meta"),
+        ("experts", experts.to("meta"), f"experts must have or be device {x.device}, got device meta"),
         ("tiles", (SMALL[0], Tiles(32, 32, 16, LaunchConfig(4))), r"tiles must have or be one block_m, got \(16, 32\)"),
     ):
         with pytest.raises(KernelArgumentError, match=f"fused_moe: {message}"):

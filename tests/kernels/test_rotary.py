@@ -81,7 +81,7 @@ def test_tables_are_those_of_transformers(name: str) -> None:
     frequencies, factor = 1.0 / 500_000.0 ** (torch.arange(0, 128, 2) / 128), 1.0
     if scaling is not None:
         config = LlamaConfig(head_dim=128, rope_parameters=scaling | {"rope_theta": 500_000.0}, max_position_embeddings=131072)
-        frequencies, factor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](config, torch.device("cpu"))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](config, cos.device)
     angles = torch.outer(torch.arange(9.0), frequencies)
     torch.testing.assert_close(cos, angles.cos() * factor)
     torch.testing.assert_close(sin, angles.sin() * factor)

@@ -159,7 +159,8 @@ def test_the_draw_is_the_cpus() -> None:
 def test_tokens_are_the_cpus(parameters: dict[str, Any]) -> None:
     """A request goes on alike on either: the same tokens from the same logits, seed and positions."""
     logits = normal(300, 50, scale=2)
-    on_cpu, _ = sampler.sample(logits, cpu_rows(300, **parameters))
+    with torch.device("cpu"):
+        on_cpu, _ = sampler.sample(logits.cpu(), cpu_rows(300, **parameters))
     assert_same_tokens(on_cpu.tolist(), logits, rows_of(300, seeds=9, positions=torch.arange(300), **parameters))
 
 

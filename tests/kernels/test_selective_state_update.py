@@ -231,7 +231,7 @@ def test_wrong_arguments_are_named() -> None:
         ("steps", replace(steps, dt=steps.dt[:1]), r"dt must have or be shape \(2, 2, 4, 10\), got shape \(1, 2, 4, 10\)"),
         ("steps", steps_of(2, 2, 16, num_groups=3), "b must have or be groups that divide 4 heads, got 3"),
         ("steps", replace(steps, c=steps.c[..., :15]), r"c must have or be shape \(2, 2, 2, 16\), got shape \(2, 2, 2, 15\)"),
-        ("steps", replace(steps, z=steps.z.to("meta")), "z must have or be device cpu, got device meta"),
+        ("steps", replace(steps, z=steps.z.to("meta")), f"z must have or be device {states.device}, got device meta"),
         ("states", states[:, :3], r"states must have or be shape \(any, 4, 10, any\), got shape \(3, 3, 10, 16\)"),
         ("states", states_of(3, 257), "states must have or be a state size of 1 to 256, got 257"),
         ("states", states.mT.contiguous().mT, "states must have or be stride 1 in the last dimension"),
