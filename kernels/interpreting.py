@@ -4,6 +4,8 @@ Triton's interpreter (3.7 and 3.9) cuts float32 off to bfloat16 where every GPU 
 8-bit floats, and multiplies matrices of bfloat16 as if their bits were integers. `prepare_interpreter` replaces these, so that what
 is compared under the interpreter is the kernel. Other arithmetic on bfloat16 is wrong there still: kernels cast to float32 first.
 
+Its products take tiles of any size; here they have the least sizes of NVIDIA's matrix units, so that what compiles nowhere fails.
+
 It also swaps the language's functions for its own anew at every call of a helper, `tl.sum` among them; here that is done once a
 launch, which makes the attention kernels' tests four times as fast.
 """
@@ -46,6 +48,7 @@ def start_interpreter() -> None:
 def prepare_interpreter() -> None:
     """Put the interpreter right, before kernels run under it; again does no harm."""
     _install_roundings()
+    _install_least_tiles()
     _install_single_patching()
 
 
@@ -57,6 +60,13 @@ def _install_roundings() -> None:
         InterpreterBuilder.create_fp_to_fp = _exactly(InterpreterBuilder.create_fp_to_fp)
         InterpreterBuilder.create_dot = _widened(InterpreterBuilder.create_dot)
         InterpreterBuilder._exact_casts = True
+
+
+def _install_least_tiles() -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    # Rows, columns and inner size; the others are padded where they are too small.
+    interpreter_builder.codegen_fns["min_dot_size"] = lambda x, y: (1, 1, 32 if x.scalar.primitive_bitwidth == 8 else 16)
 
 
 def _exactly(cast: Callable[..., Any]) -> Callable[..., Any]:

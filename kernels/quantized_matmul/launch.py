@@ -26,6 +26,8 @@ INT8_INPUTS_MAX: Final = (2**31 - 1) // 128**2
 """Inputs whose products an int32 can sum up, whatever they are."""
 
 BLOCK_K_MIN: Final = 16
+EIGHT_BIT_BLOCK_K_MIN: Final = 32
+"""Inputs a step at least: of operands of 16 bits, and of int8 and e4m3fn that the hardware multiplies."""
 
 QUANTIZE: Final = LaunchConfig(num_warps=4)
 QUANTIZE_FP8_TOKENS: Final = 16
@@ -299,7 +301,7 @@ def matmul_int8(
         weight_scale: float32 `[num_outputs]`.
         out: `[num_tokens, num_outputs]`, floating-point.
         bias: `[num_outputs]`.
-        tiles: By default `int8_tiles_of` the device.
+        tiles: By default `int8_tiles_of` the device; `block_k` is at least 32.
 
     Returns:
         `out`.
@@ -319,6 +321,7 @@ def matmul_int8(
     if num_tokens == 0 or num_outputs == 0:
         return out
     tiles = tiles or int8_tiles_of(architecture_of(x.device))
+    arguments.require(tiles.block_k >= EIGHT_BIT_BLOCK_K_MIN, "tiles", f"block_k from {EIGHT_BIT_BLOCK_K_MIN}", tiles.block_k)
     quantized_matmul_int8_kernel[tiles.grid(num_tokens, num_outputs)](
         x,
         x_scale,
@@ -379,6 +382,8 @@ def matmul_fp8(
     tiles = tiles or fp8_tiles_of(architecture_of(x.device))
     does_divide = FP8_BLOCK % tiles.block_n == 0 and FP8_BLOCK % tiles.block_k == 0
     arguments.require(does_divide, "tiles", "block_n and block_k that divide 128", (tiles.block_n, tiles.block_k))
+    block_k_min = EIGHT_BIT_BLOCK_K_MIN if tiles.is_native else BLOCK_K_MIN
+    arguments.require(tiles.block_k >= block_k_min, "tiles", f"block_k from {block_k_min}", tiles.block_k)
     if num_tokens == 0 or num_outputs == 0:
         return out
     quantized_matmul_fp8_kernel[tiles.grid(num_tokens, num_outputs)](

@@ -150,13 +150,18 @@ def matmul_w4a16(x: torch.Tensor, weight: W4Weight, bias: torch.Tensor | None = 
     return out if bias is None else out + bias.float()
 
 
+def _quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Divide and round once. By a plain number torch divides so on a CPU; on a GPU it multiplies by the rounded inverse."""
+    return x / torch.full_like(x, divisor)
+
+
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row: `scale = max|row| / 127`, `q = round(row / scale)`, ties to even.
 
     Returns:
         int8 as `x`, and scales float32 `[num_rows]`.
     """
-    scale = x.float().abs().amax(dim=-1).clamp_min(ABSOLUTE_MIN) / INT8_MAX
+    scale = _quotient(x.float().abs().amax(dim=-1).clamp_min(ABSOLUTE_MIN), INT8_MAX)
     return (x.float() / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
@@ -189,7 +194,7 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     num_inputs = x.shape[1]
     padded = torch.nn.functional.pad(x.float(), (0, -num_inputs % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
-    scale = padded.abs().amax(dim=-1).clamp_min(ABSOLUTE_MIN) / FP8_MAX
+    scale = _quotient(padded.abs().amax(dim=-1).clamp_min(ABSOLUTE_MIN), FP8_MAX)
     scaled = (padded / scale[..., None]).clamp(-FP8_MAX, FP8_MAX)
     return scaled.to(torch.float8_e4m3fn).flatten(1)[:, :num_inputs].contiguous(), scale
 

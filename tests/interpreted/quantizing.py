@@ -81,11 +81,15 @@ def float8(weight: torch.Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn) ->
 
 
 def float8_blocks(weight: torch.Tensor) -> Tensors:
-    """Blocks of 128 x 128, of which the matrices here have one, or parts of two."""
+    """Blocks of 128 x 128, of which the matrices here have one, or parts of two.
+
+    The scales are not made of the weights, so a weight may be larger than the largest e4m3fn times its scale: it is cut off there, as
+    torch 2.13's cast does and 2.11's, which gives NaN, does not.
+    """
     num_rows, num_columns = (-(-size // 128) for size in weight.shape)
     scales = torch.rand(num_rows, num_columns, generator=torch.Generator().manual_seed(num_rows)) * 1e-3 + 1e-3
     spread = scales.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
-    return {"weight": (weight / spread).to(torch.float8_e4m3fn), "weight_scale_inv": scales}
+    return {"weight": (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn), "weight_scale_inv": scales}
 
 
 def compressed(stored_format: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -52,6 +52,13 @@ def test_matrix_products_are_of_the_numbers(dtype: torch.dtype) -> None:
     torch.testing.assert_close(c, a.float() @ b.float())
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.int8, 16), (torch.float8_e4m3fn, 16), (torch.float16, 8)], ids=str)
+def test_matrix_products_smaller_than_a_gpu_multiplies_are_refused(dtype: torch.dtype, size: int) -> None:
+    a, c = torch.ones(size, size).to(dtype), torch.empty(size, size)
+    with pytest.raises(Exception, match=f"K >= {2 * size}"):
+        dot_kernel[(1,)](a, a, c, N=size)
+
+
 def test_the_interpreter_is_on_for_these_tests_alone(tmp_path: Path) -> None:
     """Method: a test of another folder, before and after one of these in one run, looks for the variable at import and when run."""
     assert is_interpreted()
