@@ -1,4 +1,8 @@
-"""What all host wrappers share: how a kernel is configured, and the checks of their arguments.
+"""What all host wrappers share: how a kernel is configured, the checks of their arguments, and launching again what was launched.
+
+A step launches the same few kernels for layer after layer, step after step, on tensors of the same form at other addresses.
+Checking, and all that Triton does between a call and the driver, takes several times as long as the driver itself, so both are
+done once a form: a wrapper's `planned` part checks and gives a `Launch`, which is then called with the tensors alone.
 
 A wrong argument is told by `KernelArgumentError` with the op, the argument's name, what was expected and what was got. Checks read
 sizes and types on the host and never wait for the device.
@@ -6,9 +10,9 @@ sizes and types on the host and never wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 
@@ -19,6 +23,15 @@ FLOAT_TYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 INDEX_TYPES: Final = (torch.int32, torch.int64)
 """What page tables, slots and lengths may be."""
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_FORMS_MAX: Final = 4096
+"""Forms of one op that are remembered; past that all are forgotten, for the sake of memory."""
+
+_forms_of_ops: Final[list[dict[Any, Any]]] = []
 
 
 class KernelArgumentError(ValueError):
@@ -112,3 +125,91 @@ class Arguments:
 def next_power_of_2(value: int) -> int:
     """Round up to a power of 2; at least 1."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+class Launch:
+    """A kernel with all that follows from the form of its tensors, to be launched on any tensors of that form.
+
+    Triton compiles a kernel for the types and alignments of its arguments, and for integers that are 1 or multiples of 16: all the
+    same for tensors of one form. So the first launch asks Triton, and the others go to the driver with what it has found. Triton's
+    hooks of launches are called by the first alone.
+
+    Args:
+        kernel: Under `@triton.jit`; takes tensors, then numbers, then constants.
+        grid: Programs, up to three dimensions; with none of them nothing is launched.
+        numbers: Arguments after the tensors.
+        constants: Arguments after the numbers, by name.
+        config: Warps and stages.
+    """
+
+    __slots__ = ("_again", "_config", "_constants", "_grid", "_kernel", "_numbers")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: Sequence[float],
+        constants: dict[str, Any],
+        config: LaunchConfig,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._numbers = tuple(numbers)
+        self._constants = constants
+        self._config = config
+        self._again: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Launch on the current stream; tensors are of the form that this was planned for, and None where that had None."""
+        if self._again is not None:
+            self._again(*tensors)
+            return
+        if 0 in self._grid:
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants, **self._config.options())
+        # Under the interpreter there is none.
+        if compiled is not None:
+            self._again = self._compiled(compiled, len(tensors))
+
+    def _compiled(self, compiled: Any, num_tensors: int) -> Callable[..., None]:
+        from triton.runtime import driver
+
+        names = self._kernel.arg_names[num_tensors + len(self._numbers) :]
+        rest = (*self._numbers, *(self._constants[name] for name in names))
+        run, function, metadata, grid = compiled.run, compiled.function, compiled.packed_metadata, self._grid
+        device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
+
+        def again(*tensors: torch.Tensor | None) -> None:
+            run(*grid, stream_of(device), function, metadata, None, None, None, *tensors, *rest)
+
+        return again
+
+
+def planned(plan: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have `plan` called once for each form of its arguments, which are positional, and what it gave given again.
+
+    A tensor counts by its type, shape, strides and device and by where it stands in 16 bytes, not by its numbers or its address;
+    all else by its value. What raises is not remembered.
+    """
+    forms: dict[Any, Any] = {}
+    is_tensor = torch.Tensor
+    _forms_of_ops.append(forms)
+
+    def find(*arguments: _P.args, **no_names: _P.kwargs) -> _R:
+        key = tuple(
+            [(x.dtype, x.shape, x.stride(), x.data_ptr() & 15, x.device) if isinstance(x, is_tensor) else x for x in arguments]
+        )
+        found: _R | None = forms.get(key)
+        if found is None:
+            if len(forms) >= _FORMS_MAX:
+                forms.clear()
+            found = forms[key] = plan(*arguments, **no_names)
+        return found
+
+    return find
+
+
+def forget_plans() -> None:
+    """Forget all forms: for tests that put something in the place of a kernel or of a constant."""
+    for forms in _forms_of_ops:
+        forms.clear()

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from kernels.act_and_mul.kernel import act_and_mul_kernel
-from kernels.launching import FLOAT_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.launching import FLOAT_TYPES, Arguments, Launch, LaunchConfig, next_power_of_2, planned
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 CONFIG: Final = LaunchConfig(num_warps=4)
@@ -34,28 +34,25 @@ def act_and_mul(gate_up: torch.Tensor, activation: str, *, out: torch.Tensor | N
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong, or the activation is unknown.
     """
+    if out is None:
+        out = torch.empty((gate_up.shape[0], gate_up.shape[-1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    _plan(gate_up, activation, out)(gate_up, out)
+    return out
+
+
+@planned
+def _plan(gate_up: torch.Tensor, activation: str, out: torch.Tensor) -> Launch:
+    """Check the arguments, and plan the launch on `gate_up` and `out`."""
     arguments = Arguments("act_and_mul", gate_up.device)
     arguments.require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     arguments.tensor("gate_up", gate_up, shape=(None, None), dtypes=FLOAT_TYPES)
     num_tokens, both = gate_up.shape
     arguments.require(both % 2 == 0, "gate_up", "an even number of columns", both)
     size = both // 2
-    out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     arguments.tensor("out", out, shape=(num_tokens, size), dtypes=(gate_up.dtype,))
-    if num_tokens == 0 or size == 0:
-        return out
     block = block_of(size)
-    act_and_mul_kernel[(num_tokens, -(-size // block))](
-        gate_up,
-        out,
-        size,
-        gate_up.stride(0),
-        out.stride(0),
-        ACTIVATION=activation,
-        BLOCK=block,
-        **CONFIG.options(),
-    )
-    return out
+    numbers, constants = (size, gate_up.stride(0), out.stride(0)), {"ACTIVATION": activation, "BLOCK": block}
+    return Launch(act_and_mul_kernel, (num_tokens, -(-size // block)), numbers, constants, CONFIG)
 
 
 def silu_and_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from kernels.architecture import Architecture, architecture_of
 from kernels.attention_inputs import HeadShape, Scoring, TreeMask, check_tensors
 from kernels.extend_attention.kernel import extend_attention_kernel
-from kernels.launching import INDEX_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.launching import INDEX_TYPES, Arguments, Launch, LaunchConfig, next_power_of_2, planned
 
 MASKED_TOKENS_MAX: Final = 32768
 """New tokens of a row with a mask: offsets into a row's mask are 32 bits."""
@@ -76,53 +76,70 @@ def extend_attention(  # noqa: PLR0913 (a tensor each)
     Raises:
         KernelArgumentError: A shape, type, stride, device or value is wrong.
     """
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
+    visible, starts, positions = (None, None, None) if mask is None else (mask.is_visible, mask.starts, mask.positions)
+    steps = (out, queries, layer_pages, page_tables, query_starts, context_lengths)
+    rest = (starts, positions, scoring.sinks)
+    launch = _plan(*steps, visible, *rest, scoring.scale, scoring.soft_cap, scoring.window, max_new_tokens)
+    launch(*steps, None if visible is None else visible.view(torch.uint8), *rest)
+    return out
+
+
+@planned
+def _plan(  # noqa: PLR0913 (a tensor each)
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    layer_pages: torch.Tensor,
+    page_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lengths: torch.Tensor,
+    is_visible: torch.Tensor | None,
+    mask_starts: torch.Tensor | None,
+    mask_positions: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    soft_cap: float,
+    window: int,
+    max_new_tokens: int,
+) -> Launch:
+    """Check the arguments, and plan the launch on the tensors."""
     arguments = Arguments("extend_attention", queries.device)
-    num_rows = context_lengths.shape[0]
+    num_rows, num_tokens = context_lengths.shape[0], queries.shape[0]
+    scoring = Scoring(scale, window, soft_cap, sinks)
     shape = check_tensors(arguments, queries, layer_pages, page_tables, num_rows=num_rows, scoring=scoring)
     arguments.tensor("context_lengths", context_lengths, shape=(None,), dtypes=INDEX_TYPES)
     arguments.tensor("query_starts", query_starts, shape=(num_rows + 1,), dtypes=INDEX_TYPES)
-    num_tokens = queries.shape[0]
     arguments.require(0 <= max_new_tokens <= num_tokens, "max_new_tokens", f"0 to num_tokens = {num_tokens}", max_new_tokens)
-    if mask is not None:
+    has_mask = is_visible is not None and mask_starts is not None and mask_positions is not None
+    if is_visible is not None and mask_starts is not None and mask_positions is not None:
         within = max_new_tokens <= MASKED_TOKENS_MAX
         arguments.require(within, "max_new_tokens", f"at most {MASKED_TOKENS_MAX} with a mask", max_new_tokens)
-        arguments.tensor("mask.is_visible", mask.is_visible, shape=(None,), dtypes=(torch.bool,))
-        arguments.tensor("mask.starts", mask.starts, shape=(num_rows,), dtypes=INDEX_TYPES)
-        arguments.tensor("mask.positions", mask.positions, shape=(num_tokens,), dtypes=INDEX_TYPES)
-    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
+        arguments.tensor("mask.is_visible", is_visible, shape=(None,), dtypes=(torch.bool,))
+        arguments.tensor("mask.starts", mask_starts, shape=(num_rows,), dtypes=INDEX_TYPES)
+        arguments.tensor("mask.positions", mask_positions, shape=(num_tokens,), dtypes=INDEX_TYPES)
     arguments.tensor("out", out, shape=queries.shape, dtypes=(queries.dtype,))
-    if num_rows == 0 or max_new_tokens == 0:
-        return out
-    blocks = blocks_of(architecture_of(queries.device), shape, queries.dtype, has_mask=mask is not None)
-    extend_attention_kernel[(-(-max_new_tokens // blocks.num_tokens), shape.num_kv_heads, num_rows)](
-        out,
-        queries,
-        layer_pages,
-        page_tables,
-        query_starts,
-        context_lengths,
-        None if mask is None else mask.is_visible.view(torch.uint8),
-        None if mask is None else mask.starts,
-        None if mask is None else mask.positions,
-        scoring.sinks,
-        scoring.scale,
-        scoring.soft_cap,
-        scoring.window,
+    blocks = blocks_of(architecture_of(queries.device), shape, queries.dtype, has_mask=has_mask)
+    numbers = (
+        scale,
+        soft_cap,
+        window,
         *out.stride()[:2],
         *queries.stride()[:2],
         *layer_pages.stride()[:4],
         page_tables.stride(0),
-        HAS_SOFT_CAP=scoring.soft_cap > 0,
-        HAS_WINDOW=scoring.window > 0,
-        HAS_MASK=mask is not None,
-        HAS_SINKS=scoring.sinks is not None,
-        GROUP=shape.group,
-        HEAD_DIM=shape.head_dim,
-        PAGE_SIZE=shape.page_size,
-        BLOCK_Q=blocks.num_tokens,
-        BLOCK_M=blocks.num_lines,
-        BLOCK_D=blocks.num_dims,
-        BLOCK_N=blocks.num_keys,
-        **blocks.config.options(),
     )
-    return out
+    constants = {
+        "HAS_SOFT_CAP": soft_cap > 0,
+        "HAS_WINDOW": window > 0,
+        "HAS_MASK": has_mask,
+        "HAS_SINKS": sinks is not None,
+        "GROUP": shape.group,
+        "HEAD_DIM": shape.head_dim,
+        "PAGE_SIZE": shape.page_size,
+        "BLOCK_Q": blocks.num_tokens,
+        "BLOCK_M": blocks.num_lines,
+        "BLOCK_D": blocks.num_dims,
+        "BLOCK_N": blocks.num_keys,
+    }
+    grid = (-(-max_new_tokens // blocks.num_tokens), shape.num_kv_heads, num_rows)
+    return Launch(extend_attention_kernel, grid, numbers, constants, blocks.config)

@@ -9,7 +9,7 @@ import torch
 
 from kernels.architecture import Architecture, architecture_of
 from kernels.attention_inputs import HeadShape, Scoring, check_tensors
-from kernels.launching import INDEX_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.launching import INDEX_TYPES, Arguments, Launch, LaunchConfig, next_power_of_2, planned
 from kernels.paged_decode_attention.kernel import paged_decode_attention_reduce_kernel, paged_decode_attention_split_kernel
 
 MAX_SPLITS: Final = 32
@@ -77,90 +77,91 @@ def paged_decode_attention(
     Raises:
         KernelArgumentError: A shape, type, stride, device or value is wrong.
     """
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
+    sinks = scoring.sinks
+    plan = _plan(
+        out, queries, layer_pages, page_tables, lengths, sinks, scoring.scale, scoring.soft_cap, scoring.window, max_length
+    )
+    partials = torch.empty(plan.partials_shape, dtype=torch.float32, device=queries.device)
+    log_sums = torch.empty(plan.partials_shape[:3], dtype=torch.float32, device=queries.device)
+    plan.split(out, partials, log_sums, queries, layer_pages, page_tables, lengths, sinks)
+    if plan.reduce is not None:
+        plan.reduce(out, partials, log_sums, lengths, sinks)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Both passes.
+
+    Attributes:
+        split: Attends each row, or parts of it.
+        reduce: Puts the parts of split rows together; None where none can be.
+        partials_shape: Room for parts, float32 `[num_rows, num_heads, num_parts, block_d]`; they begin at multiples of 16 numbers.
+    """
+
+    split: Launch
+    reduce: Launch | None
+    partials_shape: tuple[int, int, int, int]
+
+
+@planned
+def _plan(  # noqa: PLR0913 (a tensor each)
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    layer_pages: torch.Tensor,
+    page_tables: torch.Tensor,
+    lengths: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    soft_cap: float,
+    window: int,
+    max_length: int,
+) -> _Plan:
+    """Check the arguments, and plan both launches."""
     arguments = Arguments("paged_decode_attention", queries.device)
-    num_rows = queries.shape[0]
+    num_rows, scoring = queries.shape[0], Scoring(scale, window, soft_cap, sinks)
     shape = check_tensors(arguments, queries, layer_pages, page_tables, num_rows=num_rows, scoring=scoring)
     arguments.tensor("lengths", lengths, shape=(num_rows,), dtypes=INDEX_TYPES)
     room = page_tables.shape[1] * shape.page_size
     arguments.require(0 <= max_length <= room, "max_length", f"0 to {room} tokens, which the page tables hold", max_length)
-    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
     arguments.tensor("out", out, shape=queries.shape, dtypes=(queries.dtype,))
-    if num_rows == 0:
-        return out
     num_splits = splits_of(max_length)
     blocks = blocks_of(architecture_of(queries.device), shape, queries.dtype)
-    partials, log_sums = _workspace(queries, num_splits, blocks.num_dims)
-    paged_decode_attention_split_kernel[(num_rows, shape.num_kv_heads, num_splits)](
-        out,
-        partials,
-        log_sums,
-        queries,
-        layer_pages,
-        page_tables,
-        lengths,
-        scoring.sinks,
-        scoring.scale,
-        scoring.soft_cap,
-        scoring.window,
+    num_parts = num_splits if num_splits > 1 else 0
+    partials_shape = (num_rows, shape.num_heads, num_parts, blocks.num_dims)
+    # As torch lays them out: sizes of 0 count as 1.
+    head = max(num_parts, 1)
+    part_strides = (shape.num_heads * head * blocks.num_dims, head * blocks.num_dims, blocks.num_dims, shape.num_heads * head, head)
+    numbers = (
+        scale,
+        soft_cap,
+        window,
         *out.stride()[:2],
-        *partials.stride()[:3],
-        *log_sums.stride()[:2],
+        *part_strides,
         *queries.stride()[:2],
         *layer_pages.stride()[:4],
         page_tables.stride(0),
-        HAS_SOFT_CAP=scoring.soft_cap > 0,
-        HAS_WINDOW=scoring.window > 0,
-        HAS_SINKS=scoring.sinks is not None,
-        GROUP=shape.group,
-        HEAD_DIM=shape.head_dim,
-        PAGE_SIZE=shape.page_size,
-        MAX_SPLITS=MAX_SPLITS,
-        SPLIT_TOKENS_MIN=SPLIT_TOKENS_MIN,
-        BLOCK_G=blocks.num_heads,
-        BLOCK_D=blocks.num_dims,
-        BLOCK_N=blocks.num_keys,
-        **blocks.config.options(),
     )
-    if num_splits > 1:
-        _reduce(lengths, out, partials, log_sums, blocks, scoring)
-    return out
-
-
-def _workspace(queries: torch.Tensor, num_splits: int, block_d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the parts of rows that are split, float32; none where none can be. Parts begin at multiples of 16 numbers."""
-    num_rows, num_heads, _ = queries.shape
-    num_parts = num_splits if num_splits > 1 else 0
-    partials = torch.empty((num_rows, num_heads, num_parts, block_d), dtype=torch.float32, device=queries.device)
-    log_sums = torch.empty((num_rows, num_heads, num_parts), dtype=torch.float32, device=queries.device)
-    return partials, log_sums
-
-
-def _reduce(
-    lengths: torch.Tensor,
-    out: torch.Tensor,
-    partials: torch.Tensor,
-    log_sums: torch.Tensor,
-    blocks: Blocks,
-    scoring: Scoring,
-) -> None:
-    """Put the parts of split rows together."""
-    num_rows, num_heads, head_dim = out.shape
-    paged_decode_attention_reduce_kernel[(num_rows, num_heads)](
-        out,
-        partials,
-        log_sums,
-        lengths,
-        scoring.sinks,
-        scoring.window,
-        *out.stride()[:2],
-        *partials.stride()[:3],
-        *log_sums.stride()[:2],
-        HAS_WINDOW=scoring.window > 0,
-        HAS_SINKS=scoring.sinks is not None,
-        HEAD_DIM=head_dim,
-        MAX_SPLITS=MAX_SPLITS,
-        SPLIT_TOKENS_MIN=SPLIT_TOKENS_MIN,
-        BLOCK_D=blocks.num_dims,
-        BLOCK_N=blocks.num_keys,
-        **REDUCE_CONFIG.options(),
-    )
+    common = {
+        "HAS_WINDOW": window > 0,
+        "HAS_SINKS": sinks is not None,
+        "HEAD_DIM": shape.head_dim,
+        "MAX_SPLITS": MAX_SPLITS,
+        "SPLIT_TOKENS_MIN": SPLIT_TOKENS_MIN,
+        "BLOCK_D": blocks.num_dims,
+        "BLOCK_N": blocks.num_keys,
+    }
+    constants = common | {
+        "HAS_SOFT_CAP": soft_cap > 0,
+        "GROUP": shape.group,
+        "PAGE_SIZE": shape.page_size,
+        "BLOCK_G": blocks.num_heads,
+    }
+    grid = (num_rows, shape.num_kv_heads, num_splits)
+    split = Launch(paged_decode_attention_split_kernel, grid, numbers, constants, blocks.config)
+    if not num_parts:
+        return _Plan(split, None, partials_shape)
+    reduce_grid, reduce_numbers = (num_rows, shape.num_heads), (window, *out.stride()[:2], *part_strides)
+    reduce = Launch(paged_decode_attention_reduce_kernel, reduce_grid, reduce_numbers, common, REDUCE_CONFIG)
+    return _Plan(split, reduce, partials_shape)

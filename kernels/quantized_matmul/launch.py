@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 import torch
 
 from kernels.architecture import Architecture, architecture_of
-from kernels.launching import FLOAT_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.launching import FLOAT_TYPES, Arguments, Launch, LaunchConfig, next_power_of_2, planned
 from kernels.quantized_matmul.kernel import (
     quantized_matmul_fp8_kernel,
     quantized_matmul_int8_kernel,
@@ -126,46 +126,58 @@ def matmul_w4a16(
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong, or a group has no multiple of 16 inputs.
     """
+    out = x.new_empty((x.shape[0], weight.scales.shape[-1])) if out is None else out
+    tensors = (x, weight.qweight, weight.scales, weight.qzeros, weight.minimums, weight.group_index, bias, out)
+    _plan_w4a16(*tensors, weight.layout, weight.group_size, weight.zero_offset, tiles)(*tensors)
+    return out
+
+
+@planned
+def _plan_w4a16(  # noqa: PLR0913 (a tensor each)
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    qzeros: torch.Tensor | None,
+    minimums: torch.Tensor | None,
+    group_index: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    layout: Layout,
+    group_size: int,
+    zero_offset: int,
+    tiles: Tiles | None,
+) -> Launch:
+    """Check the arguments, and plan the launch on the tensors."""
     arguments = Arguments("matmul_w4a16", x.device)
     arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
     num_tokens, num_inputs = x.shape
+    weight = W4Weight(qweight, scales, layout, group_size, qzeros, group_index, zero_offset, minimums)
     num_outputs = _check_w4(arguments, weight, num_inputs)
-    out = _check_out(arguments, x.new_empty((num_tokens, num_outputs)) if out is None else out, bias, num_tokens, num_outputs)
+    _check_out(arguments, out, bias, num_tokens, num_outputs)
     arguments.require(out.dtype == x.dtype, "out", str(x.dtype), out.dtype)
     # With a group index a step may lie in any groups.
-    tiles = _weight_tiles(arguments, x, num_inputs if weight.group_index is not None else weight.group_size, tiles)
-    if num_tokens == 0:
-        return out
-    qzeros, minimums = weight.qzeros, weight.minimums
-    quantized_matmul_w4a16_kernel[tiles.grid(num_tokens, num_outputs)](
-        x,
-        weight.qweight,
-        weight.scales,
-        qzeros,
-        minimums,
-        weight.group_index,
-        bias,
-        out,
+    tiles = _weight_tiles(arguments, x, num_inputs if group_index is not None else group_size, tiles)
+    numbers = (
         num_tokens,
         num_outputs,
         num_inputs,
-        weight.group_size,
-        weight.zero_offset,
+        group_size,
+        zero_offset,
         x.stride(0),
-        weight.qweight.stride(0),
-        weight.scales.stride(0),
+        qweight.stride(0),
+        scales.stride(0),
         0 if qzeros is None else qzeros.stride(0),
         0 if minimums is None else minimums.stride(0),
         out.stride(0),
-        IS_AWQ=weight.layout == "awq",
-        HAS_ZEROS=qzeros is not None,
-        HAS_MINIMUMS=minimums is not None,
-        HAS_GROUP_INDEX=weight.group_index is not None,
-        HAS_BIAS=bias is not None,
-        **tiles.constants(),
-        **tiles.config.options(),
     )
-    return out
+    constants = tiles.constants() | {
+        "IS_AWQ": layout == "awq",
+        "HAS_ZEROS": qzeros is not None,
+        "HAS_MINIMUMS": minimums is not None,
+        "HAS_GROUP_INDEX": group_index is not None,
+        "HAS_BIAS": bias is not None,
+    }
+    return Launch(quantized_matmul_w4a16_kernel, tiles.grid(num_tokens, num_outputs), numbers, constants, tiles.config)
 
 
 def _weight_tiles(arguments: Arguments, x: torch.Tensor, group_size: int, tiles: Tiles | None) -> Tiles:
@@ -227,59 +239,65 @@ def matmul_w8a16(
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong, or a group has no multiple of 16 inputs.
     """
+    out = x.new_empty((x.shape[0], weight.codes.shape[0])) if out is None else out
+    tensors = (x, weight.codes, weight.scales, weight.minimums, bias, out)
+    _plan_w8a16(*tensors, weight.group_size, weight.zero, weight.is_float8, tiles)(*tensors)
+    return out
+
+
+@planned
+def _plan_w8a16(  # noqa: PLR0913 (a tensor each)
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minimums: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    group_size: int,
+    zero: int,
+    is_float8: bool,
+    tiles: Tiles | None,
+) -> Launch:
+    """Check the arguments, and plan the launch on the tensors."""
     arguments = Arguments("matmul_w8a16", x.device)
     arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
     num_tokens, num_inputs = x.shape
     arguments.require(num_inputs > 0, "x", "at least 1 input", num_inputs)
-    arguments.tensor("codes", weight.codes, shape=(None, num_inputs), dtypes=(torch.uint8,))
-    arguments.require(weight.group_size > 0, "group_size", "positive", weight.group_size)
-    num_outputs, minimums = weight.codes.shape[0], weight.minimums
-    shape = (-(-num_inputs // weight.group_size), num_outputs)
-    arguments.tensor("scales", weight.scales, shape=shape, dtypes=FLOAT_TYPES)
-    arguments.require(0 <= weight.zero <= 255, "zero", "0 to 255", weight.zero)
-    if weight.is_float8 or minimums is not None:
-        arguments.require(weight.zero == 0, "zero", "0 for e4m3fn and beside minimums", weight.zero)
+    arguments.tensor("codes", codes, shape=(None, num_inputs), dtypes=(torch.uint8,))
+    arguments.require(group_size > 0, "group_size", "positive", group_size)
+    num_outputs = codes.shape[0]
+    shape = (-(-num_inputs // group_size), num_outputs)
+    arguments.tensor("scales", scales, shape=shape, dtypes=FLOAT_TYPES)
+    arguments.require(0 <= zero <= 255, "zero", "0 to 255", zero)
+    if is_float8 or minimums is not None:
+        arguments.require(zero == 0, "zero", "0 for e4m3fn and beside minimums", zero)
     if minimums is not None:
-        arguments.require(not weight.is_float8, "minimums", "None for e4m3fn", "a tensor")
+        arguments.require(not is_float8, "minimums", "None for e4m3fn", "a tensor")
         arguments.tensor("minimums", minimums, shape=shape, dtypes=FLOAT_TYPES)
-    out = _check_out(arguments, x.new_empty((num_tokens, num_outputs)) if out is None else out, bias, num_tokens, num_outputs)
+    _check_out(arguments, out, bias, num_tokens, num_outputs)
     arguments.require(out.dtype == x.dtype, "out", str(x.dtype), out.dtype)
-    tiles = _weight_tiles(arguments, x, weight.group_size, tiles)
-    if num_tokens == 0 or num_outputs == 0:
-        return out
-    quantized_matmul_w8a16_kernel[tiles.grid(num_tokens, num_outputs)](
-        x,
-        weight.codes,
-        weight.scales,
-        minimums,
-        bias,
-        out,
+    tiles = _weight_tiles(arguments, x, group_size, tiles)
+    numbers = (
         num_tokens,
         num_outputs,
         num_inputs,
-        weight.group_size,
-        weight.zero,
+        group_size,
+        zero,
         x.stride(0),
-        weight.codes.stride(0),
-        weight.scales.stride(0),
+        codes.stride(0),
+        scales.stride(0),
         0 if minimums is None else minimums.stride(0),
         out.stride(0),
-        IS_FLOAT8=weight.is_float8,
-        HAS_MINIMUMS=minimums is not None,
-        HAS_BIAS=bias is not None,
-        **tiles.constants(),
-        **tiles.config.options(),
     )
-    return out
+    flags = {"IS_FLOAT8": is_float8, "HAS_MINIMUMS": minimums is not None, "HAS_BIAS": bias is not None}
+    constants = tiles.constants() | flags
+    return Launch(quantized_matmul_w8a16_kernel, tiles.grid(num_tokens, num_outputs), numbers, constants, tiles.config)
 
 
-def _check_out(
-    arguments: Arguments, out: torch.Tensor, bias: torch.Tensor | None, num_tokens: int, num_outputs: int
-) -> torch.Tensor:
+def _check_out(arguments: Arguments, out: torch.Tensor, bias: torch.Tensor | None, num_tokens: int, num_outputs: int) -> None:
     if bias is not None:
         arguments.tensor("bias", bias, shape=(num_outputs,), dtypes=FLOAT_TYPES)
     arguments.tensor("out", out, shape=(num_tokens, num_outputs), dtypes=FLOAT_TYPES)
-    return out
 
 
 def matmul_int8(
@@ -309,6 +327,22 @@ def matmul_int8(
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong.
     """
+    tensors = (x, x_scale, weight, weight_scale, bias, out)
+    _plan_int8(*tensors, tiles)(*tensors)
+    return out
+
+
+@planned
+def _plan_int8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tiles: Tiles | None,
+) -> Launch:
+    """Check the arguments, and plan the launch on the tensors."""
     arguments = Arguments("matmul_int8", x.device)
     arguments.tensor("x", x, shape=(None, None), dtypes=(torch.int8,))
     num_tokens, num_inputs = x.shape
@@ -318,28 +352,11 @@ def matmul_int8(
     arguments.tensor("x_scale", x_scale, shape=(num_tokens,), dtypes=(torch.float32,))
     arguments.tensor("weight_scale", weight_scale, shape=(num_outputs,), dtypes=(torch.float32,))
     _check_out(arguments, out, bias, num_tokens, num_outputs)
-    if num_tokens == 0 or num_outputs == 0:
-        return out
     tiles = tiles or int8_tiles_of(architecture_of(x.device))
     arguments.require(tiles.block_k >= EIGHT_BIT_BLOCK_K_MIN, "tiles", f"block_k from {EIGHT_BIT_BLOCK_K_MIN}", tiles.block_k)
-    quantized_matmul_int8_kernel[tiles.grid(num_tokens, num_outputs)](
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        out,
-        num_tokens,
-        num_outputs,
-        num_inputs,
-        x.stride(0),
-        weight.stride(0),
-        out.stride(0),
-        HAS_BIAS=bias is not None,
-        **tiles.constants(),
-        **tiles.config.options(),
-    )
-    return out
+    numbers = (num_tokens, num_outputs, num_inputs, x.stride(0), weight.stride(0), out.stride(0))
+    constants = tiles.constants() | {"HAS_BIAS": bias is not None}
+    return Launch(quantized_matmul_int8_kernel, tiles.grid(num_tokens, num_outputs), numbers, constants, tiles.config)
 
 
 def matmul_fp8(
@@ -369,6 +386,26 @@ def matmul_fp8(
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong.
     """
+    tiles = tiles or fp8_tiles_of(architecture_of(x.device))
+    launch = _plan_fp8(x, x_scale, weight, weight_scale, bias, out, tiles)
+    if tiles.is_native:
+        launch(x, x_scale, weight, weight_scale, bias, out)
+    else:
+        launch(x.view(torch.uint8), x_scale, weight.view(torch.uint8), weight_scale, bias, out)
+    return out
+
+
+@planned
+def _plan_fp8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tiles: Tiles,
+) -> Launch:
+    """Check the arguments, and plan the launch on the tensors."""
     arguments = Arguments("matmul_fp8", x.device)
     arguments.tensor("x", x, shape=(None, None), dtypes=(torch.float8_e4m3fn,))
     num_tokens, num_inputs = x.shape
@@ -379,20 +416,11 @@ def matmul_fp8(
     shape = (-(-num_outputs // FP8_BLOCK), num_groups)
     arguments.tensor("weight_scale", weight_scale, shape=shape, dtypes=(torch.float32,))
     _check_out(arguments, out, bias, num_tokens, num_outputs)
-    tiles = tiles or fp8_tiles_of(architecture_of(x.device))
     does_divide = FP8_BLOCK % tiles.block_n == 0 and FP8_BLOCK % tiles.block_k == 0
     arguments.require(does_divide, "tiles", "block_n and block_k that divide 128", (tiles.block_n, tiles.block_k))
     block_k_min = EIGHT_BIT_BLOCK_K_MIN if tiles.is_native else BLOCK_K_MIN
     arguments.require(tiles.block_k >= block_k_min, "tiles", f"block_k from {block_k_min}", tiles.block_k)
-    if num_tokens == 0 or num_outputs == 0:
-        return out
-    quantized_matmul_fp8_kernel[tiles.grid(num_tokens, num_outputs)](
-        x if tiles.is_native else x.view(torch.uint8),
-        x_scale,
-        weight if tiles.is_native else weight.view(torch.uint8),
-        weight_scale,
-        bias,
-        out,
+    numbers = (
         num_tokens,
         num_outputs,
         num_inputs,
@@ -402,12 +430,9 @@ def matmul_fp8(
         weight.stride(0),
         weight_scale.stride(0),
         out.stride(0),
-        IS_NATIVE=tiles.is_native,
-        HAS_BIAS=bias is not None,
-        **tiles.constants(),
-        **tiles.config.options(),
     )
-    return out
+    constants = tiles.constants() | {"IS_NATIVE": tiles.is_native, "HAS_BIAS": bias is not None}
+    return Launch(quantized_matmul_fp8_kernel, tiles.grid(num_tokens, num_outputs), numbers, constants, tiles.config)
 
 
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -422,17 +447,21 @@ def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         KernelArgumentError: A shape, type or stride is wrong.
     """
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
+    _plan_quantize_int8(x)(x, out, scale)
+    return out, scale
+
+
+@planned
+def _plan_quantize_int8(x: torch.Tensor) -> Launch:
+    """Check `x`, and plan the launch on it, contiguous codes, and scales."""
     arguments = Arguments("quantize_int8", x.device)
     arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
     num_tokens, num_inputs = x.shape
     arguments.require(num_inputs > 0, "x", "at least 1 input", num_inputs)
-    out = torch.empty((num_tokens, num_inputs), dtype=torch.int8, device=x.device)
-    scale = torch.empty((num_tokens,), dtype=torch.float32, device=x.device)
-    if num_tokens:
-        quantized_matmul_quantize_int8_kernel[(num_tokens,)](
-            x, out, scale, num_inputs, x.stride(0), out.stride(0), **quantize_int8_constants(num_inputs), **QUANTIZE.options()
-        )
-    return out, scale
+    numbers, constants = (num_inputs, x.stride(0), num_inputs), quantize_int8_constants(num_inputs)
+    return Launch(quantized_matmul_quantize_int8_kernel, (num_tokens,), numbers, constants, QUANTIZE)
 
 
 def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -447,26 +476,22 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         KernelArgumentError: A shape, type or stride is wrong.
     """
+    num_groups = -(-x.shape[-1] // FP8_BLOCK)
+    out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scale = torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device)
+    _plan_quantize_fp8(x)(x, out, scale)
+    return out.view(torch.float8_e4m3fn), scale
+
+
+@planned
+def _plan_quantize_fp8(x: torch.Tensor) -> Launch:
+    """Check `x`, and plan the launch on it, contiguous codes, and contiguous scales."""
     arguments = Arguments("quantize_fp8", x.device)
     arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
     num_tokens, num_inputs = x.shape
     arguments.require(num_inputs > 0, "x", "at least 1 input", num_inputs)
     num_groups = -(-num_inputs // FP8_BLOCK)
-    out = torch.empty((num_tokens, num_inputs), dtype=torch.uint8, device=x.device)
-    scale = torch.empty((num_tokens, num_groups), dtype=torch.float32, device=x.device)
-    if num_tokens:
-        grid = (-(-num_tokens // QUANTIZE_FP8_TOKENS), num_groups)
-        quantized_matmul_quantize_fp8_kernel[grid](
-            x,
-            out,
-            scale,
-            num_tokens,
-            num_inputs,
-            x.stride(0),
-            out.stride(0),
-            scale.stride(0),
-            scale.stride(1),
-            BLOCK_TOKENS=QUANTIZE_FP8_TOKENS,
-            **QUANTIZE.options(),
-        )
-    return out.view(torch.float8_e4m3fn), scale
+    numbers = (num_tokens, num_inputs, x.stride(0), num_inputs, num_groups, 1)
+    grid = (-(-num_tokens // QUANTIZE_FP8_TOKENS), num_groups)
+    constants = {"BLOCK_TOKENS": QUANTIZE_FP8_TOKENS}
+    return Launch(quantized_matmul_quantize_fp8_kernel, grid, numbers, constants, QUANTIZE)

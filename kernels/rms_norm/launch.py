@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from kernels.launching import FLOAT_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.launching import FLOAT_TYPES, Arguments, Launch, LaunchConfig, next_power_of_2, planned
 from kernels.rms_norm.kernel import rms_norm_kernel
 
 HIDDEN_SIZE_MAX: Final = 32768
@@ -54,12 +54,8 @@ def rms_norm(
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong.
     """
-    arguments = Arguments("rms_norm", x.device)
-    arguments.require(x.dim() in (2, 3), "x", "2 or 3 dimensions", x.dim())
-    arguments.tensor("x", x, shape=(None,) * x.dim(), dtypes=FLOAT_TYPES)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    arguments.tensor("out", out, shape=x.shape, dtypes=(x.dtype,))
-    _launch(arguments, x, None, weight, out, eps=eps, weight_offset=weight_offset)
+    _plan("rms_norm", x, None, weight, out, eps, weight_offset)(x, None, weight, out)
     return out
 
 
@@ -88,38 +84,37 @@ def add_rms_norm(
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong.
     """
-    arguments = Arguments("add_rms_norm", x.device)
-    arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
-    arguments.tensor("residual", residual, shape=x.shape, dtypes=(x.dtype,))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    arguments.tensor("out", out, shape=x.shape, dtypes=(x.dtype,))
-    _launch(arguments, x, residual, weight, out, eps=eps, weight_offset=weight_offset)
+    _plan("add_rms_norm", x, residual, weight, out, eps, weight_offset)(x, residual, weight, out)
     return out
 
 
-def _launch(
-    arguments: Arguments,
+@planned
+def _plan(
+    op: str,
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     out: torch.Tensor,
-    *,
     eps: float,
     weight_offset: float,
-) -> None:
+) -> Launch:
+    """Check the arguments, and plan the launch on `x`, `residual`, `weight`, `out`."""
+    arguments = Arguments(op, x.device)
+    if residual is None:
+        arguments.require(x.dim() in (2, 3), "x", "2 or 3 dimensions", x.dim())
+        arguments.tensor("x", x, shape=(None,) * x.dim(), dtypes=FLOAT_TYPES)
+    else:
+        arguments.tensor("x", x, shape=(None, None), dtypes=FLOAT_TYPES)
+        arguments.tensor("residual", residual, shape=x.shape, dtypes=(x.dtype,))
+    arguments.tensor("out", out, shape=x.shape, dtypes=(x.dtype,))
     hidden_size = x.shape[-1]
     arguments.tensor("weight", weight, shape=(hidden_size,), dtypes=FLOAT_TYPES)
     arguments.require(1 <= hidden_size <= HIDDEN_SIZE_MAX, "x", f"rows of 1 to {HIDDEN_SIZE_MAX} elements", hidden_size)
     num_heads = x.shape[1] if x.dim() == 3 else 1
     num_rows = x.shape[0] * num_heads
-    if num_rows == 0:
-        return
     blocks = blocks_of(hidden_size)
-    rms_norm_kernel[(-(-num_rows // blocks.num_rows),)](
-        x,
-        residual,
-        weight,
-        out,
+    numbers = (
         num_rows,
         num_heads,
         hidden_size,
@@ -130,8 +125,6 @@ def _launch(
         out.stride(1) if x.dim() == 3 else 0,
         eps,
         weight_offset,
-        HAS_RESIDUAL=residual is not None,
-        ROWS=blocks.num_rows,
-        BLOCK=blocks.num_columns,
-        **blocks.config.options(),
     )
+    constants = {"HAS_RESIDUAL": residual is not None, "ROWS": blocks.num_rows, "BLOCK": blocks.num_columns}
+    return Launch(rms_norm_kernel, (-(-num_rows // blocks.num_rows),), numbers, constants, blocks.config)

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from kernels.launching import FLOAT_TYPES, INDEX_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.launching import FLOAT_TYPES, INDEX_TYPES, Arguments, Launch, LaunchConfig, next_power_of_2, planned
 from kernels.rotary.kernel import rotary_kernel
 
 CONFIG: Final = LaunchConfig(num_warps=4)
@@ -51,6 +51,14 @@ def rotary(
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong.
     """
+    _plan(queries, keys, positions, cos, sin, is_interleaved)(queries, keys, positions, cos, sin)
+
+
+@planned
+def _plan(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_interleaved: bool
+) -> Launch:
+    """Check the arguments, and plan the launch on the tensors."""
     arguments = Arguments("rotary", queries.device)
     arguments.tensor("queries", queries, shape=(None, None, None), dtypes=FLOAT_TYPES)
     num_tokens, num_heads, head_dim = queries.shape
@@ -61,25 +69,8 @@ def rotary(
     num_positions, half = cos.shape
     arguments.require(1 <= half <= head_dim // 2, "cos", f"a table of 1 to {head_dim // 2} pairs", half)
     num_kv_heads = keys.shape[1]
-    if num_tokens == 0 or num_heads + num_kv_heads == 0:
-        return
     blocks = blocks_of(half)
     num_blocks = -(-num_heads // blocks.num_heads) + -(-num_kv_heads // blocks.num_heads)
-    rotary_kernel[(num_tokens, num_blocks)](
-        queries,
-        keys,
-        positions,
-        cos,
-        sin,
-        num_positions,
-        num_heads,
-        num_kv_heads,
-        *queries.stride()[:2],
-        *keys.stride()[:2],
-        cos.stride(0),
-        HALF=half,
-        IS_INTERLEAVED=is_interleaved,
-        HEADS=blocks.num_heads,
-        BLOCK=blocks.num_pairs,
-        **CONFIG.options(),
-    )
+    numbers = (num_positions, num_heads, num_kv_heads, *queries.stride()[:2], *keys.stride()[:2], cos.stride(0))
+    constants = {"HALF": half, "IS_INTERLEAVED": is_interleaved, "HEADS": blocks.num_heads, "BLOCK": blocks.num_pairs}
+    return Launch(rotary_kernel, (num_tokens, num_blocks), numbers, constants, CONFIG)

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from kernels.launching import FLOAT_TYPES, INDEX_TYPES, Arguments, LaunchConfig, next_power_of_2
+from kernels.launching import FLOAT_TYPES, INDEX_TYPES, Arguments, Launch, LaunchConfig, next_power_of_2, planned
 from kernels.store_kv.kernel import store_kv_kernel
 
 CONFIG: Final = LaunchConfig(num_warps=4)
@@ -31,6 +31,12 @@ def store_kv(keys: torch.Tensor, values: torch.Tensor, layer_pages: torch.Tensor
     Raises:
         KernelArgumentError: A shape, type, stride or device is wrong.
     """
+    _plan(keys, values, layer_pages, slot_mapping)(keys, values, layer_pages, slot_mapping)
+
+
+@planned
+def _plan(keys: torch.Tensor, values: torch.Tensor, layer_pages: torch.Tensor, slot_mapping: torch.Tensor) -> Launch:
+    """Check the arguments, and plan the launch on them."""
     arguments = Arguments("store_kv", keys.device)
     arguments.tensor("keys", keys, shape=(None, None, None), dtypes=FLOAT_TYPES)
     arguments.tensor("values", values, shape=keys.shape, dtypes=(keys.dtype,))
@@ -38,22 +44,8 @@ def store_kv(keys: torch.Tensor, values: torch.Tensor, layer_pages: torch.Tensor
     arguments.tensor("layer_pages", layer_pages, shape=(None, None, 2, num_heads, head_dim), dtypes=(keys.dtype,))
     arguments.tensor("slot_mapping", slot_mapping, shape=(num_tokens,), dtypes=INDEX_TYPES)
     row_size = num_heads * head_dim
-    if num_tokens == 0 or row_size == 0:
-        return
     num_pages, page_size = layer_pages.shape[:2]
     block = block_of(row_size)
-    store_kv_kernel[(num_tokens, -(-row_size // block))](
-        keys,
-        values,
-        layer_pages,
-        slot_mapping,
-        num_pages * page_size,
-        row_size,
-        *keys.stride()[:2],
-        *values.stride()[:2],
-        *layer_pages.stride()[:4],
-        PAGE_SIZE=page_size,
-        HEAD_DIM=head_dim,
-        BLOCK=block,
-        **CONFIG.options(),
-    )
+    numbers = (num_pages * page_size, row_size, *keys.stride()[:2], *values.stride()[:2], *layer_pages.stride()[:4])
+    constants = {"PAGE_SIZE": page_size, "HEAD_DIM": head_dim, "BLOCK": block}
+    return Launch(store_kv_kernel, (num_tokens, -(-row_size // block)), numbers, constants, CONFIG)

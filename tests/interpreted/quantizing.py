@@ -83,8 +83,8 @@ def float8(weight: torch.Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn) ->
 def float8_blocks(weight: torch.Tensor) -> Tensors:
     """Blocks of 128 x 128, of which the matrices here have one, or parts of two.
 
-    The scales are not made of the weights, so a weight may be larger than the largest e4m3fn times its scale: it is cut off there, as
-    torch 2.13's cast does and 2.11's, which gives NaN, does not.
+    The scales are not made of the weights, so a weight may be larger than the largest e4m3fn times its scale: it is cut off there,
+    as torch 2.13's cast does and 2.11's, which gives NaN, does not.
     """
     num_rows, num_columns = (-(-size // 128) for size in weight.shape)
     scales = torch.rand(num_rows, num_columns, generator=torch.Generator().manual_seed(num_rows)) * 1e-3 + 1e-3

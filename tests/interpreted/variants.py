@@ -6,9 +6,12 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from triton.backends.compiler import BaseBackend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from kernels.launching import Launch
 
 Variant = tuple[Any, ...]
 """A kernel's name, what Triton makes of each argument, and the options of the launch."""
@@ -19,20 +22,32 @@ class Variants:
 
     Attributes:
         found: All so far.
+        by_launch: Those that each planned launch was; on a GPU only the first time is Triton asked.
         is_computing: Whether what is launched is computed, too.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: set[Variant] = set()
+        self.by_launch: dict[Launch, set[Variant]] = {}
         self.is_computing = True
-        run = InterpretedFunction.run
+        run, call = InterpretedFunction.run, Launch.__call__
+        launching: list[Launch] = []
 
         def watched(function: InterpretedFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             _, specialization, options = _binder(function)(*args, **kwargs)
-            self.found.add((function.fn.__name__, *specialization, *sorted(options.items())))
+            variant = (function.fn.__name__, *specialization, *sorted(options.items()))
+            self.found.add(variant)
+            if launching:
+                self.by_launch.setdefault(launching[-1], set()).add(variant)
             return run(function, *args, grid=grid, warmup=warmup, **kwargs) if self.is_computing else None
 
+        def noted(launch: Launch, *tensors: torch.Tensor | None) -> None:
+            launching.append(launch)
+            call(launch, *tensors)
+            launching.pop()
+
         monkeypatch.setattr(InterpretedFunction, "run", watched)
+        monkeypatch.setattr(Launch, "__call__", noted)
 
 
 @cache

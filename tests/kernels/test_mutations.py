@@ -18,6 +18,7 @@ import torch
 
 from kernels.attention_inputs import Scoring
 from kernels.extend_attention import launch as extend_launch
+from kernels.launching import forget_plans
 from kernels.paged_decode_attention import launch as decode_launch
 from tests.kernels import (
     test_causal_conv1d,
@@ -51,6 +52,7 @@ def mutate(op: str, old: str, new: str, folder: Path, monkeypatch: pytest.Monkey
     launch = importlib.import_module(f"kernels.{op}.launch")
     for name in [name for name in vars(launch) if name.endswith("_kernel")]:
         monkeypatch.setattr(launch, name, getattr(module, name))
+    forget_plans()
 
 
 def extend_rows() -> None:

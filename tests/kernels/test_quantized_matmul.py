@@ -22,8 +22,8 @@ SMALL_OF_BYTES = Tiles(16, 16, 32, CONFIG)
 """Likewise for int8: NVIDIA's matrix units take 32 inputs of a byte at least."""
 
 FP8_SUM_ERROR = 2.0**-11
-"""Bound of a relative error where Hopper's wgmma sums e4m3fn: it keeps 13 bits behind the point of the largest of 32 terms, measured
-1.0e-4 over 300 inputs. mma.sync and other devices keep float32, and the type's own bound.
+"""Bound of a relative error where Hopper's wgmma sums e4m3fn: it keeps 13 bits behind the point of the largest of 32 terms.
+1.0e-4 were measured over 300 inputs. mma.sync keeps more, and the type's own bound.
 """
 
 LAYOUTS = ("gptq", "awq")

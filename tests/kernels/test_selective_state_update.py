@@ -144,8 +144,8 @@ def test_parts_may_be_absent_or_shared_by_a_head(form: dict[str, Any], is_per_he
 def test_softplus_is_exact_far_from_zero() -> None:
     """Goal: no loss where exp(dt) is small beside 1, or too large. Method: one channel each, the state is dt times x times b.
 
-    A GPU's exp(dt) is a power of 2 whose exponent, dt times log2(e), is rounded once: to one part in 2^24 of itself, which is |dt| 2^-24
-    of the result. On an H100 it was 2.4e-6 at -60.
+    A GPU's exp(dt) is a power of 2 whose exponent, dt times log2(e), is rounded once: by one part in 2^24 of itself, which is
+    |dt| 2^-24 of the result. On an H100 it was 2.4e-6 at -60.
     """
     dt = torch.tensor([-60.0, -30.0, -15.0, -5.0, 0.0, 5.0, 19.9, 20.1, 60.0, 200.0]).expand(1, 1, NUM_HEADS, HEAD_DIM)
     ones = torch.ones(1, 1, 1, 1)
