@@ -20,7 +20,7 @@ class Scoring:
     """How a model's scores are made.
 
     Attributes:
-        scale: Factor of the product of query and key.
+        scale: Factor of the product of query and key, above 0.
         window: Tokens a query sees, itself included; 0 is all.
         soft_cap: Bound of the scores, by a hyperbolic tangent; 0 is none.
         sinks: float32 `[num_heads]`, whose exponentials are added to the denominators, or None.
@@ -100,6 +100,7 @@ def check_tensors(
     shape = HeadShape(num_heads, layer_pages.shape[3], head_dim, layer_pages.shape[1])
     check_shape(arguments, shape)
     arguments.tensor("page_tables", page_tables, shape=(num_rows, None), dtypes=INDEX_TYPES)
+    arguments.require(scoring.scale > 0, "scoring.scale", "above 0", scoring.scale)
     arguments.require(scoring.window >= 0, "scoring.window", "0 (all) or a number of tokens", scoring.window)
     arguments.require(scoring.soft_cap >= 0, "scoring.soft_cap", "0 (none) or a bound", scoring.soft_cap)
     if scoring.sinks is not None:

@@ -16,34 +16,40 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def score(queries, keys, scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """Compute scores times log2(e), float32 `[M, N]`, of `queries: [M, D]` and `keys: [D, N]`."""
-    scores = tl.dot(queries, keys, input_precision="ieee") * scale
+    """Compute float32 `[M, N]` of `queries: [M, D]` and `keys: [D, N]`, which times `factor_of` are the scores times log2(e)."""
+    scores = tl.dot(queries, keys, input_precision="ieee")
     if HAS_SOFT_CAP:
         # tanh z = 1 - 2 / (1 + exp 2z), also where exp overflows.
-        scores = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores / soft_cap)))
-    return scores * LOG2_E
+        scores = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * (scores * scale) / soft_cap)))
+    return scores
 
 
 @triton.jit
-def absorb(scores, is_visible, values, maximum, total, weighted):
+def factor_of(scale, HAS_SOFT_CAP: tl.constexpr):
+    """What the numbers of `score` still have to be multiplied by. It is positive."""
+    return LOG2_E if HAS_SOFT_CAP else scale * LOG2_E
+
+
+@triton.jit
+def absorb(scores, factor, values, maximum, total, weighted):
     """Take one block in.
 
     Args:
-        scores: float32 `[M, N]`.
-        is_visible: `[M, N]`, or of a shape that broadcasts to it.
+        scores: float32 `[M, N]`, minus infinity where a query does not see a key.
+        factor: What scores have to be multiplied by, positive. Multiplied and subtracted in one operation, here for all blocks: so a
+            block that is seen whole gives the same bits whether it was masked or not.
         values: `[N, D]`; finite where nobody sees them too.
-        maximum: float32 `[M]`.
+        maximum: float32 `[M]`, of scores times the factor.
         total: float32 `[M]`.
         weighted: float32 `[M, D]`.
 
     Returns:
         The new `maximum`, `total` and `weighted`.
     """
-    scores = tl.where(is_visible, scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * factor)
     # A query that has seen nothing yet: anything finite keeps its powers at 0.
     reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    powers = tl.exp2(scores - reference[:, None])
+    powers = tl.exp2(scores * factor - reference[:, None])
     shrink = tl.exp2(maximum - reference)
     total = total * shrink + tl.sum(powers, axis=1)
     weighted = weighted * shrink[:, None]

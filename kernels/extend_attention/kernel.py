@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.online_softmax import absorb, add_sink, score
+from kernels.online_softmax import absorb, add_sink, factor_of, score
 
 
 @triton.jit
@@ -23,6 +23,35 @@ def visible_keys(
         bits = tl.load(mask_ptr + (indices[:, None] * num_new + new[None, :]), mask=is_pair, other=0)
         is_visible = (is_visible & (new < 0)[None, :]) | (bits != 0)
     return is_visible
+
+
+@triton.jit
+def pages_of(table_ptr, tokens, context, PAGE_SIZE: tl.constexpr):
+    """Read which pages a row's tokens lie in. A loop reads them a block ahead: keys and values then wait for no other load."""
+    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < context, other=0).to(tl.int64)
+
+
+@triton.jit
+def keys_and_values(
+    head_ptr,
+    places,
+    is_context,
+    stride_pages_kv,
+    IS_WHOLE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Load keys `[BLOCK_D, N]` and values `[N, BLOCK_D]` at `places: [N]`; `IS_WHOLE`: all of them are of the context."""
+    dims = tl.arange(0, BLOCK_D)
+    key_ptrs = head_ptr + (places[None, :] + dims[:, None])
+    value_ptrs = head_ptr + stride_pages_kv + (places[:, None] + dims[None, :])
+    if IS_WHOLE and HEAD_DIM == BLOCK_D:
+        keys, values = tl.load(key_ptrs), tl.load(value_ptrs)
+    else:
+        is_part = dims < HEAD_DIM
+        keys = tl.load(key_ptrs, mask=is_part[:, None] & is_context[None, :], other=0.0)
+        values = tl.load(value_ptrs, mask=is_context[:, None] & is_part[None, :], other=0.0)
+    return keys, values
 
 
 @triton.jit(
@@ -70,7 +99,8 @@ def extend_attention_kernel(
     `m // GROUP` with head `m % GROUP`. Keys are walked from a multiple of `BLOCK_N` on, whichever tokens share a tile, so that a
     token's sums do not depend on how its prompt was cut.
     """
-    first_index, kv_head = tl.program_id(0) * BLOCK_Q, tl.program_id(1).to(tl.int64)
+    # The last tokens see most: they go first, so that no long program is left alone at the end.
+    first_index, kv_head = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q, tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     start = tl.load(query_starts_ptr + row).to(tl.int64)
     num_new = (tl.load(query_starts_ptr + row + 1).to(tl.int64) - start).to(tl.int32)
@@ -94,30 +124,43 @@ def extend_attention_kernel(
             positions = num_cached + indices
             end = tl.minimum(context, num_cached + first_index + BLOCK_Q)
         begin = num_cached * 0
-        if HAS_WINDOW:
-            lowest = tl.min(tl.where(is_line, positions, context), axis=0) - window + 1
+        # Up to here every line sees all keys: nothing is masked, unless a window is.
+        whole_end = num_cached + first_index + 1
+        if HAS_WINDOW or HAS_MASK:
+            lowest = tl.min(tl.where(is_line, positions, context), axis=0)
             # New tokens are the mask's matter, wherever the window begins.
+            whole_end = tl.minimum(lowest + 1, num_cached) if HAS_MASK else whole_end
+        if HAS_WINDOW:
+            lowest = lowest - window + 1
             lowest = tl.minimum(lowest, num_cached) if HAS_MASK else lowest
             begin = tl.maximum(lowest, 0) // BLOCK_N * BLOCK_N
+            whole_end = begin
+        whole_end = tl.maximum(whole_end, 0) // BLOCK_N * BLOCK_N
         maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         weighted = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         table_ptr = page_tables_ptr + row * stride_page_tables_row
-        for position in range(begin, end, BLOCK_N):
-            tokens = position + tl.arange(0, BLOCK_N)
+        head_ptr = pages_ptr + kv_head * stride_pages_head
+        factor = factor_of(scale, HAS_SOFT_CAP)
+        keys_range = tl.arange(0, BLOCK_N)
+        pages = pages_of(table_ptr, begin + keys_range, context, PAGE_SIZE)
+        for position in range(begin, whole_end, BLOCK_N):
+            tokens = position + keys_range
+            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
+            pages = pages_of(table_ptr, tokens + BLOCK_N, context, PAGE_SIZE)
+            keys, values = keys_and_values(head_ptr, places, tokens < context, stride_pages_kv, True, HEAD_DIM, BLOCK_D)
+            scores = score(queries, keys, scale, soft_cap, HAS_SOFT_CAP)
+            maximum, total, weighted = absorb(scores, factor, values, maximum, total, weighted)
+        for position in range(whole_end, end, BLOCK_N):
+            tokens = position + keys_range
             is_context = tokens < context
-            pages = tl.load(table_ptr + tokens // PAGE_SIZE, mask=is_context, other=0).to(tl.int64)
-            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset + kv_head * stride_pages_head
-            # [BLOCK_D, BLOCK_N]
-            key_mask = (dims < HEAD_DIM)[:, None] & is_context[None, :]
-            keys = tl.load(pages_ptr + places[None, :] + dims[:, None], mask=key_mask, other=0.0)
-            # [BLOCK_N, BLOCK_D]
-            value_mask = is_context[:, None] & (dims < HEAD_DIM)[None, :]
-            values = tl.load(pages_ptr + stride_pages_kv + places[:, None] + dims[None, :], mask=value_mask, other=0.0)
+            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
+            pages = pages_of(table_ptr, tokens + BLOCK_N, context, PAGE_SIZE)
+            keys, values = keys_and_values(head_ptr, places, is_context, stride_pages_kv, False, HEAD_DIM, BLOCK_D)
             scores = score(queries, keys, scale, soft_cap, HAS_SOFT_CAP)
             is_visible = visible_keys(tokens, positions, indices, num_cached, num_new, window, mask_ptr, HAS_WINDOW, HAS_MASK)
-            is_visible = is_visible & is_context[None, :]
-            maximum, total, weighted = absorb(scores, is_visible, values, maximum, total, weighted)
+            scores = tl.where(is_visible & is_context[None, :], scores, float("-inf"))
+            maximum, total, weighted = absorb(scores, factor, values, maximum, total, weighted)
         if HAS_SINKS:
             sinks = tl.load(sinks_ptr + heads, mask=is_line, other=0.0)
             maximum, total, shrink = add_sink(sinks, maximum, total)

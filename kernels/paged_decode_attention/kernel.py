@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.online_softmax import absorb, add_sink, score
+from kernels.online_softmax import absorb, add_sink, factor_of, score
 
 
 @triton.jit
@@ -29,6 +29,12 @@ def split_range(
     split_tokens = tl.maximum(share, SPLIT_TOKENS_MIN)
     begin = first + split * split_tokens
     return begin, tl.minimum(begin + split_tokens, length), visible_from, tl.cdiv(length - first, split_tokens)
+
+
+@triton.jit
+def pages_of(table_ptr, tokens, end, PAGE_SIZE: tl.constexpr):
+    """Read which pages a row's tokens lie in. The loop reads them a block ahead: keys and values then wait for no other load."""
+    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < end, other=0).to(tl.int64)
 
 
 @triton.jit(
@@ -95,20 +101,24 @@ def paged_decode_attention_split_kernel(
         total = tl.zeros((BLOCK_G,), dtype=tl.float32)
         weighted = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
         table_ptr = page_tables_ptr + row * stride_page_tables_row
+        head_ptr = pages_ptr + kv_head * stride_pages_head
+        factor = factor_of(scale, HAS_SOFT_CAP)
+        pages = pages_of(table_ptr, begin + tl.arange(0, BLOCK_N), end, PAGE_SIZE)
         for position in range(begin, end, BLOCK_N):
             tokens = position + tl.arange(0, BLOCK_N)
             is_context = tokens < end
-            pages = tl.load(table_ptr + tokens // PAGE_SIZE, mask=is_context, other=0).to(tl.int64)
-            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset + kv_head * stride_pages_head
+            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
+            pages = pages_of(table_ptr, tokens + BLOCK_N, end, PAGE_SIZE)
             # [BLOCK_D, BLOCK_N]
             key_mask = (dims < HEAD_DIM)[:, None] & is_context[None, :]
-            keys = tl.load(pages_ptr + places[None, :] + dims[:, None], mask=key_mask, other=0.0)
+            keys = tl.load(head_ptr + (places[None, :] + dims[:, None]), mask=key_mask, other=0.0)
             # [BLOCK_N, BLOCK_D]
             value_mask = is_context[:, None] & (dims < HEAD_DIM)[None, :]
-            values = tl.load(pages_ptr + stride_pages_kv + places[:, None] + dims[None, :], mask=value_mask, other=0.0)
+            values = tl.load(head_ptr + stride_pages_kv + (places[:, None] + dims[None, :]), mask=value_mask, other=0.0)
             scores = score(queries, keys, scale, soft_cap, HAS_SOFT_CAP)
             is_visible = is_context & (tokens >= visible_from)
-            maximum, total, weighted = absorb(scores, is_visible[None, :], values, maximum, total, weighted)
+            scores = tl.where(is_visible[None, :], scores, float("-inf"))
+            maximum, total, weighted = absorb(scores, factor, values, maximum, total, weighted)
         if num_splits == 1:
             if HAS_SINKS:
                 sinks = tl.load(sinks_ptr + heads, mask=group < GROUP, other=0.0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kernels.aot.cases import CompileCase, Workload
 from kernels.architecture import Architecture
 from kernels.sample.kernel import sample_adjust_kernel, sample_draw_kernel
-from kernels.sample.launch import ADJUST_BLOCK, ADJUST_CONFIG, BITS, DRAW_CONFIG, block_of
+from kernels.sample.launch import ADJUST_BLOCK, ADJUST_CONFIG, BITS, DRAW_CONFIG, NEAR, block_of, num_blocks_of
 
 
 def cases(architecture: Architecture) -> Iterator[CompileCase]:
@@ -26,10 +26,10 @@ def workloads() -> Iterator[Workload]:
 def _draw_case(vocab_size: int) -> CompileCase:
     types = {"tokens_ptr": "*i64", "is_valid_ptr": "*u8", "logits_ptr": "*fp32", "top_k_ptr": "*i32"}
     types |= {"temperature_ptr": "*fp32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seeds_ptr": "*i64", "positions_ptr": "*i64"}
-    types |= {"vocab_size": "i32", "stride_logits_row": "i32"}
+    types |= {"near_logits_ptr": "*fp32", "near_tokens_ptr": "*i32", "vocab_size": "i32", "stride_logits_row": "i32"}
     block = block_of(vocab_size)
     unaligned = frozenset({"vocab_size"})
-    constants = {"BITS": BITS, "BLOCK": block}
+    constants = {"NEAR": NEAR, "BITS": BITS, "NUM_BLOCKS": num_blocks_of(vocab_size), "BLOCK": block}
     return CompileCase(f"vocabulary in blocks of {block}", sample_draw_kernel, types, constants, DRAW_CONFIG, unaligned)
 
 

@@ -16,14 +16,22 @@ BITS: Final = 3
 
 ADJUST_BLOCK: Final = 256
 ADJUST_CONFIG: Final = LaunchConfig(num_warps=4)
-DRAW_CONFIG: Final = LaunchConfig(num_warps=8)
+DRAW_CONFIG: Final = LaunchConfig(num_warps=16)
 
-_BLOCK_MAX: Final = 2048
+NEAR: Final = 4096
+"""Tokens of a row that are listed at most, where top-k or top-p leave so few."""
+
+_BLOCK_MAX: Final = 4096
 
 
 def block_of(vocab_size: int) -> int:
     """Tokens that a program looks at together; by the vocabulary alone, so that sums run alike in every batch."""
     return min(next_power_of_2(vocab_size), _BLOCK_MAX)
+
+
+def num_blocks_of(vocab_size: int) -> int:
+    """Blocks of a row, as a power of 2."""
+    return next_power_of_2(-(-vocab_size // block_of(vocab_size)))
 
 
 def adjust(logits: torch.Tensor, adjustments: Adjustments) -> None:
@@ -104,6 +112,8 @@ def sample(
         apply_token_bitmask(logits, *bitmask)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     is_valid = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
+    near_logits = torch.empty((num_rows, NEAR), dtype=torch.float32, device=logits.device)
+    near_tokens = torch.empty((num_rows, NEAR), dtype=torch.int32, device=logits.device)
     if num_rows > 0:
         sample_draw_kernel[(num_rows,)](
             tokens,
@@ -115,9 +125,13 @@ def sample(
             rows.min_p,
             rows.seeds,
             rows.positions,
+            near_logits,
+            near_tokens,
             vocab_size,
             logits.stride(0),
+            NEAR=NEAR,
             BITS=BITS,
+            NUM_BLOCKS=num_blocks_of(vocab_size),
             BLOCK=block_of(vocab_size),
             **DRAW_CONFIG.options(),
         )
