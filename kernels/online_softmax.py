@@ -16,8 +16,8 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def score(queries, keys, scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """Compute float32 `[M, N]` of `queries: [M, D]` and `keys: [D, N]`, which times `factor_of` are the scores times log2(e)."""
-    scores = tl.dot(queries, keys, input_precision="ieee")
+    """Compute float32 `[M, N]` of `queries: [M, D]` and `keys: [N, D]`, which times `factor_of` are the scores times log2(e)."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if HAS_SOFT_CAP:
         # tanh z = 1 - 2 / (1 + exp 2z), also where exp overflows.
         scores = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * (scores * scale) / soft_cap)))
@@ -36,8 +36,7 @@ def absorb(scores, factor, values, maximum, total, weighted):
 
     Args:
         scores: float32 `[M, N]`, minus infinity where a query does not see a key.
-        factor: What scores have to be multiplied by, positive. Multiplied and subtracted in one operation, here for all blocks: so a
-            block that is seen whole gives the same bits whether it was masked or not.
+        factor: What scores have to be multiplied by, positive: the product and the difference that follows are one operation.
         values: `[N, D]`; finite where nobody sees them too.
         maximum: float32 `[M]`, of scores times the factor.
         total: float32 `[M]`.

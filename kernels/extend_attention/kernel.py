@@ -28,7 +28,7 @@ def visible_keys(
 @triton.jit
 def pages_of(table_ptr, tokens, context, PAGE_SIZE: tl.constexpr):
     """Read which pages a row's tokens lie in. A loop reads them a block ahead: keys and values then wait for no other load."""
-    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < context, other=0).to(tl.int64)
+    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < context, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -41,16 +41,15 @@ def keys_and_values(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Load keys `[BLOCK_D, N]` and values `[N, BLOCK_D]` at `places: [N]`; `IS_WHOLE`: all of them are of the context."""
+    """Load keys and values, `[N, BLOCK_D]` each, at `places: [N]`; `IS_WHOLE`: all of them are of the context."""
     dims = tl.arange(0, BLOCK_D)
-    key_ptrs = head_ptr + (places[None, :] + dims[:, None])
-    value_ptrs = head_ptr + stride_pages_kv + (places[:, None] + dims[None, :])
+    key_ptrs = head_ptr + (places[:, None] + dims[None, :])
     if IS_WHOLE and HEAD_DIM == BLOCK_D:
-        keys, values = tl.load(key_ptrs), tl.load(value_ptrs)
+        keys, values = tl.load(key_ptrs), tl.load(key_ptrs + stride_pages_kv)
     else:
-        is_part = dims < HEAD_DIM
-        keys = tl.load(key_ptrs, mask=is_part[:, None] & is_context[None, :], other=0.0)
-        values = tl.load(value_ptrs, mask=is_context[:, None] & is_part[None, :], other=0.0)
+        is_part = is_context[:, None] & (dims < HEAD_DIM)[None, :]
+        keys = tl.load(key_ptrs, mask=is_part, other=0.0)
+        values = tl.load(key_ptrs + stride_pages_kv, mask=is_part, other=0.0)
     return keys, values
 
 
@@ -146,7 +145,7 @@ def extend_attention_kernel(
         pages = pages_of(table_ptr, begin + keys_range, context, PAGE_SIZE)
         for position in range(begin, whole_end, BLOCK_N):
             tokens = position + keys_range
-            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
+            places = pages.to(tl.int64) * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
             pages = pages_of(table_ptr, tokens + BLOCK_N, context, PAGE_SIZE)
             keys, values = keys_and_values(head_ptr, places, tokens < context, stride_pages_kv, True, HEAD_DIM, BLOCK_D)
             scores = score(queries, keys, scale, soft_cap, HAS_SOFT_CAP)
@@ -154,7 +153,7 @@ def extend_attention_kernel(
         for position in range(whole_end, end, BLOCK_N):
             tokens = position + keys_range
             is_context = tokens < context
-            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
+            places = pages.to(tl.int64) * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
             pages = pages_of(table_ptr, tokens + BLOCK_N, context, PAGE_SIZE)
             keys, values = keys_and_values(head_ptr, places, is_context, stride_pages_kv, False, HEAD_DIM, BLOCK_D)
             scores = score(queries, keys, scale, soft_cap, HAS_SOFT_CAP)

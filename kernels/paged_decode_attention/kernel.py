@@ -34,7 +34,7 @@ def split_range(
 @triton.jit
 def pages_of(table_ptr, tokens, end, PAGE_SIZE: tl.constexpr):
     """Read which pages a row's tokens lie in. The loop reads them a block ahead: keys and values then wait for no other load."""
-    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < end, other=0).to(tl.int64)
+    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < end, other=0).to(tl.int32)
 
 
 @triton.jit(
@@ -107,14 +107,13 @@ def paged_decode_attention_split_kernel(
         for position in range(begin, end, BLOCK_N):
             tokens = position + tl.arange(0, BLOCK_N)
             is_context = tokens < end
-            places = pages * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
+            places = pages.to(tl.int64) * stride_pages_page + (tokens % PAGE_SIZE) * stride_pages_offset
             pages = pages_of(table_ptr, tokens + BLOCK_N, end, PAGE_SIZE)
-            # [BLOCK_D, BLOCK_N]
-            key_mask = (dims < HEAD_DIM)[:, None] & is_context[None, :]
-            keys = tl.load(head_ptr + (places[None, :] + dims[:, None]), mask=key_mask, other=0.0)
-            # [BLOCK_N, BLOCK_D]
-            value_mask = is_context[:, None] & (dims < HEAD_DIM)[None, :]
-            values = tl.load(head_ptr + stride_pages_kv + (places[:, None] + dims[None, :]), mask=value_mask, other=0.0)
+            # Of keys and of values: [BLOCK_N, BLOCK_D].
+            key_ptrs = head_ptr + (places[:, None] + dims[None, :])
+            is_stored = is_context[:, None] & (dims < HEAD_DIM)[None, :]
+            keys = tl.load(key_ptrs, mask=is_stored, other=0.0)
+            values = tl.load(key_ptrs + stride_pages_kv, mask=is_stored, other=0.0)
             scores = score(queries, keys, scale, soft_cap, HAS_SOFT_CAP)
             is_visible = is_context & (tokens >= visible_from)
             scores = tl.where(is_visible[None, :], scores, float("-inf"))

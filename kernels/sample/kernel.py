@@ -81,7 +81,7 @@ def survey(row_ptr, vocab_size, BLOCK: tl.constexpr):
 
 @triton.jit
 def near_enough(row_ptr, vocab_size, maximum, temperature, k, share, BLOCK: tl.constexpr):
-    """Find a distance, as bits, within which `k` tokens and a share of the mass lie: of a few the smallest, of which the last is all.
+    """Find a distance, as bits, within which `k` tokens and a share of the mass lie: the smallest of eight; the last is all.
 
     Returns:
         The distance, how many tokens lie within it, and the mass of all tokens.
@@ -233,8 +233,8 @@ def sample_draw_kernel(
 ):
     """Choose one row's token; grid `[num_rows]`. What a row does not ask for is not computed.
 
-    Where top-k or top-p leave `NEAR` tokens or fewer, and mostly they do, these are listed in `near_*: [num_rows, NEAR]`, and looked
-    for in the list.
+    Where top-k or top-p leave `NEAR` tokens or fewer, and mostly they do, these are listed in `near_*: [num_rows, NEAR]`, and only
+    the list is looked at.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_row

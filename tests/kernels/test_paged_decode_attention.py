@@ -129,6 +129,7 @@ def test_padded_rows_give_zeros_and_read_nothing() -> None:
         ({"page_tables": torch.zeros(3, 4).long()}, r"page_tables must have or be shape \(2, any\), got shape \(3, 4\)"),
         ({"lengths": torch.zeros(2)}, "lengths must have or be torch.int32 or torch.int64, got torch.float32"),
         ({"max_length": 65}, "max_length must have or be 0 to 64 tokens, which the page tables hold, got 65"),
+        ({"scoring": Scoring(0.0)}, "scoring.scale must have or be above 0, got 0.0"),
         ({"scoring": Scoring(1.0, window=-1)}, r"scoring.window must have or be 0 \(all\) or a number of tokens, got -1"),
         ({"scoring": Scoring(1.0, soft_cap=-1.0)}, r"scoring.soft_cap must have or be 0 \(none\) or a bound, got -1.0"),
         ({"scoring": Scoring(1.0, sinks=torch.zeros(4).half())}, "scoring.sinks must have or be torch.float32, got torch.float16"),

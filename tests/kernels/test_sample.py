@@ -97,6 +97,28 @@ def test_rows_have_parameters_of_their_own() -> None:
         assert launch.sample(logits[row : row + 1], alone)[0].item() == together[row]
 
 
+@pytest.mark.parametrize("near", [1, 64])
+@pytest.mark.parametrize("parameters", [PARAMETERS[name] for name in ("top-k", "top-1", "top-p", "top-p-of-almost-all", "all")])
+def test_rows_are_searched_whole_where_much_is_near(parameters: dict[str, Any], near: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a list that holds few tokens: some rows fit into it, others do not; a token is the same either way."""
+    logits, rows = normal(6, 5000, scale=2), rows_of(6, **parameters)
+    listed = sample_both(logits, rows)
+    monkeypatch.setattr(launch, "NEAR", near)
+    assert_same_tokens(sample_both(logits, rows).tolist(), logits, rows)
+    assert (sample_both(logits, rows) == listed).sum() >= 5
+
+
+def test_blocks_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drawn token's block is the first, the last, and any between; blocks without mass are passed over."""
+    monkeypatch.setattr(launch, "_BLOCK_MAX", 16)
+    logits = torch.full((30, 200), -torch.inf)
+    logits[:10, 3] = logits[10:20, 199] = 0.0
+    logits[20:, 40:100] = normal(60)
+    tokens = sample_both(logits, rows_of(30)).tolist()
+    assert tokens[:20] == [3] * 10 + [199] * 10
+    sample_both(normal(8, 200), rows_of(8, top_p=0.9))
+
+
 def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = torch.zeros(2, 5000)
     logits[0, [70, 4000]] = 3.0
