@@ -39,17 +39,12 @@ def blocks_of(architecture: Architecture, shape: HeadShape, dtype: torch.dtype, 
         config = LaunchConfig(num_warps=8, num_stages=1)
         return Blocks(num_lines // shape.group, num_lines, shape.block_d, 16, config)
     num_lines = max(128 if shape.block_d == 128 and not has_mask else 64, group_lines)
-    num_keys = 64 if shape.block_d <= 128 and not has_mask else 32
+    # An A100 multiplies from registers, which hold the queries too.
+    is_tight = shape.block_d > (64 if architecture.name == "sm_80" else 128)
+    num_keys = 32 if has_mask or is_tight else 64
     num_warps = 4 if num_lines <= 64 and shape.block_d <= 64 else 8
-    config = LaunchConfig(num_warps=num_warps, num_stages=_stages_of(architecture))
+    config = LaunchConfig(num_warps=num_warps, num_stages=1 if architecture.backend == "hip" else 3)
     return Blocks(num_lines // shape.group, num_lines, shape.block_d, num_keys, config)
-
-
-def _stages_of(architecture: Architecture) -> int:
-    """Blocks of keys and values on their way at once; an A100 has registers for two."""
-    if architecture.backend == "hip":
-        return 1
-    return 2 if architecture.name == "sm_80" else 3
 
 
 def extend_attention(  # noqa: PLR0913 (a tensor each)
