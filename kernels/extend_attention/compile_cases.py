@@ -20,10 +20,12 @@ def cases(architecture: Architecture) -> Iterator[CompileCase]:
     llama = HeadShape(num_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
     for dtype, shape, features in (
         (torch.bfloat16, llama, ()),
+        (torch.bfloat16, llama, ("SOFT_CAP", "WINDOW", "SINKS")),
         (torch.bfloat16, llama, ("MASK",)),
         (torch.bfloat16, HeadShape(32, 8, 128, 1), ("WINDOW", "MASK")),
         (torch.bfloat16, HeadShape(64, 8, 64, 64), ("WINDOW", "SINKS")),
         (torch.bfloat16, HeadShape(16, 8, 256, 16), ("SOFT_CAP", "WINDOW")),
+        (torch.bfloat16, HeadShape(32, 32, 96, 16), ("WINDOW",)),
         (torch.bfloat16, HeadShape(9, 3, 64, 16), ()),
         (torch.bfloat16, HeadShape(71, 1, 64, 16), ()),
         (torch.float16, llama, _FEATURES),

@@ -11,7 +11,7 @@ from kernels.launching import INDEX_TYPES, Arguments, LaunchConfig, next_power_o
 from kernels.sample.inputs import Adjustments, SamplingRows
 from kernels.sample.kernel import sample_adjust_kernel, sample_draw_kernel
 
-BITS: Final = 3
+BITS: Final = 2
 """Bits of a threshold that one pass over a row settles."""
 
 ADJUST_BLOCK: Final = 256
