@@ -67,14 +67,15 @@ INLINE vf load_scales(const uint8_t* scales, int index) {
   return HALF ? vload_half((const uint16_t*)scales + 16 * index) : vload((const float*)scales + 16 * index);
 }
 
+// Weights are read once a step: fetched as such they leave keys, values and the other services' memory in the caches behind the first.
 INLINE void prefetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 0);
 }
 
 constexpr int32_t ONES = 0x01010101;
 
 // How far ahead of a stream of weights memory is asked for.
-constexpr int64_t AHEAD_BYTES = 3072;
+constexpr int64_t AHEAD_BYTES = 8192;
 
 // With weights d * (c - z) (+ m) and activations s * (a - y), a group of 32 gives d * s * (sum of (c - z) * a - y * sum of (c - z)), and
 // m * s * sum of (a - y). The sum over codes is worked out here, or was when the panel was unpacked (UNPACKED).
