@@ -45,11 +45,11 @@ INLINE void choose_codes(const float* low, const float* high, const int32_t* has
   }
 }
 
-// Where groups go: of one row one behind the other, or one of each row.
+// Where groups go: one of each row, or of a row one behind the other, and on in the next row.
 struct Groups {
   int64_t row;
   int64_t group;
-  int is_row;
+  int row_groups;  // of a row; 0: one of each
   int count;
 };
 
@@ -65,7 +65,8 @@ INLINE void write_groups(const Coding& coding, const Rows& out, const Groups& at
     pairs[i] = (uint32_t)to_bf16((float)(sums[i] + 32 * coding.middle[i]) * unit) | (uint32_t)as_bits((float)coding.middle[i] * unit);
   }
   CodedGroup* to = out.groups + at.group * out.capacity + at.row;
-  for (int i = 0; i < at.count; i++, to += at.is_row ? out.capacity : 1) {
+  int64_t next_row = at.row_groups - at.group;
+  for (int i = 0; i < at.count; i++) {
     const int32_t root = coding.quarters[i] & 3;
     to->base = bases[i];
     to->starts[0] = bases[i] - 8 * sums[i];
@@ -75,6 +76,11 @@ INLINE void write_groups(const Coding& coding, const Rows& out, const Groups& at
     to->root_offset = 128 * root;
     to->sums[0] = coding.first_sums[i];
     to->sums[1] = coding.last_sums[i];
+    to += at.row_groups ? out.capacity : 1;
+    if (--next_row == 0) {
+      to += 1 - at.row_groups * out.capacity;
+      next_row = at.row_groups;
+    }
   }
 }
 
@@ -107,7 +113,7 @@ INLINE void quantise_groups(const float* x, const Rows& out, const Groups& at) {
   for (int i = 0; i < count; i++) {
     const vf middle = vset((float)coding.middle[i]), inverse = vset(coding.inverse[i]);
     codes[i] = vquantise(vsub(vmul(vload(x + 32 * i), inverse), middle), vsub(vmul(vload(x + 32 * i + 16), inverse), middle));
-    vqstore(to + i * (at.is_row ? 32 : out.stride), codes[i]);
+    vqstore(to + i * (at.row_groups ? 32 : out.stride), codes[i]);
   }
   for (int i = count; i < GROUPS; i++) codes[i] = codes[0];
   vcode_sums(codes, coding.first_sums, coding.last_sums);
@@ -126,7 +132,7 @@ INLINE void quantise(const float* x, const Rows& out, const Groups& at) {
 INLINE void pack_groups(const float* x, const Rows& out, int64_t row, int64_t group, int64_t num_rows) {
   if (out.kind == KIND_Q8) {
     for (int64_t i = 0; i < num_rows; i += GROUPS) {
-      quantise(x + 32 * i, out, {row + i, group, false, (int)(num_rows - i < GROUPS ? num_rows - i : GROUPS)});
+      quantise(x + 32 * i, out, {row + i, group, 0, (int)(num_rows - i < GROUPS ? num_rows - i : GROUPS)});
     }
     return;
   }
@@ -142,29 +148,34 @@ INLINE void pack_groups(const float* x, const Rows& out, int64_t row, int64_t gr
   }
 }
 
-// Put a finished row (padded with zeros to the stride) into a value of any kind but floats.
-INLINE void pack_row(const float* x, const Rows& out, int64_t row) {
-  const int64_t num_groups = out.stride / 32;
-  if (out.kind == KIND_Q8) {
-    for (int64_t g = 0; g < num_groups; g += GROUPS) {
-      quantise(x + 32 * g, out, {row, g, true, (int)(num_groups - g < GROUPS ? num_groups - g : GROUPS)});
-    }
+// Put finished rows (padded with zeros to the stride), one behind the other, into a value of any kind but floats.
+INLINE void pack_rows(const float* x, const Rows& out, int64_t row, int64_t num_rows) {
+  if (out.kind == KIND_BF16) {
+    for (int64_t i = 0; i < num_rows * out.stride; i += 16) vstore_bf16(out.bf16 + row * out.stride + i, vload(x + i));
     return;
   }
-  for (int64_t i = 0; i < out.stride; i += 16) vstore_bf16(out.bf16 + row * out.stride + i, vload(x + i));
+  const int64_t row_groups = out.stride / 32, num_groups = num_rows * row_groups;
+  for (int64_t g = 0; g < num_groups; g += GROUPS) {
+    const int count = (int)(num_groups - g < GROUPS ? num_groups - g : GROUPS);
+    quantise(x + 32 * g, out, {row + g / row_groups, g % row_groups, (int)row_groups, count});
+  }
 }
 
-// Where a row is worked out: in place when floats are wanted, else in memory of the thread.
+// Where rows are worked out: in place when floats are wanted, else some at a time in memory of the thread.
 struct RowPlace {
-  explicit RowPlace(const Rows& out) : out_(out) {
-    if (out.kind != KIND_F32) buffer_ = thread_buffer(out.stride);
+  RowPlace(const Rows& out, int64_t begin, int64_t end) : out_(out), begin_(begin), end_(end) {
+    if (out.kind != KIND_F32) buffer_ = thread_buffer(ROWS * out.stride);
   }
-  float* at(int64_t row) const { return out_.kind == KIND_F32 ? f32_row(out_, row) : buffer_; }
+  float* at(int64_t row) const { return out_.kind == KIND_F32 ? f32_row(out_, row) : buffer_ + place(row) * out_.stride; }
   void done(int64_t row) const {
-    if (out_.kind != KIND_F32) pack_row(buffer_, out_, row);
+    if (out_.kind != KIND_F32 && (place(row) == ROWS - 1 || row == end_ - 1)) pack_rows(buffer_, out_, row - place(row), place(row) + 1);
   }
 
  private:
+  static constexpr int64_t ROWS = 8;
+
+  int64_t place(int64_t row) const { return (row - begin_) % ROWS; }
+
   static float* thread_buffer(int64_t size) {
     static thread_local float* buffer = nullptr;
     static thread_local int64_t capacity = 0;
@@ -176,6 +187,8 @@ struct RowPlace {
     return buffer;
   }
   const Rows& out_;
+  const int64_t begin_;
+  const int64_t end_;
   float* buffer_ = nullptr;
 };
 
@@ -236,7 +249,7 @@ void embed(const Segment& table, const int64_t* ids, int64_t begin, int64_t end,
 
 void norm(const Rows& in, const Rows& out, int64_t begin, int64_t end, const float* weight, const float* bias, float eps,
           int is_layer_norm) {
-  const RowPlace place(out);
+  const RowPlace place(out, begin, end);
   const int64_t width = in.width;
   for (int64_t row = begin; row < end; row++) {
     const float* x = f32_row(in, row);
@@ -260,7 +273,11 @@ void norm(const Rows& in, const Rows& out, int64_t begin, int64_t end, const flo
 }
 
 void pack(const Rows& in, const Rows& out, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; row++) pack_row(f32_row(in, row), out, row);
+  if (in.stride == out.stride) {
+    pack_rows(f32_row(in, begin), out, begin, end - begin);
+  } else {
+    for (int64_t row = begin; row < end; row++) pack_rows(f32_row(in, row), out, row, 1);
+  }
 }
 
 INLINE vf verf(vf x) {
@@ -293,7 +310,7 @@ INLINE vf vactivate(vf x, int activation) {
 }
 
 void gated(const Rows& in, const Rows& out, int64_t begin, int64_t end, int activation) {
-  const RowPlace place(out);
+  const RowPlace place(out, begin, end);
   const int64_t width = out.width;
   for (int64_t row = begin; row < end; row++) {
     const float* x = f32_row(in, row);
@@ -305,7 +322,7 @@ void gated(const Rows& in, const Rows& out, int64_t begin, int64_t end, int acti
 }
 
 void activate(const Rows& in, const Rows& out, int64_t begin, int64_t end, int activation) {
-  const RowPlace place(out);
+  const RowPlace place(out, begin, end);
   for (int64_t row = begin; row < end; row++) {
     const float* x = f32_row(in, row);
     float* y = place.at(row);
