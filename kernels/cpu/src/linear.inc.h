@@ -17,45 +17,65 @@ struct Sink {
   bool is_gated;   // they meet what is in `gates`
 };
 
+// The last outputs of a segment, where these are no whole panel.
 template <int MR>
-INLINE void sink_tile(const vf (&sum)[MR][2], const Sink& sink, int64_t row) {
+INLINE void sink_part(const vf (&sum)[MR][2], const Sink& sink, int64_t row) {
   const LinearTarget& target = sink.target;
-  for (int b = 0; b < 2; b++) {
-    const int64_t first = sink.n + 16 * b, column = sink.segment.out_offset + first;
-    const int64_t count = sink.segment.n - first < 16 ? sink.segment.n - first : 16;
-    if (count <= 0) return;
-    for (int r = 0; r < MR; r++) {
-      vf value = sum[r][b];
-      if (count == 16) {
-        if (target.bias) value = vadd(value, vload(target.bias + column));
-        if (sink.is_gate) {
-          vstore(sink.gates + (row + r - sink.begin) * 32 + 16 * b, value);
-          continue;
-        }
-        float* y = f32_row(sink.out, row + r) + column;
-        vstore(y, target.accumulate ? vfma(vset(target.scale), value, vload(y)) : value);
-      } else {
-        float lanes[16];
-        vstore(lanes, value);
-        float* y = f32_row(sink.out, row + r) + column;
-        for (int64_t i = 0; i < count; i++) {
-          const float x = lanes[i] + (target.bias ? target.bias[column + i] : 0.0f);
-          y[i] = target.accumulate ? __builtin_fmaf(target.scale, x, y[i]) : x;
-        }
-      }
+  const int64_t column = sink.segment.out_offset + sink.n, count = sink.segment.n - sink.n;
+  for (int r = 0; r < MR; r++) {
+    float lanes[32];
+    vstore(lanes, sum[r][0]);
+    vstore(lanes + 16, sum[r][1]);
+    float* y = f32_row(sink.out, row + r) + column;
+    for (int64_t i = 0; i < count; i++) {
+      const float x = lanes[i] + (target.bias ? target.bias[column + i] : 0.0f);
+      y[i] = target.accumulate ? __builtin_fmaf(target.scale, x, y[i]) : x;
     }
   }
 }
 
-// The other half of a gated product: `activation(gate) * up`, in the place of the gate.
+template <int MR>
+INLINE void sink_tile(vf (&sum)[MR][2], const Sink& sink, int64_t row) {
+  const LinearTarget& target = sink.target;
+  const int64_t column = sink.segment.out_offset + sink.n;
+  if (sink.segment.n - sink.n < 32) {
+    sink_part<MR>(sum, sink, row);
+    return;
+  }
+  if (target.bias) {
+    for (int b = 0; b < 2; b++) {
+      const vf bias = vload(target.bias + column + 16 * b);
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; r++) sum[r][b] = vadd(sum[r][b], bias);
+    }
+  }
+  // Sums stay in registers where loops over them have no end but MR.
+  float* y = sink.is_gate ? sink.gates + (row - sink.begin) * 32 : f32_row(sink.out, row) + column;
+  const int64_t stride = sink.is_gate ? 32 : sink.out.stride;
+  if (target.accumulate) {
+    const vf scale = vset(target.scale);
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; r++) {
+      for (int b = 0; b < 2; b++) sum[r][b] = vfma(scale, sum[r][b], vload(y + r * stride + 16 * b));
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < MR; r++) {
+    for (int b = 0; b < 2; b++) vstore(y + r * stride + 16 * b, sum[r][b]);
+  }
+}
+
+// The other half of a gated product: times the activated gate, in its place.
 template <int MR>
 INLINE void sink_gated(const vf (&sum)[MR][2], const Sink& sink, int64_t row) {
   const int64_t column = sink.segment.out_offset + sink.n;
+  float* gates = sink.gates + (row - sink.begin) * 32;
+#pragma GCC unroll 12
   for (int r = 0; r < MR; r++) {
-    float* gate = sink.gates + (row + r - sink.begin) * 32;
     for (int b = 0; b < 2; b++) {
+      float* gate = gates + 32 * r + 16 * b;
       const vf up = sink.target.bias ? vadd(sum[r][b], vload(sink.target.bias + column + 16 * b)) : sum[r][b];
-      vstore(gate + 16 * b, vmul(vactivate(vload(gate + 16 * b), sink.target.activation), up));
+      vstore(gate, vmul(vload(gate), up));
     }
   }
 }
@@ -248,7 +268,7 @@ INLINE void multiply_f32(const uint8_t* panel, int64_t k, const Rows& in, int64_
 }
 
 template <Product PRODUCT, bool HALF, bool MINIMUMS, int PARTS, int MR>
-INLINE void tile(Panel& panel, const Segment& segment, const Rows& in, int64_t row, const Sink& sink) {
+__attribute__((noinline)) void tile(Panel& panel, const Segment& segment, const Rows& in, int64_t row, const Sink& sink) {
   vf sum[MR][2];
   if constexpr (PRODUCT == PRODUCT_F32) {
     multiply_f32<MR>(panel.codes, segment.k, in, row, sum);
@@ -383,6 +403,7 @@ void linear(const Segment& segment, int64_t unit, const Rows& in, const Rows& ou
 void gated_linear(const Segment& gate, const Segment& up, int64_t unit, const Rows& in, const Rows& out, int64_t begin, int64_t end,
                   const LinearTarget& target, uint8_t* scratch, float* gates) {
   unit_product(gate, unit, in, begin, end, {out, target, gate, 32 * unit, begin, gates, true, false}, scratch);
+  activate_numbers(gates, 32 * (end - begin), target.activation);
   unit_product(up, unit, in, begin, end, {out, target, up, 32 * unit, begin, gates, false, true}, scratch);
   // Straight into the form that the next product wants.
   pack_groups(gates, out, begin, unit, end - begin);
