@@ -96,12 +96,11 @@ struct Step {
 // multiply by powers of 2 without multiplying: a whole number added to the bits of 1.5 * 2 ** (23 + exponent) is added to that number in
 // units of 2 ** exponent.
 struct CodedGroup {
-  int32_t base;        // these bits; those of a NaN where a number of the group is not finite
-  int32_t starts[2];   // beside unsigned codes of 4 and of 8 bits: `base` less the sum of the codes, times 8 or 128
-  uint32_t pair;       // two of bfloat16, over the root: below, the sum of the group's numbers; above, scale * middle, exactly
-  float root;
-  int32_t root_offset; // which one, times the bytes of a vector of 32 floats
-  int32_t sums[2];     // of the codes of the half groups
+  int32_t base;          // these bits; those of a NaN where a number of the group is not finite
+  int32_t start;         // beside unsigned codes of 4 bits: `base` less 8 times the sum of the codes
+  uint32_t pair;         // two of bfloat16, over the root: below, the sum of the group's numbers; above, scale * middle, exactly
+  uint16_t root_offset;  // which root, times the bytes of a vector of 32 floats
+  int16_t first_sum;     // of the first 16 codes
 };
 
 // Rows of a value, whatever its kind.

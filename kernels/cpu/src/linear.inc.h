@@ -141,10 +141,25 @@ INLINE GroupWeights group_weights(vf scales, const vf* minimums, float offset, v
   return {scales, vpair(ratios, rounded), vpair(vset(0.0f), vsub(sums, rounded))};
 }
 
-// A row's numbers beside the pairs of half a group.
-INLINE uint32_t half_pair(const CodedGroup& group, int half) {
+INLINE int32_t code_sum(const CodedGroup& group) { return (group.base - group.start) / 8; }
+
+INLINE int32_t half_code_sum(const CodedGroup& group, int half) {
+  return half ? code_sum(group) - group.first_sum : group.first_sum;
+}
+
+// Where the sum over unsigned codes begins, of a group or of half of one.
+template <int BITS, int PARTS>
+INLINE int32_t start_of(const CodedGroup& group, int part) {
+  if (PARTS == 2) return group.base - CENTRE<BITS> * half_code_sum(group, part);
+  return BITS == 4 ? group.start : group.base - CENTRE<BITS> / 8 * (group.base - group.start);
+}
+
+// A row's numbers beside the pairs of a group, or of half of one.
+template <int PARTS>
+INLINE uint32_t pair_of(const CodedGroup& group, int part) {
+  if (PARTS == 1) return group.pair;
   const float unit = as_float((uint32_t)group.base) * (1.0f / 12582912.0f), middle = as_float(group.pair & 0xffff0000u);
-  return to_bf16((float)group.sums[half] * unit + 16.0f * middle) | (group.pair & 0xffff0000u);
+  return to_bf16((float)half_code_sum(group, part) * unit + 16.0f * middle) | (group.pair & 0xffff0000u);
 }
 
 // With weights d * (c - 8 + w) and activations s * (a + y), a group of 32 gives d * s times: the sum of (c - 8) * a, and y * sum of (c - 8),
@@ -173,8 +188,7 @@ INLINE void multiply_codes(const Panel& panel, const Segment& segment, const Row
     for (int part = 0; part < PARTS; part++) {
       vi acc[MR][2];
       for (int r = 0; r < MR; r++) {
-        const int32_t half_start = groups[r].base - CENTRE<BITS> * groups[r].sums[part];
-        acc[r][0] = acc[r][1] = viset(PARTS == 2 ? half_start : groups[r].starts[BITS == 4 ? 0 : 1]);
+        acc[r][0] = acc[r][1] = viset(start_of<BITS, PARTS>(groups[r], part));
       }
       vi code_sums[2];
       if (!PREPARED) code_sums[0] = code_sums[1] = viset(-CENTRE<BITS> * 32 / PARTS);
@@ -221,12 +235,12 @@ INLINE void multiply_codes(const Panel& panel, const Segment& segment, const Row
           weights = group_weights<BITS>(load_scales<HALF>(codes_of + CODES, at), MINIMUMS ? &minimums : nullptr, offset, code_sums[b]);
         }
         for (int r = 0; r < MR; r++) {
-          const uint32_t pair = PARTS == 1 ? groups[r].pair : half_pair(groups[r], part);
+          const uint32_t pair = pair_of<PARTS>(groups[r], part);
           vf products = vsub(vcast(acc[r][b]), vcast(viset(groups[r].base)));
           products = vdot2(products, weights.pairs, pair);
           if (BITS == 8) products = vdot2(products, weights.remains, pair);
           const vf scaled = PREPARED ? vload((const float*)(prepared + 64 * at + PARTS * groups[r].root_offset))
-                                     : vmul(weights.scales, vset(groups[r].root));
+                                     : vmul(weights.scales, vset(ROOTS[groups[r].root_offset / 128]));
           sum[r][b] = vfma(products, scaled, sum[r][b]);
         }
       }

@@ -67,15 +67,7 @@ INLINE void write_groups(const Coding& coding, const Rows& out, const Groups& at
   CodedGroup* to = out.groups + at.group * out.capacity + at.row;
   int64_t next_row = at.row_groups - at.group;
   for (int i = 0; i < at.count; i++) {
-    const int32_t root = coding.quarters[i] & 3;
-    to->base = bases[i];
-    to->starts[0] = bases[i] - 8 * sums[i];
-    to->starts[1] = bases[i] - 128 * sums[i];
-    to->pair = pairs[i];
-    to->root = ROOTS[root];
-    to->root_offset = 128 * root;
-    to->sums[0] = coding.first_sums[i];
-    to->sums[1] = coding.last_sums[i];
+    *to = {bases[i], bases[i] - 8 * sums[i], pairs[i], (uint16_t)(128 * (coding.quarters[i] & 3)), (int16_t)coding.first_sums[i]};
     to += at.row_groups ? out.capacity : 1;
     if (--next_row == 0) {
       to += 1 - at.row_groups * out.capacity;
