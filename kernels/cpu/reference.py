@@ -158,7 +158,8 @@ def multiply_codes(x: FloatArray, matrix: CodedMatrix) -> tuple[DoubleArray, Dou
     if matrix.minimums is not None:
         minimums = np.repeat(matrix.minimums.astype(np.float64), span, axis=1)
         rests = (scales.astype(np.float64) * centre + minimums).astype(np.float32)
-        scales = np.where(scales == 0, rests * np.float32(2.0**-30), scales)
+        least = rests * np.float32(2.0**-30)
+        scales = np.where(np.abs(scales) <= np.abs(least), least, scales)
         rests = np.divide(rests, scales, out=np.zeros_like(rests), where=scales != 0)
     rests = round_bfloat16(rests)
     codes = matrix.codes.reshape(n, -1, piece).astype(np.float64) - centre

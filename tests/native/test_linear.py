@@ -73,12 +73,17 @@ class Codes:
     group: int
     scale_dtype: Any
     zero: int | None
+    has_flat_groups: bool = False
 
     def __call__(self, library: Any, random: np.random.Generator, n: int, k: int) -> Matrix:
         shape = (n, k // self.group)
         codes = random.integers(0, 2**self.bits, (n, k), dtype=np.uint8)
         scales = (random.standard_normal(shape) * 0.05).astype(self.scale_dtype)
         minimums = random.standard_normal(shape).astype(self.scale_dtype) if self.zero is None else None
+        if self.has_flat_groups:
+            scales[::3], scales[1::3] = 0, np.finfo(self.scale_dtype).smallest_subnormal
+            if minimums is not None:
+                minimums[::6] = 0
         matrix = CodedMatrix(codes, scales, self.zero or 0, minimums, self.bits)
         packed = native.pack_codes(library, codes, bits=self.bits, scales=scales, zero=self.zero or 0, minimums=minimums)
         return coded(packed, matrix)
@@ -100,6 +105,8 @@ FORMS: dict[str, Callable[[Any, np.random.Generator, int, int], Matrix]] = {
     "q4_float_zero_16": Codes(4, 16, np.float32, 8),
     "q4_half_zero_128": Codes(4, 128, np.float16, 8),
     "q4_half_minimums_128": Codes(4, 128, np.float16, None),
+    "q4_half_flat": Codes(4, 32, np.float16, None, has_flat_groups=True),
+    "q8_float_flat": Codes(8, 32, np.float32, None, has_flat_groups=True),
     "q8_float_zero": Codes(8, 32, np.float32, 128),
     "q8_float_minimums": Codes(8, 32, np.float32, None),
     "q8_half_minimums": Codes(8, 32, np.float16, None),
@@ -205,6 +212,17 @@ def test_int8_inputs_are_exactly_those_of_the_reference(library: Any, isa: int, 
     packed = program.packed(program.feed(x), 96, native.KIND_Q8)
     out = program.finish(program.unpacked(packed, 96), 96).run(np.arange(NUM_ROWS))
     assert np.array_equal(out, quantize(x).astype(np.float32))
+
+
+def test_a_row_that_no_scale_reaches_is_not_finite(library: Any, isa: int, random: np.random.Generator) -> None:
+    """Scales end at 2 ** 104, so numbers of a group do at 251 times that; the other rows know nothing of it."""
+    x = inputs(random, 96)
+    x[3, 5], x[4, 5] = 251 * 2.0**104, 260 * 2.0**104
+    packed = FORMS["q4_1"](library, random, 75, 96).packed
+    program = Program(library, isa=isa)
+    out = program.finish(program.product(x, packed), 75).run(np.arange(NUM_ROWS))
+    assert np.isfinite(out[np.arange(NUM_ROWS) != 4]).all()
+    assert np.isnan(out[4]).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.22])

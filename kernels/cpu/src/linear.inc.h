@@ -121,7 +121,7 @@ constexpr int32_t CENTRE = BITS == 4 ? 8 : 128;
 
 // What a group's weights, d * (code - centre) + rest, are beside sums of activations (`CodedGroup::pair`).
 struct GroupWeights {
-  vf scales;   // d; where it is 0, so little beside the rest that codes make no difference
+  vf scales;   // d, but at least 2 ** -30 of the rest: beside more of it codes make no difference
   vi pairs;    // of bfloat16: rest / d, and the sum of (code - centre)
   vi remains;  // what that sum has beyond 8 bits, which sums of 4-bit codes have not
 };
@@ -130,9 +130,9 @@ template <int BITS>
 INLINE GroupWeights group_weights(vf scales, const vf* minimums, float offset, vi code_sums) {
   vf ratios = vset(offset);
   if (minimums) {
-    const vf rests = vfma(scales, ratios, *minimums), zero = vset(0.0f);
-    scales = vselect(vat_least(zero, vabs(scales)), vmul(rests, vset(9.3132257e-10f)), scales);
-    ratios = vdiv(rests, vselect(vat_least(zero, vabs(scales)), vset(1.0f), scales));
+    const vf rests = vfma(scales, ratios, *minimums), least = vmul(rests, vset(9.31322575e-10f));
+    scales = vselect(vat_least(vabs(least), vabs(scales)), least, scales);
+    ratios = vdiv(rests, vselect(vat_least(vset(0.0f), vabs(scales)), vset(1.0f), scales));
   }
   const vf sums = vcvt(code_sums);
   if (BITS == 4) return {scales, vpair(ratios, sums), viset(0)};
