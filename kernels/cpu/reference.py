@@ -24,14 +24,8 @@ CHUNK_TOKENS: Final = 128
 GROUP: Final = 32
 """Activations that share a scale."""
 
-SCALE_MIN: Final = np.float32(2.0**-126)
-"""A group of activations that a smaller scale would do for is taken for zeros."""
-
-SCALE_MAX: Final = np.float32(2.0**104)
-"""A group of activations that needs a larger scale is not finite."""
-
-CODE_RANGE: Final = 251
-"""Codes between the ends of a group and 0: of 255 some are for its middle, a multiple of 4."""
+SCALE_MIN: Final = np.float32(1e-38)
+"""A group of activations whose scale is no larger is taken for zeros."""
 
 E4M3_MAX: Final = 448.0
 """Largest number of 8-bit pages."""
@@ -62,49 +56,26 @@ def round_e4m3(values: npt.NDArray[Any]) -> FloatArray:
     return np.where(np.isfinite(x), rounded, np.nan).astype(np.float32)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CodedRows:
-    """Activations as products with integer codes see them: `scale * (code + middle)`, in groups of 32, padded with zeros.
+def quantize(x: FloatArray) -> DoubleArray:
+    """Activations `[rows, k]` as products with integer codes see them: int8 in groups of 32, `k` padded with zeros.
 
-    Attributes:
-        scales: `[rows, num_groups, 1]`, 1, 1.25, 1.5 or 1.75 times powers of 2.
-        middles: The same shape, multiples of 4.
-        codes: `[rows, num_groups, 32]`, -128 to 127.
+    Returns:
+        `(int8 - zero) * scale`, `[rows, k]`.
     """
-
-    scales: DoubleArray
-    middles: DoubleArray
-    codes: DoubleArray
-
-    def values(self, k: int) -> DoubleArray:
-        """What they stand for, `[rows, k]`."""
-        values: DoubleArray = (self.scales * (self.codes + self.middles)).reshape(len(self.codes), -1)[:, :k]
-        return values
-
-
-def quantize_rows(x: FloatArray) -> CodedRows:
-    """Code activations `[rows, k]`: the scale is the next one up that reaches from one end of a group, or 0, to the other."""
     rows, k = x.shape
     padded = np.zeros((rows, -(-k // GROUP) * GROUP), np.float32)
     padded[:, :k] = x
     groups = padded.reshape(rows, -1, GROUP)
     low = np.minimum(groups.min(axis=2, keepdims=True), np.float32(0))
     high = np.maximum(groups.max(axis=2, keepdims=True), np.float32(0))
-    least = (high - low) * np.float32(1 / CODE_RANGE)
-    is_nothing = least < SCALE_MIN
-    mantissas, exponents = np.frexp(np.where(is_nothing, np.float32(1), least))
-    # frexp gives mantissas from 1/2.
-    scales = np.ldexp(np.ceil(mantissas * 8), exponents - 3)
-    inverses = np.where(is_nothing, np.float32(0), np.float32(1) / scales)
-    middles = 4 * np.rint((np.float32(0.125) * low + np.float32(0.125) * high) * inverses)
-    codes = np.clip(np.rint(groups * inverses - middles), -128, 127)
-    is_number = least <= SCALE_MAX
-    return CodedRows(np.where(is_number, scales, np.nan).astype(np.float64), middles.astype(np.float64), codes.astype(np.float64))
-
-
-def quantize(x: FloatArray) -> DoubleArray:
-    """What products with integer codes see of activations `[rows, k]`."""
-    return quantize_rows(x).values(x.shape[1])
+    scales = (high - low) * np.float32(1 / 255)
+    # A scale whose inverse float32 cannot hold counts as 0.
+    is_number = scales > SCALE_MIN
+    inverses = np.where(is_number, np.float32(1) / np.where(is_number, scales, np.float32(1)), np.float32(0))
+    zeros = np.rint(np.float32(-128) - low * inverses)
+    codes = np.clip(np.rint(groups * inverses) + zeros, -128, 127)
+    values: DoubleArray = ((codes.astype(np.float64) - zeros) * scales).reshape(rows, -1)[:, :k]
+    return values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,14 +87,12 @@ class CodedMatrix:
         scales: `[n, num_groups]`.
         zero: Code of 0, where there are no minimums.
         minimums: `[n, num_groups]` or None.
-        bits: Of a code.
     """
 
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[Any]
     zero: int
     minimums: npt.NDArray[Any] | None
-    bits: int
 
     def parts(self) -> tuple[DoubleArray, DoubleArray]:
         """What codes and minimums add to each weight, `[n, k]` each."""
@@ -139,45 +108,6 @@ class CodedMatrix:
         return codes + minimums
 
 
-def multiply_codes(x: FloatArray, matrix: CodedMatrix) -> tuple[DoubleArray, DoubleArray]:
-    """The product of activations `[rows, k]` with a matrix, as the kernels round it.
-
-    A weight is `scale * (code - centre + rest)`, an activation `step * (code + middle)`. A piece of 16 or 32 weights adds products
-    of codes, and the sum of its centred codes times the middle, both exactly; and its rest times the sum of activations, each
-    rounded to bfloat16.
-
-    Returns:
-        The products `[rows, n]`, and the sums of the magnitudes of all that was added.
-    """
-    n, k = matrix.codes.shape
-    piece = min(k // matrix.scales.shape[1], GROUP)
-    rows, span = quantize_rows(x), k // matrix.scales.shape[1] // piece
-    scales = np.repeat(matrix.scales.astype(np.float32), span, axis=1)
-    centre = 1 << (matrix.bits - 1)
-    rests: FloatArray = np.full_like(scales, centre - matrix.zero)
-    if matrix.minimums is not None:
-        minimums = np.repeat(matrix.minimums.astype(np.float64), span, axis=1)
-        rests = (scales.astype(np.float64) * centre + minimums).astype(np.float32)
-        least = rests * np.float32(2.0**-30)
-        scales = np.where(np.abs(scales) <= np.abs(least), least, scales)
-        rests = np.divide(rests, scales, out=np.zeros_like(rests), where=scales != 0)
-    rests = round_bfloat16(rests)
-    codes = matrix.codes.reshape(n, -1, piece).astype(np.float64) - centre
-    pieces = rows.codes.reshape(len(x), -1, piece)
-    steps, middles = (np.repeat(part[:, :, 0], GROUP // piece, axis=1) for part in (rows.scales, rows.middles))
-    totals = round_bfloat16((pieces.sum(axis=2) + piece * middles).astype(np.float32))
-    terms = np.stack(
-        [
-            np.einsum("rpi,npi->rnp", pieces, codes),
-            middles[:, None] * codes.sum(axis=2),
-            totals[:, None].astype(np.float64) * rests,
-        ]
-    )
-    factors = scales.astype(np.float64) * steps[:, None]
-    sizes = np.abs(terms[1:]).sum(axis=0) + np.einsum("rpi,npi->rnp", np.abs(pieces), np.abs(codes))
-    return (terms.sum(axis=0) * factors).sum(axis=2), (sizes * np.abs(factors)).sum(axis=2)
-
-
 def gguf_blocks(dtype_name: str, rows: npt.NDArray[np.uint8]) -> CodedMatrix:
     """Read GGUF blocks `[n, bytes_per_row]` of type q4_0, q4_1 or q8_0. Source: block layouts of ggml (ggml-common.h)."""
     num_halves = 2 if dtype_name == "q4_1" else 1
@@ -188,7 +118,7 @@ def gguf_blocks(dtype_name: str, rows: npt.NDArray[np.uint8]) -> CodedMatrix:
     codes: Any = packed ^ 0x80 if dtype_name == "q8_0" else np.concatenate([packed & 15, packed >> 4], axis=2)
     minimums = halves[:, :, 1] if dtype_name == "q4_1" else None
     zero = {"q4_0": 8, "q4_1": 0, "q8_0": 128}[dtype_name]
-    return CodedMatrix(codes.reshape(rows.shape[0], -1), halves[:, :, 0], zero, minimums, 8 if dtype_name == "q8_0" else 4)
+    return CodedMatrix(codes.reshape(rows.shape[0], -1), halves[:, :, 0], zero, minimums)
 
 
 def norm(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None, *, eps: float, is_layer_norm: bool) -> DoubleArray:

@@ -10,7 +10,7 @@ namespace headrace {
 
 enum ValueKind : int32_t {
   KIND_F32 = 0,
-  // int8 in groups of 32 with a scale and a middle each, as the products with integer codes want their input.
+  // int8 in groups of 32 with one scale each, as the products with integer codes want their input.
   KIND_Q8 = 1,
   KIND_BF16 = 2,
 };
@@ -31,8 +31,7 @@ enum Format : int32_t {
 
 enum Activation : int32_t { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_RELU = 3 };
 
-// A matrix [n, k] or a part of one, packed. Weight = scale * (code - zero), plus a minimum where there are minimums. Products count codes
-// from 8 or 128, so these had better be about the middle.
+// A matrix [n, k] or a part of one, packed. Weight = scale * (code - zero), or scale * code + minimum where there are minimums.
 // Scales and minimums of a group of 32 codes: [2][32/group][16] float16 or float.
 struct Segment {
   int32_t format;
@@ -92,17 +91,6 @@ struct Step {
   uint8_t* is_finite;  // [num_sampled], whether all of a row's logits are
 };
 
-// What goes with 32 codes of a row: number = scale * (code + middle), scale = root * 2 ** exponent, the root 1, 1.25, 1.5 or 1.75. Products
-// multiply by powers of 2 without multiplying: a whole number added to the bits of 1.5 * 2 ** (23 + exponent) is added to that number in
-// units of 2 ** exponent.
-struct CodedGroup {
-  int32_t base;          // these bits; those of a NaN where a number of the group is not finite
-  int32_t start;         // beside unsigned codes of 4 bits: `base` less 8 times the sum of the codes
-  uint32_t pair;         // two of bfloat16, over the root: below, the sum of the group's numbers; above, scale * middle, exactly
-  uint16_t root_offset;  // which root, times the bytes of a vector of 32 floats
-  int16_t first_sum;     // of the first 16 codes
-};
-
 // Rows of a value, whatever its kind.
 struct Rows {
   int32_t kind;
@@ -112,8 +100,9 @@ struct Rows {
   uint16_t* bf16;
   // What belongs to a group lies by group, then by row, so that threads that make different groups write to different places.
   int8_t* q8;
-  CodedGroup* groups;  // [stride/32][capacity]
-  int64_t capacity;    // rows
+  float* q8_scales;   // [stride/32][capacity][4]: the scale, the sum of the group's numbers, minus the code of 0, nothing
+  int32_t* q8_sums;   // [stride/32][capacity][2]: sums of the half groups
+  int64_t capacity;   // rows
 };
 
 // What keys and values are kept as: bfloat16, or 8 bits with a sign, 4 of exponent and 3 of mantissa, largest 448, whose codes 0x7f and 0xff
@@ -239,7 +228,7 @@ struct Kernels {
   int64_t (*draw)(const float* logits, int64_t size, const DrawParameters& parameters, const DrawScratch& scratch);
 };
 
-inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 6 * 256) + 256; }
+inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 768) + 256; }
 
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();

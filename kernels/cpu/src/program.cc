@@ -47,7 +47,7 @@ int64_t row_bytes(const Value& value) {
   const int64_t stride = stride_of(value);
   if (value.kind == KIND_F32) return stride * 4;
   if (value.kind == KIND_BF16) return stride * 2;
-  return stride + stride / 32 * (int64_t)sizeof(CodedGroup);
+  return stride + stride / 32 * 24;
 }
 
 // Not a power of two, whose multiples would meet in the same places of a cache.
@@ -202,8 +202,9 @@ class Program {
     if (value.kind == KIND_Q8) {
       const int64_t groups = out.stride / 32;
       out.capacity = row_capacity(max_rows_[value.domain]);
-      out.groups = (CodedGroup*)memory;
-      out.q8 = (int8_t*)(out.groups + out.capacity * groups);
+      out.q8_scales = (float*)memory;
+      out.q8_sums = (int32_t*)(out.q8_scales + 4 * out.capacity * groups);
+      out.q8 = (int8_t*)(out.q8_sums + 2 * out.capacity * groups);
     }
     return out;
   }

@@ -14,32 +14,6 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-// A function of its own has all registers for its inner loop.
-#define ALONE static __attribute__((noinline))
-// Before a loop over an array of vectors, so that these are registers from the start.
-#if defined(__clang__)
-#define UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
-
-INLINE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
-INLINE int32_t as_bits(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-
-// Without branches, so that a loop over it is one of vectors.
-INLINE uint16_t to_bf16(float x) {
-  const uint32_t bits = (uint32_t)as_bits(x);
-  return (uint16_t)(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 #if defined(__AVX512F__)
 
@@ -63,11 +37,12 @@ INLINE vi viload(const void* p) { return _mm512_loadu_si512(p); }
 INLINE void vistore(void* p, vi x) { _mm512_storeu_si512(p, x); }
 INLINE vi viset(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }
-INLINE vf vcast(vi a) { return _mm512_castsi512_ps(a); }
-INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vi vlow_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi vhigh_nibbles(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE vf vload_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE vf vload_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
 INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vmaximum(vf a) { return _mm512_reduce_max_ps(a); }
 // Lanes whose index from `first` is in [low, high).
@@ -86,60 +61,23 @@ INLINE int vkeep(float* p, vm mask, vf x) {
 INLINE vf vexp2i(vf n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-// What is above the whole number below, from 0 to 1, and that number, for `vscale2`, which rounds down itself. Other ports than those of
-// products do both.
-INLINE vf vsplit(vf x, vf* whole) {
-  *whole = x;
-  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+// x * 2 ** n for whole n, where the result is a normal number; a NaN stays one. Other ports than those of products do it.
+INLINE vf vscale2(vf x, vf n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
 }
-// x * 2 ** n, where n is rounded down.
-INLINE vf vscale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
-// Rows [16] of 32 numbers at a time: 16 vectors become one whose lanes are what is left of each.
-template <class Join>
-INLINE vf vreduce(const vf (&x)[16], Join join) {
-  vf quarters[4];
-  for (int i = 0; i < 4; i++) {
-    const vf* four = x + 4 * i;
-    const vf left = join(_mm512_shuffle_ps(four[0], four[1], 0x88), _mm512_shuffle_ps(four[0], four[1], 0xdd));
-    const vf right = join(_mm512_shuffle_ps(four[2], four[3], 0x88), _mm512_shuffle_ps(four[2], four[3], 0xdd));
-    quarters[i] = join(_mm512_shuffle_ps(left, right, 0x88), _mm512_shuffle_ps(left, right, 0xdd));
-  }
-  const vf left = join(_mm512_shuffle_f32x4(quarters[0], quarters[1], 0x88), _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xdd));
-  const vf right = join(_mm512_shuffle_f32x4(quarters[2], quarters[3], 0x88), _mm512_shuffle_f32x4(quarters[2], quarters[3], 0xdd));
-  return join(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
+// Store whole numbers, those beyond -128 or 127 as these; gives the sum of what was stored.
+INLINE int32_t vstore_int8(int8_t* p, vf x) {
+  const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
+  _mm_storeu_si128((__m128i*)p, bytes);
+  const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)), _mm_setzero_si128());
+  return (int32_t)(_mm_extract_epi64(sums, 0) + _mm_extract_epi64(sums, 1)) - 16 * 128;
 }
-INLINE vf vminimums(const vf (&x)[16]) { return vreduce(x, [](vf a, vf b) { return _mm512_min_ps(a, b); }); }
-INLINE vf vmaximums(const vf (&x)[16]) { return vreduce(x, [](vf a, vf b) { return _mm512_max_ps(a, b); }); }
-INLINE bool vhas_nan(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }
-// 32 numbers as the nearest of int8, those beyond its bounds as these.
-typedef __m256i vq;
-INLINE vq vquantise(vf a, vf b) {
-  const __m128i low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)), high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(b));
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-}
-INLINE void vqstore(int8_t* p, vq x) { _mm256_storeu_si256((__m256i*)p, x); }
-// Sums of the first and of the last 16 codes of each row.
-INLINE void vcode_sums(const vq (&x)[16], int32_t* first, int32_t* last) {
-  vf eights[2];
-  for (int i = 0; i < 2; i++) {
-    vf pairs[4];
-    for (int j = 0; j < 4; j++) {
-      const vi codes = _mm512_inserti64x4(_mm512_castsi256_si512(x[8 * i + j]), x[8 * i + 4 + j], 1);
-#if defined(__AVX512VNNI__)
-      const vi fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), codes);
-#else
-      const vi fours = _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_set1_epi8(1), codes), _mm512_set1_epi16(1));
-#endif
-      pairs[j] = _mm512_castsi512_ps(fours);
-    }
-    const auto join = [](vf a, vf b) {
-      const vi even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
-      return _mm512_castsi512_ps(_mm512_add_epi32(even, odd));
-    };
-    eights[i] = join(join(pairs[0], pairs[1]), join(pairs[2], pairs[3]));
-  }
-  _mm512_storeu_ps(first, _mm512_shuffle_f32x4(eights[0], eights[1], 0x88));
-  _mm512_storeu_ps(last, _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+// The smallest and the largest of 32 numbers; false where one is not finite: its bits are above those of all finite numbers.
+INLINE bool vbounds(vf a, vf b, float* low, float* high) {
+  const vi bits = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
+  *low = _mm512_reduce_min_ps(_mm512_min_ps(a, b));
+  *high = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+  return _mm512_cmpge_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)) == 0;
 }
 
 // acc + four products a lane; codes are unsigned, `four` holds four signed bytes.
@@ -168,29 +106,19 @@ INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
 #endif
 }
 
+INLINE void vstore_bf16(uint16_t* p, vf x) {
 #if defined(__AVX512BF16__)
-INLINE void vstore_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
-// Both rounded to bfloat16, side by side in each lane.
-INLINE vi vpair(vf low, vf high) {
-  const vi places = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006,
-                                     0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
-  return _mm512_permutexvar_epi16(places, (vi)_mm512_cvtne2ps_pbh(high, low));
-}
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
 #else
-// The nearest of bfloat16, in the upper halves of the lanes.
-INLINE vi vround_bf16(vf x) {
   const vi bits = _mm512_castps_si512(x);
   const vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const vi rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   // Rounding would carry a NaN over into infinity or zero.
   const vm nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_and_si512(_mm512_mask_set1_epi32(rounded, nan, 0x7fc00000), _mm512_set1_epi32((int32_t)0xffff0000));
-}
-INLINE void vstore_bf16(uint16_t* p, vf x) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(vround_bf16(x), 16)));
-}
-INLINE vi vpair(vf low, vf high) { return _mm512_or_si512(_mm512_srli_epi32(vround_bf16(low), 16), vround_bf16(high)); }
+  const vi kept = _mm512_mask_set1_epi32(rounded, nan, 0x7fc00000);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 #endif
+}
 
 // 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all.
 INLINE vi vload_e4m3(const uint8_t* p) {
@@ -234,8 +162,6 @@ INLINE vi viload(const void* p) { return {_mm256_loadu_si256((const __m256i*)p),
 INLINE void vistore(void* p, vi x) { _mm256_storeu_si256((__m256i*)p, x.a); _mm256_storeu_si256((__m256i*)p + 1, x.b); }
 INLINE vi viset(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v, v}; }
 INLINE vf vcvt(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-INLINE vf vcast(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-INLINE vi viadd(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 INLINE vi vlow_nibbles(vi x) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
@@ -244,6 +170,10 @@ INLINE vi vhigh_nibbles(vi x) { return vlow_nibbles({_mm256_srli_epi16(x.a, 4), 
 INLINE vf vload_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
+INLINE __m256 widen_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE vf vload_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
 INLINE float vsum(vf x) {
   const __m256 h = _mm256_add_ps(x.a, x.b);
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -279,50 +209,22 @@ INLINE __m256 exp2i_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE vf vexp2i(vf n) { return {exp2i_half(n.a), exp2i_half(n.b)}; }
-// The whole number below x, or 0.5 above it at most, and how far x is above it, from 0 to 1. Numbers below -126.5 count as that.
-INLINE vf vsplit(vf x, vf* whole) {
-  // A NaN is the second operand and stays one.
-  x = vmax(vset(-126.5f), x);
-  *whole = vround(vsub(x, vset(0.5f)));
-  return vsub(x, *whole);
-}
-// x * 2 ** n for whole n; 0 for -127.
 INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
-INLINE bool vhas_nan(vf x, vf y) {
-  const __m256 either = _mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, y.b, _CMP_UNORD_Q));
-  return _mm256_movemask_ps(either) != 0;
+INLINE int32_t vstore_int8(int8_t* p, vf x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  // Packing works within halves: a0-3 b0-3 | a4-7 b4-7.
+  const __m256i bytes = _mm256_packs_epi16(words, words);
+  const __m256i order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(order));
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += p[i];
+  return sum;
 }
-INLINE vf vminimums(const vf (&x)[16]) {
-  float out[16];
-  for (int i = 0; i < 16; i++) out[i] = -vmaximum(vsub(vset(0.0f), x[i]));
-  return vload(out);
-}
-INLINE vf vmaximums(const vf (&x)[16]) {
-  float out[16];
-  for (int i = 0; i < 16; i++) out[i] = vmaximum(x[i]);
-  return vload(out);
-}
-struct vq {
-  int8_t codes[32];
-};
-INLINE void vqstore(int8_t* p, const vq& x) { memcpy(p, x.codes, 32); }
-INLINE void vcode_sums(const vq (&x)[16], int32_t* first, int32_t* last) {
-  for (int i = 0; i < 16; i++) {
-    first[i] = last[i] = 0;
-    for (int j = 0; j < 16; j++) {
-      first[i] += x[i].codes[j];
-      last[i] += x[i].codes[16 + j];
-    }
-  }
-}
-INLINE vq vquantise(vf x, vf y) {
-  const __m256i first = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
-  const __m256i last = _mm256_packs_epi32(_mm256_cvtps_epi32(y.a), _mm256_cvtps_epi32(y.b));
-  // Packing works within halves: of each vector 0-3, then 8-11; then 4-7 and 12-15.
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  vq out;
-  _mm256_storeu_si256((__m256i*)out.codes, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order));
-  return out;
+INLINE bool vbounds(vf a, vf b, float* low, float* high) {
+  const vf zero = vset(0.0f);
+  *low = -vmaximum(vmax(vsub(zero, a), vsub(zero, b)));
+  *high = vmaximum(vmax(a, b));
+  return vsum(vfma(a, zero, vmul(b, zero))) == 0.0f;
 }
 INLINE __m256i dot4_half(__m256i codes, __m256i four, int bits) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -348,27 +250,19 @@ INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
   acc.b = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(weights.b, high)), y, acc.b);
   return acc;
 }
-INLINE __m256i round_bf16_half(__m256 x) {
+INLINE __m128i narrow_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   // Rounding would carry a NaN over into infinity or zero.
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  return _mm256_and_si256(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), _mm256_set1_epi32((int32_t)0xffff0000));
-}
-INLINE vi vround_bf16(vf x) { return {round_bf16_half(x.a), round_bf16_half(x.b)}; }
-INLINE __m128i narrow_bf16(__m256 x) {
-  const __m256i kept = _mm256_srli_epi32(round_bf16_half(x), 16);
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
 }
 INLINE void vstore_bf16(uint16_t* p, vf x) {
   _mm_storeu_si128((__m128i*)p, narrow_bf16(x.a));
   _mm_storeu_si128((__m128i*)(p + 8), narrow_bf16(x.b));
 }
-INLINE __m256i pair_half(__m256 low, __m256 high) {
-  return _mm256_or_si256(_mm256_srli_epi32(round_bf16_half(low), 16), round_bf16_half(high));
-}
-INLINE vi vpair(vf low, vf high) { return {pair_half(low.a, high.a), pair_half(low.b, high.b)}; }
 // 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all: upper and lower bytes apart, then side by side.
 INLINE vi vload_e4m3(const uint8_t* p) {
   // Bytes go side by side within halves.
@@ -414,8 +308,6 @@ INLINE vi viload(const void* p) { vi x; memcpy(&x, p, 64); return x; }
 INLINE void vistore(void* p, vi x) { memcpy(p, &x, 64); }
 INLINE vi viset(int32_t x) { return vi{} + x; }
 INLINE vf vcvt(vi a) { return __builtin_convertvector(a, vf); }
-INLINE vf vcast(vi a) { return (vf)a; }
-INLINE vi viadd(vi a, vi b) { return a + b; }
 INLINE vi vlow_nibbles(vi a) { return a & 0x0f0f0f0f; }
 INLINE vi vhigh_nibbles(vi a) { return (a >> 4) & 0x0f0f0f0f; }
 INLINE float half_to_float(uint16_t h) {
@@ -431,6 +323,11 @@ INLINE vf vload_half(const uint16_t* p) {
   float x[16];
   for (int i = 0; i < 16; i++) x[i] = half_to_float(p[i]);
   return vload(x);
+}
+INLINE vf vload_bf16(const uint16_t* p) {
+  v16 x;
+  memcpy(&x, p, 32);
+  return (vf)(__builtin_convertvector(x, vi) << 16);
 }
 INLINE float vsum(vf a) {
   float s[16];
@@ -461,50 +358,19 @@ INLINE int vkeep(float* p, vm mask, vf x) {
   return count;
 }
 INLINE vf vexp2i(vf n) { return (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
-// The whole number below x, or 0.5 above it at most, and how far x is above it, from 0 to 1. Numbers below -126.5 count as that.
-INLINE vf vsplit(vf x, vf* whole) {
-  // A NaN is the second operand and stays one.
-  x = vmax(vset(-126.5f), x);
-  *whole = vround(vsub(x, vset(0.5f)));
-  return vsub(x, *whole);
-}
-// x * 2 ** n for whole n; 0 for -127.
 INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
-INLINE bool vhas_nan(vf a, vf b) {
-  const vi is_nan = (a != a) | (b != b);
-  int32_t any = 0;
-  for (int i = 0; i < 16; i++) any |= is_nan[i];
-  return any != 0;
+INLINE int32_t vstore_int8(int8_t* p, vf x) {
+  float s[16];
+  int32_t sum = 0;
+  vstore(s, vmin(vset(127.0f), vmax(vset(-128.0f), x)));
+  for (int i = 0; i < 16; i++) sum += p[i] = (int8_t)(int32_t)s[i];
+  return sum;
 }
-INLINE vf vminimums(const vf (&x)[16]) {
-  float out[16];
-  for (int i = 0; i < 16; i++) out[i] = -vmaximum(vsub(vset(0.0f), x[i]));
-  return vload(out);
-}
-INLINE vf vmaximums(const vf (&x)[16]) {
-  float out[16];
-  for (int i = 0; i < 16; i++) out[i] = vmaximum(x[i]);
-  return vload(out);
-}
-struct vq {
-  int8_t codes[32];
-};
-INLINE void vqstore(int8_t* p, const vq& x) { memcpy(p, x.codes, 32); }
-INLINE void vcode_sums(const vq (&x)[16], int32_t* first, int32_t* last) {
-  for (int i = 0; i < 16; i++) {
-    first[i] = last[i] = 0;
-    for (int j = 0; j < 16; j++) {
-      first[i] += x[i].codes[j];
-      last[i] += x[i].codes[16 + j];
-    }
-  }
-}
-INLINE vq vquantise(vf a, vf b) {
-  vq out;
-  const vf limits[2] = {vset(-128.0f), vset(127.0f)};
-  const vf x[2] = {vround(vmin(limits[1], vmax(limits[0], a))), vround(vmin(limits[1], vmax(limits[0], b)))};
-  for (int i = 0; i < 32; i++) out.codes[i] = (int8_t)(int32_t)x[i / 16][i % 16];
-  return out;
+INLINE bool vbounds(vf a, vf b, float* low, float* high) {
+  const vf zero = vset(0.0f);
+  *low = -vmaximum(vmax(vsub(zero, a), vsub(zero, b)));
+  *high = vmaximum(vmax(a, b));
+  return vsum(vfma(a, zero, vmul(b, zero))) == 0.0f;
 }
 #if defined(__ARM_FEATURE_DOTPROD)
 template <int BITS>
@@ -534,20 +400,22 @@ INLINE vi vdot4(vi acc, vi codes, int32_t four) {
   return acc;
 }
 #endif
+INLINE float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
 INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
   acc = vfma((vf)(weights << 16), vset(as_float(pair << 16)), acc);
   return vfma((vf)(weights & (int32_t)0xffff0000u), vset(as_float(pair & 0xffff0000u)), acc);
 }
-INLINE vi vround_bf16(vf x) {
+INLINE void vstore_bf16(uint16_t* p, vf x) {
   const vi bits = (vi)x;
   const vi rounded = bits + (((bits >> 16) & 1) + 0x7fff);
-  return (x == x ? rounded : viset(0x7fc00000)) & (int32_t)0xffff0000;
-}
-INLINE void vstore_bf16(uint16_t* p, vf x) {
-  const v16 out = __builtin_convertvector((vround_bf16(x) >> 16) & 0xffff, v16);
+  const vi kept = x == x ? rounded : viset(0x7fc00000);
+  const v16 out = __builtin_convertvector((kept >> 16) & 0xffff, v16);
   memcpy(p, &out, 32);
 }
-INLINE vi vpair(vf low, vf high) { return ((vround_bf16(low) >> 16) & 0xffff) | vround_bf16(high); }
 // 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all.
 INLINE vi vload_e4m3(const uint8_t* p) {
   typedef uint8_t bytes __attribute__((vector_size(32)));
@@ -564,16 +432,6 @@ INLINE vi vload_e4m3(const uint8_t* p) {
 }
 
 #endif
-
-// 16 numbers into the first or the second halves of 16 lanes; the other halves may be written by another thread.
-INLINE void vstore_halves(uint16_t* p, const uint16_t* x, bool is_second) {
-#if defined(__AVX512F__)
-  const vi lanes = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
-  _mm512_mask_storeu_epi16(p, is_second ? 0xaaaaaaaau : 0x55555555u, is_second ? _mm512_slli_epi32(lanes, 16) : lanes);
-#else
-  for (int i = 0; i < 16; i++) p[2 * i + is_second] = x[i];
-#endif
-}
 
 // The largest tiles that the registers hold: rows times blocks of 16 outputs.
 #if defined(__AVX512F__)
@@ -599,25 +457,17 @@ INLINE vf vexp(vf x) {
   return vmul(p, vexp2i(n));
 }
 
-// 2 ** x for x of at most 0, to 3e-6, more than bfloat16 keeps, and exactly 1 for 0; below 2 ** -126 at most that, and 0 in the end.
+// 2 ** x for x of at most 0, to 4e-6, more than bfloat16 keeps; below 2 ** -126 it stays there.
 INLINE vf vexp2(vf x) {
-  vf whole;
-  const vf f = vsplit(x, &whole);
-  vf p = vset(1.34266643e-02f);
-  p = vfma(p, f, vset(5.22425063e-02f));
-  p = vfma(p, f, vset(2.41280198e-01f));
-  p = vfma(p, f, vset(6.93044841e-01f));
-  p = vfma(p, f, vset(1.0f));
-  return vscale2(p, whole);
-}
-
-// 64 * 2 ** x for x of at most 0, to 1.4e-5, a hundredth of what bfloat16 rounds; 0 in the end. With a last coefficient of 1 the polynomial
-// comes to two multiplications and four sums: y = (f + a) * f + b, then (y + f + c) * y + d.
-INLINE vf vexp2_64(vf x) {
-  vf whole;
-  const vf f = vsplit(x, &whole);
-  const vf y = vfma(vadd(f, vset(1.03989220f)), f, vset(30.3185749f));
-  return vscale2(vfma(vadd(y, vadd(f, vset(-47.1652832f))), y, vset(574.768982f)), whole);
+  x = vmax(vset(-126.0f), x);
+  const vf n = vround(x);
+  const vf f = vsub(x, n);
+  vf p = vset(9.57009897e-03f);
+  p = vfma(p, f, vset(5.59178601e-02f));
+  p = vfma(p, f, vset(2.40247449e-01f));
+  p = vfma(p, f, vset(6.93121815e-01f));
+  p = vfma(p, f, vset(9.99999261e-01f));
+  return vscale2(p, n);
 }
 
 INLINE vf vtanh(vf x) {
