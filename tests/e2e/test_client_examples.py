@@ -22,7 +22,7 @@ def test_python_examples(server: Server, name: str) -> None:
         [sys.executable, str(EXAMPLES / name), server.grpc], capture_output=True, text=True, timeout=WAIT_S, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout.splitlines()[0]
+    assert "Tokyo" in done.stdout.splitlines()[0]
     assert "cancelled after 10 pieces" in done.stdout
     trace_ids = re.findall(r"trace ([0-9a-f]{32})", done.stdout)
     assert len(set(trace_ids)) == 2

@@ -28,7 +28,7 @@ print(answer.read(1), flush=True)
 answer.read()
 """
 MODEL = "smollm2-135m-instruct"
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of Japan?"
 # Of some pages, and of a story that no other test asks for.
 STORY = (
     "The mill stood where the river bent, and every morning the miller opened the gate of the headrace before the sun rose. " * 12
@@ -168,9 +168,9 @@ def test_a_chat_through_the_gateway_is_the_chat_without_it(gateway: Gateway, eng
 
 def test_stop_strings_and_choices(gateway: Gateway) -> None:
     for _ in range(4):
-        stopped = answer_of(f"{gateway.url}/v1/chat/completions", chat(QUESTION, stop=["Paris"]))["choices"][0]
+        stopped = answer_of(f"{gateway.url}/v1/chat/completions", chat(QUESTION, stop=["Tokyo"]))["choices"][0]
         assert stopped["finish_reason"] == "stop"
-        assert "Paris" not in stopped["message"]["content"]
+        assert "Tokyo" not in stopped["message"]["content"]
     several = answer_of(f"{gateway.url}/v1/chat/completions", chat(QUESTION, n=3, temperature=1.0, max_tokens=5))
     assert [choice["index"] for choice in several["choices"]] == [0, 1, 2]
 

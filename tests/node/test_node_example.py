@@ -30,7 +30,7 @@ def test_the_example_streams_cancels_and_shows_traces(default_model_directory: P
             cwd=EXAMPLE.parent.parent,
         )
         assert done.returncode == 0, done.stderr
-        assert "Paris" in done.stdout.splitlines()[0]
+        assert "Tokyo" in done.stdout.splitlines()[0]
         assert "cancelled after 10 pieces" in done.stdout
         trace_ids = set(re.findall(r"trace ([0-9a-f]{32})", done.stdout))
         assert len(trace_ids) == 2

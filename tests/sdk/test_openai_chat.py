@@ -17,7 +17,7 @@ from tests.patience import WAIT_S
 pytestmark = pytest.mark.slow
 
 MODEL = "smollm2-135m-instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
 ASKED: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_completion_tokens": 12}
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -67,7 +67,7 @@ def text(client: openai.OpenAI, **fields: Any) -> str:
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(**ASKED)
     chunks = list(client.chat.completions.create(**ASKED, stream=True, stream_options={"include_usage": True}))
-    assert "Paris" in whole.choices[0].message.content
+    assert "Tokyo" in whole.choices[0].message.content
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -103,9 +103,9 @@ def test_a_draw_from_the_likeliest_token_alone_is_greedy(client: openai.OpenAI, 
 
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
     whole = text(client)
-    choice = client.chat.completions.create(**ASKED, stop=[" France", "never"]).choices[0]
-    assert (choice.message.content, choice.finish_reason) == (whole.partition(" France")[0], "stop")
-    assert joined(client, stop=" France") == {0: choice.message.content}
+    choice = client.chat.completions.create(**ASKED, stop=[" Japan", "never"]).choices[0]
+    assert (choice.message.content, choice.finish_reason) == (whole.partition(" Japan")[0], "stop")
+    assert joined(client, stop=" Japan") == {0: choice.message.content}
 
 
 def test_the_limit_of_tokens_is_kept(client: openai.OpenAI) -> None:
@@ -231,9 +231,9 @@ def test_fields_of_reasoning_and_of_a_callers_own_books_are_taken(client: openai
 
 
 def test_a_message_is_continued(client: openai.OpenAI) -> None:
-    turns = [*QUESTION, {"role": "assistant", "content": "The capital of France is"}]
+    turns = [*QUESTION, {"role": "assistant", "content": "The capital of Japan is"}]
     fields = {"continue_final_message": True, "add_generation_prompt": False}
-    assert "Paris" in text(client, messages=turns, extra_body=fields)
+    assert "Tokyo" in text(client, messages=turns, extra_body=fields)
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
@@ -298,8 +298,8 @@ def test_fields_that_other_servers_know_are_taken(client: openai.OpenAI) -> None
     whole = client.chat.completions.create(**ASKED, extra_body={"prompt_logprobs": 1, "cache_salt": "a"}).model_dump()
     assert len(whole["prompt_logprobs"]) == whole["usage"]["prompt_tokens"]
     assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    stopped = client.chat.completions.create(**ASKED, extra_body={"stop_token_ids": [7042], "skip_special_tokens": False}).choices[
+    stopped = client.chat.completions.create(**ASKED, extra_body={"stop_token_ids": [19081], "skip_special_tokens": False}).choices[
         0
     ]
     assert stopped.finish_reason == "stop"
-    assert "Paris" not in (stopped.message.content or "")
+    assert "Tokyo" not in (stopped.message.content or "")

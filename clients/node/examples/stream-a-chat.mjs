@@ -6,7 +6,7 @@ import { Client } from "headrace-client";
 
 const client = new Client(process.argv[2] ?? "127.0.0.1:9000", { timeoutMs: 60_000 });
 
-const answer = client.streamChat([{ role: "user", content: "What is the capital of France?" }], {
+const answer = client.streamChat([{ role: "user", content: "What is the capital of Japan?" }], {
   sampling: { temperature: 0 },
   stopping: { maxTokens: 32 },
 });

@@ -13,7 +13,7 @@ from headrace_client import Client, user
 def main(target: str) -> None:
     """Ask twice."""
     with Client(target, timeout_s=60) as client:
-        question = [user("What is the capital of France?")]
+        question = [user("What is the capital of Japan?")]
         with client.stream_chat(question, temperature=0, max_tokens=32) as stream:
             for piece in stream:
                 print(piece.text, end="", flush=True)

@@ -14,7 +14,7 @@ from headrace_client import AsyncClient, user
 async def main(target: str) -> None:
     """Ask twice."""
     async with AsyncClient(target, timeout_s=60) as client:
-        question = [user("What is the capital of France?")]
+        question = [user("What is the capital of Japan?")]
         async with client.stream_chat(question, temperature=0, max_tokens=32) as stream:
             async for piece in stream:
                 print(piece.text, end="", flush=True)
