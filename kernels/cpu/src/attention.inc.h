@@ -165,112 +165,126 @@ INLINE ChunkPlace<uint16_t> widen_values(const ChunkPlace<uint8_t>& place, int64
   return out;
 }
 
-// Scores of R rows against two blocks of keys.
-template <int R, class Number>
-INLINE void scores(const uint16_t* const* queries, const Number* k0, const Number* k1, int64_t hd, int64_t page_size,
-                   float (*out)[CHUNK], int first, const Number* ahead0, const Number* ahead1) {
-  vf sum[R][2];
-  for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = vset(0.0f);
+// Scores of R rows against D blocks of keys, as products give them; each row's largest ones by lane are taken up into `largest`.
+template <int R, int D, class Number>
+ALONE void scores(const uint16_t* const* queries, const ChunkPlace<Number>& place, int block, int64_t hd, int64_t page_size,
+                  bool fetches_values, float (*out)[CHUNK], float (*largest)[16]) {
+  vf sum[R][D];
+  UNROLLED for (int r = 0; r < R; r++) {
+    UNROLLED for (int d = 0; d < D; d++) sum[r][d] = vset(0.0f);
+  }
+  const Number* from[D];
+  UNROLLED for (int d = 0; d < D; d++) from[d] = place.keys[block + d];
   for (int64_t pair = 0; pair < hd / 2; pair++) {
-    const vi a = vload_pairs(k0 + pair * 2 * page_size), b = vload_pairs(k1 + pair * 2 * page_size);
-    if (ahead0) {
-      fetch(ahead0 + 32 * pair);
-      fetch(ahead1 + 32 * pair);
+    vi keys[D];
+    UNROLLED for (int d = 0; d < D; d++) keys[d] = vload_pairs(from[d] + pair * 2 * page_size);
+    if (fetches_values) {
+      UNROLLED for (int d = 0; d < D; d++) fetch(place.values[block + d] + 32 * pair);
     }
-    for (int r = 0; r < R; r++) {
+    UNROLLED for (int r = 0; r < R; r++) {
       uint32_t two;
       memcpy(&two, queries[r] + 2 * pair, 4);
-      sum[r][0] = vdot2(sum[r][0], a, two);
-      sum[r][1] = vdot2(sum[r][1], b, two);
+      UNROLLED for (int d = 0; d < D; d++) sum[r][d] = vdot2(sum[r][d], keys[d], two);
     }
   }
-  for (int r = 0; r < R; r++) {
-    vstore(out[r] + first, sum[r][0]);
-    vstore(out[r] + first + 16, sum[r][1]);
+  UNROLLED for (int r = 0; r < R; r++) {
+    vf lanes = vload(largest[r]);
+    UNROLLED for (int d = 0; d < D; d++) {
+      vstore(out[r] + 16 * (block + d), sum[r][d]);
+      lanes = vmax(lanes, sum[r][d]);
+    }
+    vstore(largest[r], lanes);
   }
 }
 
+// Less than any score.
+constexpr float NOTHING_SEEN = -3.4e38f;
+
 // What some chunks give the rows of a tile, a row a lane: the largest score (in units of the base-2 logarithm), the sum of weights; and
-// the weighted sums of values [head_dim]. A row without weight has seen nothing yet.
+// the weighted sums of values [head_dim].
 struct Partials {
   alignas(64) float maximum[16];
   alignas(64) float weight[16];
   float* sums[ATTEND_ROWS];
 };
 
-// How a tile's rows take up one more chunk: sums = sums * keep + the chunk's sums * take, but for rows that see none of it.
+// Before the first chunk. What is taken up first is so taken as it is, whoever merges it.
+INLINE void see_nothing(Partials& total) {
+  vstore(total.maximum, vset(NOTHING_SEEN));
+  vstore(total.weight, vset(0.0f));
+}
+
+// How a tile's rows take up one more chunk: sums = sums * keep + the chunk's sums * take.
 struct Uptake {
   alignas(64) float keep[16];
   alignas(64) float take[16];
-  bool sees[ATTEND_ROWS];
 };
 
-// Take the largest scores and weights of a chunk up into those of the chunks before, and tell how its sums are.
-INLINE void take_up(Partials& total, const float* chunk_maximum, const float* chunk_weight, int count, Uptake& uptake) {
-  const vf maximum = vload(chunk_maximum), largest = vmax(vload(total.maximum), maximum);
-  const vf keep = vexp2(vsub(vload(total.maximum), largest)), take = vexp2(vsub(maximum, largest));
-  alignas(64) float maximums[16], weights[16];
-  vstore(maximums, largest);
-  vstore(weights, vfma(vload(total.weight), keep, vmul(vload(chunk_weight), take)));
-  vstore(uptake.keep, keep);
-  vstore(uptake.take, take);
-  for (int r = 0; r < count; r++) {
-    if (!uptake.sees[r]) continue;
-    if (total.weight[r] == 0.0f) {
-      // The first chunk is taken as it is, whoever merges it.
-      uptake.keep[r] = 0.0f;
-      uptake.take[r] = 1.0f;
-      maximums[r] = chunk_maximum[r];
-      weights[r] = chunk_weight[r];
-    }
-    total.maximum[r] = maximums[r];
-    total.weight[r] = weights[r];
-  }
+// Take the largest scores of a chunk up into those of the chunks before.
+INLINE void take_up_maximums(Partials& total, const float* chunk_maximum, Uptake& uptake) {
+  const vf maximum = vload(chunk_maximum), before = vload(total.maximum), largest = vmax(before, maximum);
+  vstore(uptake.keep, vexp2(vsub(before, largest)));
+  vstore(uptake.take, vexp2(vsub(maximum, largest)));
+  vstore(total.maximum, largest);
+}
+
+INLINE void take_up_weights(Partials& total, const float* chunk_weight, const Uptake& uptake) {
+  vstore(total.weight, vfma(vload(total.weight), vload(uptake.keep), vmul(vload(chunk_weight), vload(uptake.take))));
 }
 
 INLINE void take_up_sums(float* total, vf sums, float keep, float take) {
   vstore(total, vfma(vload(total), vset(keep), vmul(sums, vset(take))));
 }
 
-// Weighted sums of a chunk's values: rows [row, row + R), D blocks of 16 dimensions from `dim`, taken up into `sums`.
+// A chunk's scores on their way to weights, 2 ** (score * factor - maximum), and the sums of these.
+struct Softmax {
+  float factor;
+  alignas(64) float maximum[16];
+  alignas(64) float weight_sum[16];
+  float minus_maximum[16];
+  alignas(64) float score[ATTEND_ROWS][CHUNK];
+  alignas(64) uint16_t weight[ATTEND_ROWS][CHUNK];
+};
+
+template <int R>
+INLINE void make_weights(Softmax& softmax, int row, int block) {
+  const vf factor = vset(softmax.factor);
+  for (int r = row; r < row + R; r++) {
+    const vf score = vload(softmax.score[r] + 16 * block);
+    vstore_bf16(softmax.weight[r] + 16 * block, vexp2(vfma(score, factor, vset(softmax.minus_maximum[r]))));
+  }
+}
+
+// Weighted sums of a chunk's values: rows [row, row + R), D blocks of 16 dimensions from `dim`, taken up into `sums`. The first dimensions
+// make a block's weights while they multiply the block before it: exponentials mostly run where products do not.
 template <int R, int D, class Number>
-INLINE void weighted(const uint16_t (*weights)[CHUNK], const ChunkPlace<Number>& place, int64_t hd, int64_t page_size, int64_t dim,
-                     const Uptake& uptake, float* const* sums, int row) {
+ALONE void weighted(Softmax& softmax, const ChunkPlace<Number>& place, int64_t hd, int64_t page_size, int64_t dim, const Uptake& uptake,
+                    float* const* sums, int row) {
   vf sum[R][D];
-  for (int r = 0; r < R; r++) {
-    for (int d = 0; d < D; d++) sum[r][d] = vset(0.0f);
+  UNROLLED for (int r = 0; r < R; r++) {
+    UNROLLED for (int d = 0; d < D; d++) sum[r][d] = vset(0.0f);
   }
   for (int block = 0; block < place.num_blocks; block++) {
+    if (dim == 0 && block + 1 < place.num_blocks) make_weights<R>(softmax, row, block + 1);
     const Number* values = place.values[block] + 2 * dim;
     const Number* ahead = place.fetches_ahead && row == 0 ? place.next_keys[block] : nullptr;
     for (int pair = 0; pair < 8; pair++) {
       if (ahead) {
-        for (int d = 0; d < D; d++) fetch(ahead + (dim / 2 + pair * D + d) * 2 * page_size);
+        UNROLLED for (int d = 0; d < D; d++) fetch(ahead + (dim / 2 + pair * D + d) * 2 * page_size);
       }
       vi v[D];
-      for (int d = 0; d < D; d++) v[d] = vload_pairs(values + pair * 2 * hd + 32 * d);
-      for (int r = 0; r < R; r++) {
+      UNROLLED for (int d = 0; d < D; d++) v[d] = vload_pairs(values + pair * 2 * hd + 32 * d);
+      UNROLLED for (int r = 0; r < R; r++) {
         uint32_t two;
-        memcpy(&two, weights[row + r] + block * 16 + 2 * pair, 4);
-        for (int d = 0; d < D; d++) sum[r][d] = vdot2(sum[r][d], v[d], two);
+        memcpy(&two, softmax.weight[row + r] + block * 16 + 2 * pair, 4);
+        UNROLLED for (int d = 0; d < D; d++) sum[r][d] = vdot2(sum[r][d], v[d], two);
       }
     }
   }
-  for (int r = 0; r < R; r++) {
-    if (!uptake.sees[row + r]) continue;
-    for (int d = 0; d < D; d++) take_up_sums(sums[row + r] + dim + 16 * d, sum[r][d], uptake.keep[row + r], uptake.take[row + r]);
+  UNROLLED for (int r = 0; r < R; r++) {
+    float* total = sums[row + r] + dim;
+    UNROLLED for (int d = 0; d < D; d++) take_up_sums(total + 16 * d, sum[r][d], uptake.keep[row + r], uptake.take[row + r]);
   }
-}
-
-template <int R, class Number>
-INLINE void weighted_rows(const uint16_t (*weights)[CHUNK], const ChunkPlace<Number>& place, int64_t hd, int64_t page_size,
-                          const Uptake& uptake, float* const* sums, int row) {
-  int64_t dim = 0;
-  if constexpr (TILE_ROWS == 12) {
-    for (; dim + 64 <= hd; dim += 64) weighted<R, 4>(weights, place, hd, page_size, dim, uptake, sums, row);
-  }
-  for (; dim + 32 <= hd; dim += 32) weighted<R, 2>(weights, place, hd, page_size, dim, uptake, sums, row);
-  for (; dim < hd; dim += 16) weighted<R, 1>(weights, place, hd, page_size, dim, uptake, sums, row);
 }
 
 constexpr float LOG2_E = 1.44269504088896341f;
@@ -283,64 +297,125 @@ struct Tile {
   int32_t position[ATTEND_ROWS];  // of the row's token in its sequence
 };
 
-// Scores of all rows of a tile against a chunk.
-template <class Number>
-INLINE void score_rows(const Tile& tile, const ChunkPlace<Number>& place, int64_t hd, int64_t size, bool fetches_values,
-                       float (*score)[CHUNK]) {
-  for (int block = 0; block < place.num_blocks; block += 2) {
-    const Number *k0 = place.keys[block], *k1 = place.keys[block + 1];
-    // The first rows' scores fetch the values.
-    const Number *v0 = fetches_values ? place.values[block] : nullptr, *v1 = fetches_values ? place.values[block + 1] : nullptr;
-    int r = 0;
-    if constexpr (TILE_ROWS == 12) {
-      for (; tile.count - r >= 12; r += 12, v0 = nullptr) scores<12>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
-      for (; tile.count - r >= 4; r += 4, v0 = nullptr) scores<4>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+// Caps and hides a row's scores against a chunk: soft caps are put on, and what the token does not see becomes minus infinity.
+INLINE void revise_scores(const AttentionLayer& layer, int32_t position, int32_t start, int num_blocks, float* score,
+                          float* largest) {
+  const int32_t high = position + 1, low = layer.window ? high - layer.window : 0;
+  vf lanes = vset(-INFINITY);
+  for (int block = 0; block < num_blocks; block++) {
+    vf s = vload(score + 16 * block);
+    if (layer.soft_cap > 0.0f) {
+      s = vmul(vset(layer.soft_cap * LOG2_E), vtanh(vmul(s, vset(layer.scale / layer.soft_cap))));
+    } else if (layer.scale <= 0.0f) {
+      s = vmul(s, vset(layer.scale * LOG2_E));
     }
-    for (; tile.count - r >= 3; r += 3, v0 = nullptr) scores<3>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
-    for (; r < tile.count; r++, v0 = nullptr) scores<1>(tile.queries + r, k0, k1, hd, size, score + r, 16 * block, v0, v1);
+    s = vselect(vbetween(start + 16 * block, low, high), s, vset(-INFINITY));
+    vstore(score + 16 * block, s);
+    lanes = vmax(lanes, s);
   }
+  vstore(largest, lanes);
+}
+
+// Take the largest of rows' scores from what they are by lane.
+template <int R>
+INLINE void find_maximums(const AttentionLayer& layer, const Tile& tile, int row, int32_t start, int num_blocks, float (*largest)[16],
+                          Softmax& softmax) {
+  const bool is_revised = layer.soft_cap > 0.0f || layer.scale <= 0.0f;
+  for (int r = 0; r < R; r++) {
+    const int32_t position = tile.position[row + r];
+    const bool sees_all = position + 1 >= start + 16 * num_blocks && (!layer.window || position + 1 - layer.window <= start);
+    if (is_revised || !sees_all) revise_scores(layer, position, start, num_blocks, softmax.score[row + r], largest[r]);
+    const float maximum = vmaximum(vload(largest[r])) * softmax.factor;
+    // A chunk that a row does not see; a NaN goes on.
+    softmax.maximum[row + r] = maximum < NOTHING_SEEN ? NOTHING_SEEN : maximum;
+    softmax.minus_maximum[row + r] = -softmax.maximum[row + r];
+  }
+}
+
+// Weights are summed as they are used, rounded.
+template <int R>
+INLINE void sum_weights(Softmax& softmax, int row, int num_blocks) {
+  for (int r = row; r < row + R; r++) {
+    uint16_t* weight = softmax.weight[r];
+    if (num_blocks % 2) memset(weight + 16 * num_blocks, 0, 32);
+    vf sum = vset(0.0f);
+    for (int block = 0; block < num_blocks; block += 2) sum = vdot2(sum, viload(weight + 16 * block), 0x3f803f80);
+    softmax.weight_sum[r] = vsum(sum);
+  }
+}
+
+// Scores of rows [row, row + R) of a tile against a chunk, all that makes weights of them, and the first weights: what waits for one
+// another here is computed while the next rows' products are.
+template <int R, class Number>
+INLINE void score_rows(const AttentionLayer& layer, const Tile& tile, const ChunkPlace<Number>& place, int row, int32_t start,
+                       int64_t size, bool fetches_values, Softmax& softmax) {
+  alignas(64) float largest[R][16];
+  for (int r = 0; r < R; r++) vstore(largest[r], vset(-INFINITY));
+  // The first rows' scores fetch the values.
+  const bool fetches = fetches_values && row == 0;
+  int block = 0;
+  if constexpr (TILE_ROWS == 12) {
+    for (; place.num_blocks - block > 2; block += 4) {
+      scores<R, 4>(tile.queries + row, place, block, tile.head_dim, size, fetches, softmax.score + row, largest);
+    }
+  }
+  for (; block < place.num_blocks; block += 2) {
+    scores<R, 2>(tile.queries + row, place, block, tile.head_dim, size, fetches, softmax.score + row, largest);
+  }
+  find_maximums<R>(layer, tile, row, start, place.num_blocks, largest, softmax);
+  make_weights<R>(softmax, row, 0);
+}
+
+template <class Number>
+INLINE void score_tile(const AttentionLayer& layer, const Tile& tile, const ChunkPlace<Number>& place, int32_t start, int64_t size,
+                       bool fetches_values, Softmax& softmax) {
+  softmax.factor = layer.soft_cap > 0.0f || layer.scale <= 0.0f ? 1.0f : layer.scale * LOG2_E;
+  vstore(softmax.maximum, vset(NOTHING_SEEN));
+  vstore(softmax.weight_sum, vset(0.0f));
+  int row = 0;
+  if constexpr (TILE_ROWS == 12) {
+    for (; tile.count - row >= 6; row += 6) score_rows<6>(layer, tile, place, row, start, size, fetches_values, softmax);
+  }
+  for (; tile.count - row >= 3; row += 3) score_rows<3>(layer, tile, place, row, start, size, fetches_values, softmax);
+  for (; row < tile.count; row++) score_rows<1>(layer, tile, place, row, start, size, fetches_values, softmax);
+}
+
+template <int R, class Number>
+INLINE void weighted_rows(Softmax& softmax, const ChunkPlace<Number>& place, int64_t hd, int64_t page_size, const Uptake& uptake,
+                          float* const* sums, int row) {
+  int64_t dim = 0;
+  if constexpr (TILE_ROWS == 12) {
+    for (; dim + 64 <= hd; dim += 64) weighted<R, 4>(softmax, place, hd, page_size, dim, uptake, sums, row);
+  }
+  for (; dim + 32 <= hd; dim += 32) weighted<R, 2>(softmax, place, hd, page_size, dim, uptake, sums, row);
+  for (; dim < hd; dim += 16) weighted<R, 1>(softmax, place, hd, page_size, dim, uptake, sums, row);
+  sum_weights<R>(softmax, row, place.num_blocks);
 }
 
 // Weighted sums of a chunk's values for all rows of a tile, taken up into `sums`.
 template <class Number>
-INLINE void weigh_rows(const uint16_t (*weight)[CHUNK], int count, const ChunkPlace<Number>& place, int64_t hd, int64_t size,
-                       const Uptake& uptake, float* const* sums) {
-  int r = 0;
+INLINE void weigh_tile(Softmax& softmax, int count, const ChunkPlace<Number>& place, int64_t hd, int64_t size, const Uptake& uptake,
+                       float* const* sums) {
+  int row = 0;
   if constexpr (TILE_ROWS == 12) {
-    for (; count - r >= 6; r += 6) weighted_rows<6>(weight, place, hd, size, uptake, sums, r);
+    for (; count - row >= 6; row += 6) weighted_rows<6>(softmax, place, hd, size, uptake, sums, row);
   }
-  for (; count - r >= 3; r += 3) weighted_rows<3>(weight, place, hd, size, uptake, sums, r);
-  for (; r < count; r++) weighted_rows<1>(weight, place, hd, size, uptake, sums, r);
-}
-
-// The keys that a token sees, [low, high), and whether these are all of [start, end).
-struct Sight {
-  int32_t low;
-  int32_t high;
-  bool is_whole;
-};
-
-INLINE Sight sight_of(const AttentionLayer& layer, int32_t position, int32_t start, int32_t end) {
-  const int32_t high = position + 1, low = layer.window ? high - layer.window : 0;
-  return {low, high, end <= high && start >= low};
+  for (; count - row >= 3; row += 3) weighted_rows<3>(softmax, place, hd, size, uptake, sums, row);
+  for (; row < count; row++) weighted_rows<1>(softmax, place, hd, size, uptake, sums, row);
 }
 
 template <class Number>
-void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t* table, int kv_head, int chunk, int next_chunk,
-                  Partials& total) {
-  const AttentionLayer& layer = *context.layer;
-  const int64_t hd = layer.head_dim, size = context.pages.page_size;
+INLINE void place_chunk(const AttendContext& context, const int64_t* table, int kv_head, int chunk, int next_chunk, int32_t last,
+                        ChunkPlace<Number>& place) {
+  const int64_t hd = context.layer->head_dim, size = context.pages.page_size;
   // Pages hold 16, 32, 64 or 128 tokens.
   const int page_shift = __builtin_ctzll((uint64_t)size);
   const int32_t start = chunk * CHUNK;
-  int32_t last = 0;
-  for (int r = 0; r < tile.count; r++) last = tile.position[r] > last ? tile.position[r] : last;
   const Number* base = (const Number*)context.pages.base;
-  ChunkPlace<Number> place;
   const int32_t num_keys = last + 1 - start < CHUNK ? last + 1 - start : CHUNK;
   place.num_blocks = (num_keys + 15) / 16;
   for (int block = 0; block < BLOCKS; block++) {
-    // Pairs of blocks are computed together; one past the end repeats the last and is never looked at.
+    // Two or four blocks are computed together; those past the end repeat the last and are never looked at.
     const int64_t key = start + 16 * (block < place.num_blocks ? block : place.num_blocks - 1);
     const int64_t slot = key & (size - 1);
     const Number* keys = base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size;
@@ -353,57 +428,32 @@ void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t*
     place.next_keys[block] =
         base + table[key >> page_shift] * context.pages.page_stride + kv_head * 2 * hd * size + 2 * (key & (size - 1));
   }
-  alignas(64) float score[ATTEND_ROWS][CHUNK];
-  alignas(64) uint16_t weight[ATTEND_ROWS][CHUNK];
+}
+
+template <class Number>
+void attend_chunk(const AttendContext& context, const Tile& tile, const int64_t* table, int kv_head, int chunk, int next_chunk,
+                  Partials& total) {
+  const AttentionLayer& layer = *context.layer;
+  const int64_t hd = layer.head_dim, size = context.pages.page_size;
+  int32_t last = 0;
+  for (int r = 0; r < tile.count; r++) last = tile.position[r] > last ? tile.position[r] : last;
+  ChunkPlace<Number> place;
+  place_chunk(context, table, kv_head, chunk, next_chunk, last, place);
+  Softmax softmax;
   Widened widened;
+  const int32_t start = chunk * CHUNK;
   const bool is_widened = sizeof(Number) == 1 && tile.count > DIRECT_ROWS;
   if constexpr (sizeof(Number) == 1) {
-    if (is_widened) score_rows(tile, widen_keys(place, hd, size, widened), hd, 16, false, score);
+    if (is_widened) score_tile(layer, tile, widen_keys(place, hd, size, widened), start, 16, false, softmax);
   }
-  if (!is_widened) score_rows(tile, place, hd, size, next_chunk >= chunk, score);
-  // Two passes over the rows: within a row each number waits for the one before it, rows wait for none.
-  const int32_t end = start + 16 * place.num_blocks;
-  alignas(64) float maximums[16] = {}, weights[16] = {};
+  if (!is_widened) score_tile(layer, tile, place, start, size, next_chunk >= chunk, softmax);
   Uptake uptake;
-  for (int r = 0; r < tile.count; r++) {
-    const Sight sight = sight_of(layer, tile.position[r], start, end);
-    vf largest = vset(-INFINITY);
-    for (int block = 0; block < place.num_blocks; block++) {
-      vf s = vload(score[r] + 16 * block);
-      if (layer.soft_cap > 0.0f) {
-        s = vmul(vset(layer.soft_cap * LOG2_E), vtanh(vmul(s, vset(layer.scale / layer.soft_cap))));
-      } else {
-        s = vmul(s, vset(layer.scale * LOG2_E));
-      }
-      if (!sight.is_whole) s = vselect(vbetween(start + 16 * block, sight.low, sight.high), s, vset(-INFINITY));
-      vstore(score[r] + 16 * block, s);
-      largest = vmax(largest, s);
-    }
-    // Not by the maximum: that of scores which are all NaN may be what hides the other lanes.
-    uptake.sees[r] = sight.high > start && sight.low < end;
-    maximums[r] = uptake.sees[r] ? vmaximum(largest) : 0.0f;
-  }
-  for (int r = 0; r < tile.count; r++) {
-    if (!uptake.sees[r]) {
-      memset(weight[r], 0, sizeof(weight[r]));
-      continue;
-    }
-    const Sight sight = sight_of(layer, tile.position[r], start, end);
-    vf sum = vset(0.0f);
-    for (int block = 0; block < place.num_blocks; block++) {
-      vf p = vexp2(vsub(vload(score[r] + 16 * block), vset(maximums[r])));
-      if (!sight.is_whole) p = vselect(vbetween(start + 16 * block, sight.low, sight.high), p, vset(0.0f));
-      vstore_bf16(weight[r] + 16 * block, p);
-      // Weights are summed as they are used, rounded.
-      sum = vadd(sum, vload_bf16(weight[r] + 16 * block));
-    }
-    weights[r] = vsum(sum);
-  }
-  take_up(total, maximums, weights, tile.count, uptake);
+  take_up_maximums(total, softmax.maximum, uptake);
   if constexpr (sizeof(Number) == 1) {
-    if (is_widened) weigh_rows(weight, tile.count, widen_values(place, hd, widened), hd, 16, uptake, total.sums);
+    if (is_widened) weigh_tile(softmax, tile.count, widen_values(place, hd, widened), hd, 16, uptake, total.sums);
   }
-  if (!is_widened) weigh_rows(weight, tile.count, place, hd, size, uptake, total.sums);
+  if (!is_widened) weigh_tile(softmax, tile.count, place, hd, size, uptake, total.sums);
+  take_up_weights(total, softmax.weight_sum, uptake);
 }
 
 // Write a row's result: what it has summed by the weight of it all.
@@ -440,7 +490,8 @@ void attend_alone(const AttendContext& context, const AttendMember& member, cons
   Tile own;
   own.count = member.count;
   own.head_dim = tile.head_dim;
-  Partials part = {};
+  Partials part;
+  see_nothing(part);
   for (int r = 0; r < member.count; r++) {
     own.queries[r] = tile.queries[begin + r];
     own.position[r] = tile.position[begin + r];
@@ -465,7 +516,8 @@ void attend(const AttendContext& context, const AttendUnit& unit, int kv_head) {
   const int64_t hd = layer.head_dim, group = layer.num_heads / layer.num_kv_heads;
   const AttendMember* members = context.members + unit.first_member;
   alignas(64) float sums[ATTEND_ROWS][256];
-  Partials total = {};
+  Partials total;
+  see_nothing(total);
   Tile tile;
   tile.count = 0;
   tile.head_dim = (int)hd;
@@ -508,7 +560,8 @@ void merge(const AttendContext& context, const AttendUnit* units, int64_t num_un
   const AttentionLayer& layer = *context.layer;
   const int64_t hd = layer.head_dim, group = layer.num_heads / layer.num_kv_heads;
   alignas(64) float sums[ATTEND_ROWS][256];
-  Partials total = {};
+  Partials total;
+  see_nothing(total);
   const AttendMember& member = context.members[units[0].first_member];
   const int count = member.count;
   for (int r = 0; r < count; r++) {
@@ -523,11 +576,10 @@ void merge(const AttendContext& context, const AttendUnit* units, int64_t num_un
       parts[r] = context.partials + ((units[u].partial + r) * layer.num_kv_heads + kv_head) * (hd + PARTIAL_HEAD);
       maximums[r] = parts[r][0];
       weights[r] = parts[r][1];
-      uptake.sees[r] = weights[r] != 0.0f;
     }
-    take_up(total, maximums, weights, count, uptake);
+    take_up_maximums(total, maximums, uptake);
+    take_up_weights(total, weights, uptake);
     for (int r = 0; r < count; r++) {
-      if (!uptake.sees[r]) continue;
       for (int64_t d = 0; d < hd; d += 16) {
         take_up_sums(sums[r] + d, vload(parts[r] + PARTIAL_HEAD + d), uptake.keep[r], uptake.take[r]);
       }

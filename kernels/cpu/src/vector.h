@@ -14,6 +14,14 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+// A function of its own has all registers for its inner loop.
+#define ALONE static __attribute__((noinline))
+// Before a loop over an array of vectors, so that these are registers from the start.
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
 
 #if defined(__AVX512F__)
 
@@ -40,9 +48,6 @@ INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vi vlow_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi vhigh_nibbles(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE vf vload_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-INLINE vf vload_bf16(const uint16_t* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
 INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vmaximum(vf a) { return _mm512_reduce_max_ps(a); }
 // Lanes whose index from `first` is in [low, high).
@@ -61,10 +66,14 @@ INLINE int vkeep(float* p, vm mask, vf x) {
 INLINE vf vexp2i(vf n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-// x * 2 ** n for whole n, where the result is a normal number; a NaN stays one. Other ports than those of products do it.
-INLINE vf vscale2(vf x, vf n) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+// What is above the whole number below, from 0 to 1, and that number, for `vscale2`, which rounds down itself. Other ports than those of
+// products do both.
+INLINE vf vsplit(vf x, vf* whole) {
+  *whole = x;
+  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
+// x * 2 ** n, where n is rounded down.
+INLINE vf vscale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 // Store whole numbers, those beyond -128 or 127 as these; gives the sum of what was stored.
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
   const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
@@ -170,10 +179,6 @@ INLINE vi vhigh_nibbles(vi x) { return vlow_nibbles({_mm256_srli_epi16(x.a, 4), 
 INLINE vf vload_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
-INLINE __m256 widen_bf16(const uint16_t* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
-}
-INLINE vf vload_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
 INLINE float vsum(vf x) {
   const __m256 h = _mm256_add_ps(x.a, x.b);
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -209,6 +214,14 @@ INLINE __m256 exp2i_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE vf vexp2i(vf n) { return {exp2i_half(n.a), exp2i_half(n.b)}; }
+// The whole number below x, or 0.5 above it at most, and how far x is above it, from 0 to 1. Numbers below -126.5 count as that.
+INLINE vf vsplit(vf x, vf* whole) {
+  // A NaN is the second operand and stays one.
+  x = vmax(vset(-126.5f), x);
+  *whole = vround(vsub(x, vset(0.5f)));
+  return vsub(x, *whole);
+}
+// x * 2 ** n for whole n; 0 for -127.
 INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
@@ -324,11 +337,6 @@ INLINE vf vload_half(const uint16_t* p) {
   for (int i = 0; i < 16; i++) x[i] = half_to_float(p[i]);
   return vload(x);
 }
-INLINE vf vload_bf16(const uint16_t* p) {
-  v16 x;
-  memcpy(&x, p, 32);
-  return (vf)(__builtin_convertvector(x, vi) << 16);
-}
 INLINE float vsum(vf a) {
   float s[16];
   vstore(s, a);
@@ -358,6 +366,14 @@ INLINE int vkeep(float* p, vm mask, vf x) {
   return count;
 }
 INLINE vf vexp2i(vf n) { return (vf)((__builtin_convertvector(n, vi) + 127) << 23); }
+// The whole number below x, or 0.5 above it at most, and how far x is above it, from 0 to 1. Numbers below -126.5 count as that.
+INLINE vf vsplit(vf x, vf* whole) {
+  // A NaN is the second operand and stays one.
+  x = vmax(vset(-126.5f), x);
+  *whole = vround(vsub(x, vset(0.5f)));
+  return vsub(x, *whole);
+}
+// x * 2 ** n for whole n; 0 for -127.
 INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
 INLINE int32_t vstore_int8(int8_t* p, vf x) {
   float s[16];
@@ -457,17 +473,16 @@ INLINE vf vexp(vf x) {
   return vmul(p, vexp2i(n));
 }
 
-// 2 ** x for x of at most 0, to 4e-6, more than bfloat16 keeps; below 2 ** -126 it stays there.
+// 2 ** x for x of at most 0, to 3e-6, more than bfloat16 keeps, and exactly 1 for 0; below 2 ** -126 at most that, and 0 in the end.
 INLINE vf vexp2(vf x) {
-  x = vmax(vset(-126.0f), x);
-  const vf n = vround(x);
-  const vf f = vsub(x, n);
-  vf p = vset(9.57009897e-03f);
-  p = vfma(p, f, vset(5.59178601e-02f));
-  p = vfma(p, f, vset(2.40247449e-01f));
-  p = vfma(p, f, vset(6.93121815e-01f));
-  p = vfma(p, f, vset(9.99999261e-01f));
-  return vscale2(p, n);
+  vf whole;
+  const vf f = vsplit(x, &whole);
+  vf p = vset(1.34266643e-02f);
+  p = vfma(p, f, vset(5.22425063e-02f));
+  p = vfma(p, f, vset(2.41280198e-01f));
+  p = vfma(p, f, vset(6.93044841e-01f));
+  p = vfma(p, f, vset(1.0f));
+  return vscale2(p, whole);
 }
 
 INLINE vf vtanh(vf x) {
