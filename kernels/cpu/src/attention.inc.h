@@ -241,7 +241,8 @@ struct Softmax {
   float factor;
   alignas(64) float maximum[16];
   alignas(64) float weight_sum[16];
-  float minus_maximum[16];
+  // What is added to scores: minus the maximum, and minus 6, the logarithm of 64.
+  float shift[16];
   alignas(64) float score[ATTEND_ROWS][CHUNK];
   alignas(64) uint16_t weight[ATTEND_ROWS][CHUNK];
 };
@@ -251,12 +252,13 @@ INLINE void make_weights(Softmax& softmax, int row, int block) {
   const vf factor = vset(softmax.factor);
   for (int r = row; r < row + R; r++) {
     const vf score = vload(softmax.score[r] + 16 * block);
-    vstore_bf16(softmax.weight[r] + 16 * block, vexp2(vfma(score, factor, vset(softmax.minus_maximum[r]))));
+    vstore_bf16(softmax.weight[r] + 16 * block, vexp2_64(vfma(score, factor, vset(softmax.shift[r]))));
   }
 }
 
 // Weighted sums of a chunk's values: rows [row, row + R), D blocks of 16 dimensions from `dim`, taken up into `sums`. The first dimensions
-// make a block's weights while they multiply the block before it: exponentials mostly run where products do not.
+// make a block's weights while they multiply the block before it, a row after two values: exponentials mostly run where products do not,
+// but only those that are near enough.
 template <int R, int D, class Number>
 ALONE void weighted(Softmax& softmax, const ChunkPlace<Number>& place, int64_t hd, int64_t page_size, int64_t dim, const Uptake& uptake,
                     float* const* sums, int row) {
@@ -265,7 +267,7 @@ ALONE void weighted(Softmax& softmax, const ChunkPlace<Number>& place, int64_t h
     UNROLLED for (int d = 0; d < D; d++) sum[r][d] = vset(0.0f);
   }
   for (int block = 0; block < place.num_blocks; block++) {
-    if (dim == 0 && block + 1 < place.num_blocks) make_weights<R>(softmax, row, block + 1);
+    const bool makes = dim == 0 && block + 1 < place.num_blocks;
     const Number* values = place.values[block] + 2 * dim;
     const Number* ahead = place.fetches_ahead && row == 0 ? place.next_keys[block] : nullptr;
     for (int pair = 0; pair < 8; pair++) {
@@ -279,6 +281,7 @@ ALONE void weighted(Softmax& softmax, const ChunkPlace<Number>& place, int64_t h
         memcpy(&two, softmax.weight[row + r] + block * 16 + 2 * pair, 4);
         UNROLLED for (int d = 0; d < D; d++) sum[r][d] = vdot2(sum[r][d], v[d], two);
       }
+      if (makes && pair < R) make_weights<1>(softmax, row + pair, block + 1);
     }
   }
   UNROLLED for (int r = 0; r < R; r++) {
@@ -328,7 +331,7 @@ INLINE void find_maximums(const AttentionLayer& layer, const Tile& tile, int row
     const float maximum = vmaximum(vload(largest[r])) * softmax.factor;
     // A chunk that a row does not see; a NaN goes on.
     softmax.maximum[row + r] = maximum < NOTHING_SEEN ? NOTHING_SEEN : maximum;
-    softmax.minus_maximum[row + r] = -softmax.maximum[row + r];
+    softmax.shift[row + r] = -6.0f - softmax.maximum[row + r];
   }
 }
 
