@@ -63,28 +63,23 @@ INLINE void rotate_heads(float* heads, int64_t num_heads, int64_t head_dim, cons
   }
 }
 
-// A head's keys or values [head_dim] as pages keep them. Those of bfloat16 are rounded one by one as they are stored, which is quicker
-// than to write and read them once more; 8 bits take so many operations that they are rounded as vectors first.
-struct NarrowedBf16 {
-  typedef uint16_t Number;
-  NarrowedBf16(const float* x, int64_t) : x_(x) {}
-  uint16_t operator[](int64_t d) const { return to_bf16(x_[d]); }
+// Keys or values of a token as pages keep them.
+INLINE void narrow(const float* x, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += 16) vstore_bf16(to + i, vload(x + i));
+}
+INLINE void narrow(const float* x, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; i++) to[i] = to_e4m3(x[i]);
+}
 
- private:
-  const float* x_;
-};
-struct NarrowedE4m3 {
-  typedef uint8_t Number;
-  NarrowedE4m3(const float* x, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d++) codes_[d] = to_e4m3(x[d]);
-  }
-  uint8_t operator[](int64_t d) const { return codes_[d]; }
+// A head's numbers into every other place, as values of two tokens lie.
+INLINE void store_alternate(const uint16_t* from, int64_t count, bool is_second, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += 16) vstore_halves(to + 2 * i, from + i, is_second);
+}
+INLINE void store_alternate(const uint8_t* from, int64_t count, bool is_second, uint8_t* to) {
+  for (int64_t i = 0; i < count; i++) to[2 * i + is_second] = from[i];
+}
 
- private:
-  uint8_t codes_[256];
-};
-
-template <class Narrowed>
+template <class Number>
 void rotate_store(const Rows& qkv, const Rows& queries, const AttentionLayer& layer, const Pages& pages, const Step& step,
                   int64_t begin, int64_t end) {
   const int64_t hd = layer.head_dim, num_heads = layer.num_heads, num_kv_heads = layer.num_kv_heads, size = pages.page_size;
@@ -98,18 +93,16 @@ void rotate_store(const Rows& qkv, const Rows& queries, const AttentionLayer& la
       const float* sin = layer.sin + step.positions[token] * layer.num_pairs;
       rotate_heads(q, num_heads + num_kv_heads, hd, cos, sin, layer.num_pairs);
     }
-    for (int64_t i = 0; i < num_heads * hd; i += 16) vstore_bf16(queries.bf16 + token * queries.stride + i, vload(q + i));
+    narrow(q, num_heads * hd, queries.bf16 + token * queries.stride);
     const int64_t page = step.slot_mapping[token] / size, slot = step.slot_mapping[token] % size;
     for (int64_t h = 0; h < num_kv_heads; h++) {
-      typename Narrowed::Number* keys = (typename Narrowed::Number*)pages.base + page * pages.page_stride + h * 2 * hd * size;
-      typename Narrowed::Number* values = keys + hd * size;
-      const Narrowed key(k + h * hd, hd);
-      for (int64_t d = 0; d < hd; d += 2) {
-        keys[d * size + 2 * slot] = key[d];
-        keys[d * size + 2 * slot + 1] = key[d + 1];
-      }
-      const Narrowed value(v + h * hd, hd);
-      for (int64_t d = 0; d < hd; d++) values[(slot / 2) * 2 * hd + 2 * d + slot % 2] = value[d];
+      Number* keys = (Number*)pages.base + page * pages.page_stride + h * 2 * hd * size;
+      Number* values = keys + hd * size;
+      alignas(64) Number numbers[256];
+      narrow(k + h * hd, hd, numbers);
+      for (int64_t d = 0; d < hd; d += 2) memcpy(keys + d * size + 2 * slot, numbers + d, 2 * sizeof(Number));
+      narrow(v + h * hd, hd, numbers);
+      store_alternate(numbers, hd, slot % 2, values + slot / 2 * 2 * hd);
     }
   }
 }

@@ -17,7 +17,7 @@ namespace headrace {
 const Kernels* KERNELS() {
   static const Kernels kernels = {
       KERNELS_NAME, embed,  norm,          pack,         gated,  activate, add,
-      scale_rows,   soft_cap_rows, linear, gated_linear, {rotate_store<NarrowedBf16>, rotate_store<NarrowedE4m3>},
+      scale_rows,   soft_cap_rows, linear, gated_linear, {rotate_store<uint16_t>, rotate_store<uint8_t>},
       {attend<uint16_t>, attend<uint8_t>}, merge, best, draw_row,
   };
   return &kernels;

@@ -449,6 +449,16 @@ INLINE vi vload_e4m3(const uint8_t* p) {
 
 #endif
 
+// 16 numbers into the first or the second halves of 16 lanes; the other halves may be written by another thread.
+INLINE void vstore_halves(uint16_t* p, const uint16_t* x, bool is_second) {
+#if defined(__AVX512F__)
+  const vi lanes = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+  _mm512_mask_storeu_epi16(p, is_second ? 0xaaaaaaaau : 0x55555555u, is_second ? _mm512_slli_epi32(lanes, 16) : lanes);
+#else
+  for (int i = 0; i < 16; i++) p[2 * i + is_second] = x[i];
+#endif
+}
+
 // The largest tiles that the registers hold: rows times blocks of 16 outputs.
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS = 12;
