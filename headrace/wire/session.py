@@ -125,6 +125,11 @@ class Session:
                 peer.last_seen_ns = max(peer.last_seen_ns, now_ns - self.leases.lease_ns + 2 * self.leases.heartbeat_ns)
         self._ticked_ns = now_ns
 
+    def next_beat_ns(self, now_ns: int) -> int:
+        """When the next heartbeat is due: all links of a process beat together, each process at times of its own."""
+        interval_ns = self.leases.heartbeat_ns
+        return now_ns + interval_ns - (now_ns - self.identity.incarnation) % interval_ns
+
     def heartbeat(self) -> Heartbeat:
         """What the next heartbeat says."""
         return Heartbeat(load=self.load, progress=self.progress, draining=self.is_draining, models=self.models)
@@ -248,7 +253,7 @@ class FrontSession(Session):
             self.lose(peer, f"not heard of for {self.leases.lease_ns / 1e9:g} s")
         if now_ns < self._next_heartbeat_ns:
             return
-        self._next_heartbeat_ns = now_ns + self.leases.heartbeat_ns
+        self._next_heartbeat_ns = self.next_beat_ns(now_ns)
         beat = self.heartbeat()
         for peer in list(self.peers.values()):
             try:
@@ -465,7 +470,7 @@ class BackSession(Session):
     def beat(self, now_ns: int) -> None:
         """Send a heartbeat now: at its time, or because something changed that the front should know."""
         if self.peer is not None:
-            self._next_heartbeat_ns = now_ns + self.leases.heartbeat_ns
+            self._next_heartbeat_ns = self.next_beat_ns(now_ns)
             self._send_quietly("heartbeat", self.heartbeat(), self.peer.incarnation)
 
     def drain(self) -> None:

@@ -190,7 +190,7 @@ async def test_looks_are_rare_once_all_are_acquainted_and_soon_when_one_is_lost(
     for role, found in pauses_s.items():
         found.clear()
         await until(lambda found=found: max(found, default=0.0) > 4 * link.TICK_S)  # type: ignore[misc]
-        assert max(found) <= 0.5, f"{role}: heartbeats come as often as before"
+        assert max(found) <= 0.5 + link.TIMER_EARLY_NS / 1e9, f"{role}: heartbeats come as often as before"
     await router.close()
     await until(lambda: tokenizer.lost)
     found = pauses_s["tokenizer"]

@@ -296,3 +296,22 @@ def test_ticks_at_due_times_alone_hold_an_acquaintance_and_end_it_in_time(networ
         network.settle()
     assert tokenizer.lost
     assert network.now_ns == last_heard_ns + back.leases.lease_ns + 1
+
+
+def test_all_links_of_a_process_beat_together(network: FakeNetwork, router: Recorder) -> None:
+    """Goal: one look at what a process does, for all of its links. Method: they are made at different times."""
+    wire, _ = connect(network)
+    network.settle()
+    network.now_ns += 123_456_789
+    network.wire("router", "router-1").bind(topology.ROUTER_BACKPLANE, "fake://late", Recorder())
+    wire.dial(topology.ROUTER_BACKPLANE, ["fake://late"], Recorder(), register=lambda: register("tokenizer", "tokenizer-0"))
+    network.settle()
+    first, late = (connection.session for back in wire._backs for connection in back.connections.values())
+    for _ in range(3):
+        due_ns = first.due_ns()
+        assert due_ns is not None
+        assert due_ns == late.due_ns()
+        assert 0 < due_ns - network.now_ns <= Leases().heartbeat_ns
+        assert due_ns != network.fronts[ADDRESS].session.due_ns(), "each process at times of its own"
+        network.now_ns = due_ns
+        network.settle()
