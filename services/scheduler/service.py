@@ -23,7 +23,7 @@ from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.v1 import worker_pb2 as worker
 from headrace.v1.common_pb2 import ModelInfo
 from headrace.wire import topology
-from headrace.wire.link import Back, Front
+from headrace.wire.link import TIMER_EARLY_NS, Back, Front
 from headrace.wire.session import Peer
 from services.scheduler import messages
 from services.scheduler.admission import check_lane
@@ -304,7 +304,8 @@ class WorkerLink:
         site.cancel_timer()
         while not site.unsent and site.pacer.num_under_way < site.lane.max_in_flight:
             now_ns = time.monotonic_ns()
-            if (delay_ns := site.pacer.next_plan_in_ns(now_ns)) > 0:
+            # A timer that comes a little early finds it time; to wait for the rest would be to look again and again.
+            if (delay_ns := site.pacer.next_plan_in_ns(now_ns)) > TIMER_EARLY_NS:
                 site.timer = asyncio.get_running_loop().call_later(delay_ns / 1e9, self._on_timer, site)
                 return
             if not self._make_plan(site):

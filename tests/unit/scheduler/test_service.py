@@ -7,10 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from headrace.telemetry.traces import memory_tracer
 from headrace.v1 import common_pb2 as common
 from headrace.v1 import control_pb2 as control
 from headrace.v1 import scheduler_pb2 as scheduler
+from headrace.wire.link import TIMER_EARLY_NS
+from services.scheduler.step_pacer import StepPacer
 from tests.patience import GROWING_S
 from tests.unit.scheduler.network import DetokenizerEnd, World, outputs
 
@@ -438,6 +442,24 @@ async def test_prompts_beside_decodes_are_cut_to_the_time_that_is_set(tmp_path: 
     assert [1, 4] not in num_rows[0]
     # As before until three such steps have told what they cost.
     assert [row for row in num_rows[0.004] if row[0] == 1][3:5] == [[1, 4], [1, 4]]
+
+
+async def test_what_is_due_within_a_timers_grain_is_due_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: the loop's timers count milliseconds, and a wait for less is not spent looking again and again."""
+    world = await World.make(tmp_path)
+    worker = await world.join()
+    worker.is_held = True
+    due_in_ns = 10 * TIMER_EARLY_NS
+    monkeypatch.setattr(StepPacer, "next_plan_in_ns", lambda pacer, now_ns: due_in_ns if pacer.num_under_way else 0)
+    await world.submit(tokens=[1] * 16)
+    (site,) = world.service._workers.sites.values()
+    assert len(worker.bodies("step_plan")) == 1
+    assert site.timer is not None
+    due_in_ns = TIMER_EARLY_NS
+    world.service.wake()
+    await world.settle()
+    assert len(worker.bodies("step_plan")) == 2
+    assert site.timer is None
 
 
 async def test_the_link_to_an_idle_detokenizer_is_dropped(tmp_path: Path) -> None:
