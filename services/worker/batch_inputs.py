@@ -242,6 +242,8 @@ class BatchInputs:
             The tokens that each row gives.
         """
         self._num_computed[step.row_slots] = step.row_starts + step.row_counts
+        if not len(step.sampled.slots):
+            return StepTokens()
         slots, positions, num_drafts = step.sampled.slots, step.sampled.positions, step.num_drafts
         counts = None
         if num_drafts is not None or is_withheld is not None:

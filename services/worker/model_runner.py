@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ from services.worker.runner import step_result
 from services.worker.sampler import Draw, sample
 from services.worker.step_tokens import StepTokens
 from services.worker.token_logprobs import LogprobTable, PromptSpan, prompt_indices
+
+_NO_TOKENS: Final = np.zeros(0, dtype=np.int64)
+_NO_FLAGS: Final = np.zeros(0, dtype=np.bool_)
 
 
 class ModelRunner:
@@ -98,8 +102,10 @@ class ModelRunner:
             self._network.copy_pages(torch.from_numpy(sources), torch.from_numpy(targets))
         if len(step.token_ids) == 0:
             return step_result(plan, StepTokens(), step.unknown_slots)
-        constraints = self.constraints
         spans = self._logprobs.prompt_spans(step, self._inputs.tokens)
+        if not spans and len(step.sampled.slots) == 0:
+            return self._extend(plan, step)
+        constraints = self.constraints
         with torch.inference_mode():
             logits, best = self._forward(step, spans)
             num_sampled = len(step.sampled.slots)
@@ -173,6 +179,16 @@ class ModelRunner:
                 self._logprobs.enter(sequence)
                 if self.constraints is not None:
                     self.constraints.enter(sequence, tokens)
+
+    def _extend(self, plan: StepPlan, step: StepInputs) -> StepResult:
+        """Compute prompts that all go on in a later step: no token is drawn."""
+        with torch.inference_mode():
+            # It asks for the best, of which there are none, and so waits for a GPU to end.
+            self._forward(step, [])
+        tokens = self._inputs.commit(step, _NO_TOKENS, _NO_FLAGS)
+        if self.speculation is not None:
+            self.speculation.finish(tokens, num_tokens=len(step.token_ids))
+        return step_result(plan, tokens, step.unknown_slots)
 
     def _forward(self, step: StepInputs, spans: list[PromptSpan]) -> tuple[torch.Tensor, Best | None]:
         """Logits of the tokens to sample, then of the prompt tokens whose logprobs are wanted; and the best of the former."""

@@ -12,6 +12,7 @@ import torch
 from headrace.errors import ProtocolError
 from headrace.v1.scheduler_pb2 import RowError
 from headrace.v1.worker_pb2 import StepPlan
+from services.worker import model_runner
 from services.worker.attention.torch_cpu import padded_pages
 from services.worker.batch_inputs import Limits
 from services.worker.drafting.drafter import Int32Array, Proposal
@@ -64,6 +65,19 @@ def test_result_holds_one_token_a_sampled_row_in_plan_order(limits: Limits, plan
     assert (list(result.slots), list(result.token_ids)) == ([4, 2], [22, 43])
     result = runner.step(plan(rows={2: 1, 1: 1, 4: 1}), None)
     assert (list(result.slots), list(result.token_ids)) == ([2, 1, 4], [44, 33, 23])
+
+
+def test_a_step_of_prompts_that_go_on_draws_nothing(
+    limits: Limits, plan: Callable[..., StepPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(limits)
+    with monkeypatch.context() as patched:
+        patched.setattr(model_runner, "sample", lambda *_, **__: pytest.fail("nothing is to be drawn"))
+        first = plan(new={4: 3, 2: 2}, pages={4: [0], 2: [1]}, rows={4: 2, 2: 1})
+        result = runner.step(first, np.array([20, 21, 22, 30, 31], dtype=np.int32))
+    assert (result.step_id, list(result.slots), list(result.token_ids)) == (first.step_id, [], [])
+    result = runner.step(plan(rows={4: 1, 2: 1}), None)
+    assert (list(result.slots), list(result.token_ids)) == ([4, 2], [23, 32])
 
 
 def test_non_finite_row_fails_alone_and_its_pages_are_wiped(limits: Limits, plan: Callable[..., StepPlan]) -> None:
