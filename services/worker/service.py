@@ -9,15 +9,12 @@ A result that cannot be sent says nothing of why: it waits until the queue has r
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import gc
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -41,6 +38,7 @@ from headrace.wire.topology import SCHEDULER_BACKPLANE
 from services.worker import machine
 from services.worker.backend_choice import DeviceOptions
 from services.worker.batch_inputs import Limits
+from services.worker.compute_thread import ComputeThread, Job
 from services.worker.config import HOST_KV_CACHE_BYTES, Settings
 from services.worker.drafting.factory import make_speculation
 from services.worker.embed_runner import EmbedRunner, MockEmbedder
@@ -63,112 +61,8 @@ if TYPE_CHECKING:
 
 log = logs.get_logger()
 
-STOP_WAIT_S: Final = 5.0
 RESEND_INTERVAL_S: Final = 0.02
 _MOCK_MODEL_LEN: Final = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A plan on its way; `life` is the acquaintance with the scheduler that it belongs to."""
-
-    plan: StepPlan
-    token_ids: npt.NDArray[np.int32] | None
-    life: int
-    received_ns: int
-
-
-class ComputeThread:
-    """Owns the runner: loads it, and computes what is put in its queue, in order. Callbacks run on the event loop.
-
-    Args:
-        make_runner: Loads; called on the thread.
-        on_result: Called with each job, its result and its frames.
-        on_error: Called with what ended the thread.
-    """
-
-    def __init__(
-        self,
-        make_runner: Callable[[], Runner],
-        *,
-        on_result: Callable[[_Job, StepResult, list[bytes]], None],
-        on_error: Callable[[Exception], None],
-    ) -> None:
-        self.runner: Runner | None = None
-        self.idle_ns = 0
-        """Time between steps in which sequences were held and there was nothing to compute."""
-        self._make_runner = make_runner
-        self._on_result = on_result
-        self._on_error = on_error
-        self._loop = asyncio.get_running_loop()
-        self._is_loaded: asyncio.Future[None] = self._loop.create_future()
-        # Bounded by the link: the scheduler has at most a few plans under way.
-        self._jobs: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
-        # A daemon, so that a step that hangs cannot hold up the end of the process.
-        # In this context, so that its log lines say whose they are.
-        in_context = contextvars.copy_context().run
-        self._thread = threading.Thread(target=in_context, args=(self._run,), name="compute", daemon=True)
-
-    async def start(self) -> Runner:
-        """Load the runner; raises what loading raises."""
-        self._thread.start()
-        await self._is_loaded
-        assert self.runner is not None
-        return self.runner
-
-    def submit(self, job: _Job) -> None:
-        """Compute a plan after all before it."""
-        self._jobs.put(job)
-
-    def warm_up(self) -> None:
-        """Have the runner try its kernels, before all later plans. It takes no longer than joining a scheduler."""
-        self._jobs.put(self._warm_up)
-
-    def reset(self) -> None:
-        """Forget every sequence, after all plans before."""
-        if self.runner is not None:
-            self._jobs.put(self.runner.reset)
-
-    async def stop(self) -> None:
-        """End after the step under way; a step that takes too long is left to the end of the process."""
-        if self._thread.is_alive():
-            self._jobs.put(None)
-            await self._loop.run_in_executor(None, self._thread.join, STOP_WAIT_S)
-
-    def _run(self) -> None:
-        try:
-            self.runner = self._make_runner()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the event loop raises it
-            self._call(self._is_loaded.set_exception, error)
-            return
-        self._call(self._is_loaded.set_result, None)
-        idle_since_ns: int | None = None
-        try:
-            while (job := self._jobs.get()) is not None:
-                if isinstance(job, _Job):
-                    if idle_since_ns is not None:
-                        self.idle_ns += time.monotonic_ns() - idle_since_ns
-                    started_unix_ns = time.time_ns()
-                    result = self.runner.step(job.plan, job.token_ids)
-                    result.started_unix_ns = started_unix_ns
-                    result.finished_unix_ns = time.time_ns()
-                    idle_since_ns = time.monotonic_ns() if self.runner.num_sequences else None
-                    frames = [self.runner.take_vectors()] if isinstance(self.runner, EmbedRunner) else []
-                    self._call(self._on_result, job, result, frames)
-                else:
-                    job()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends the process
-            self._call(self._on_error, error)
-
-    def _warm_up(self) -> None:
-        assert self.runner is not None
-        begun_ns = time.monotonic_ns()
-        self.runner.warm_up()
-        log.info("model.warmed_up", warm_up_s=round((time.monotonic_ns() - begun_ns) / 1e9, 3))
-
-    def _call(self, callback: Callable[..., Any], *arguments: Any) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(callback, *arguments)
 
 
 def progress_log(notifier: Notifier | None = None) -> Callable[[int, int], None]:
@@ -243,7 +137,7 @@ class WorkerService:
         self._schedulers: Back | FakeBack | None = None
         self._scheduler: Peer | None = None
         self._life = 0
-        self._pending: deque[_Job] = deque()
+        self._pending: deque[Job] = deque()
         self._results = ResultQueue(self._metrics)
         self._grammars: GrammarCompiler | None = None
         self._num_steps = 0
@@ -297,7 +191,7 @@ class WorkerService:
             # The link counts what it drops; a plan of a scheduler that we left is one of those.
             raise ProtocolError(f"a plan of {peer.instance}, whose lane this worker is not")
         plan = message.step_plan
-        job = _Job(plan, self._token_ids(plan, frames), self._life, time.monotonic_ns())
+        job = Job(plan, self._token_ids(plan, frames), self._life, time.monotonic_ns())
         if self._grammars is not None:
             # Compiled while the steps before are computed, and the prompt.
             for sequence in plan.new_sequences:
@@ -379,7 +273,7 @@ class WorkerService:
             self._context.fail(error)
             raise
 
-    def _on_result(self, job: _Job, result: StepResult, frames: list[bytes]) -> None:
+    def _on_result(self, job: Job, result: StepResult, frames: list[bytes]) -> None:
         if job.life != self._life or self._scheduler is None:
             self._metrics.dropped_results.inc()
             return
