@@ -10,6 +10,7 @@ import contextvars
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,6 +27,8 @@ from services.worker.runner import Runner
 log = logs.get_logger()
 
 STOP_WAIT_S: Final = 5.0
+_TOLD_LATER_S: Final = 0.002
+"""More than a step takes from the end of the one before to its kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class ComputeThread:
         self._is_loaded: asyncio.Future[None] = self._loop.create_future()
         # Bounded by the link: the scheduler has at most a few plans under way.
         self._jobs: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._untold: deque[tuple[Job, StepResult, list[bytes]]] = deque()
         # A daemon, so that a step that hangs cannot hold up the end of the process.
         # In this context, so that its log lines say whose they are.
         in_context = contextvars.copy_context().run
@@ -114,11 +118,27 @@ class ComputeThread:
                     result.finished_unix_ns = time.time_ns()
                     idle_since_ns = time.monotonic_ns() if self.runner.num_sequences else None
                     frames = [self.runner.take_vectors()] if isinstance(self.runner, EmbedRunner) else []
-                    self._call(self._on_result, job, result, frames)
+                    self._tell(job, result, frames)
                 else:
                     job()
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends the process
             self._call(self._on_error, error)
+
+    def _tell(self, job: Job, result: StepResult, frames: list[bytes]) -> None:
+        """Have the loop told of a result, in order; at once where somebody waits for it.
+
+        Its thread and this one share the interpreter: the next step waits for what it does now. Where that step is here already,
+        and the result only says that prompts go on, it is told when that step is being computed.
+        """
+        self._untold.append((job, result, frames))
+        if frames or result.slots or result.failed_slots or self._jobs.empty():
+            self._call(self._tell_all)
+        else:
+            self._call(self._loop.call_later, _TOLD_LATER_S, self._tell_all)
+
+    def _tell_all(self) -> None:
+        while self._untold:
+            self._on_result(*self._untold.popleft())
 
     def _warm_up(self) -> None:
         assert self.runner is not None
