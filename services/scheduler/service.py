@@ -276,7 +276,7 @@ class WorkerLink:
             self._hub.wake()
 
     def on_message(self, peer: Peer, message: Any, frames: list[memoryview]) -> None:
-        """A step's result. A worker that waits gets a plan before the tokens leave, one that has a step gets it after them."""
+        """A step's result: the next plan leaves before its tokens do, so that the worker waits as little as can be."""
         site = self.sites.get(peer.incarnation)
         if site is None:
             raise ProtocolError("a step result of a worker that is no lane")
@@ -286,8 +286,7 @@ class WorkerLink:
         if hub.core.step_result(site.lane, result, now_ns):
             took_ns = site.pacer.on_result(result.duration_ns, now_ns)
             hub.metrics.step_duration.observe(took_ns / 1e9)
-        if not site.pacer.num_under_way:
-            self.plan(site)
+        self.plan(site)
         hub.wake()
 
     def plan(self, site: WorkerSite) -> None:
@@ -552,7 +551,6 @@ class SchedulerService:
 
     def _on_wake(self) -> None:
         self._wake_handle = None
-        self._carry_out()
         for site in list(self._workers.sites.values()):
             self._workers.plan(site)
         self.embeddings.plan()

@@ -109,10 +109,6 @@ class WorkerEnd(Recorder):
         while self._held:
             self._answer(*self._held.pop(0))
 
-    def answer_one(self) -> None:
-        """Answer the oldest of what has come, and hold the rest."""
-        self._answer(*self._held.pop(0))
-
     def _answer(self, peer: Peer, body: worker.StepPlan, frames: list[memoryview]) -> None:
         entries: list[Any] = []
         tokens = array("i", int32_array(frames[0]).tolist()) if frames else array("i")

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,6 @@ from headrace.v1 import common_pb2 as common
 from headrace.v1 import control_pb2 as control
 from headrace.v1 import scheduler_pb2 as scheduler
 from headrace.wire.link import TIMER_EARLY_NS
-from headrace.wire.session import Peer
 from services.scheduler.step_pacer import StepPacer
 from tests.patience import GROWING_S
 from tests.unit.scheduler.network import DetokenizerEnd, World, outputs
@@ -462,37 +460,6 @@ async def test_what_is_due_within_a_timers_grain_is_due_now(tmp_path: Path, monk
     await world.settle()
     assert len(worker.bodies("step_plan")) == 2
     assert site.timer is None
-
-
-async def test_tokens_leave_before_a_plan_that_nobody_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = await World.make(tmp_path)
-    worker = await world.join()
-    worker.is_held = True
-    # One step is at the worker, then two.
-    may_run_ahead = False
-    monkeypatch.setattr(
-        StepPacer, "next_plan_in_ns", lambda pacer, now_ns: 0 if may_run_ahead or not pacer.num_under_way else 10**9
-    )
-    await world.submit(tokens=[1, 2, 3])
-    sent: list[str] = []
-    send = Peer.send
-
-    def record(peer: Peer, arm: str, *rest: Any) -> None:
-        if peer.role in ("worker", "detokenizer"):
-            sent.append(arm)
-        send(peer, arm, *rest)
-
-    monkeypatch.setattr(Peer, "send", record)
-    worker.answer_one()
-    await world.settle()
-    assert sent == ["step_plan", "token_batch"], "the worker waits"
-    may_run_ahead = True
-    world.service.wake()
-    await world.settle()
-    sent.clear()
-    worker.answer_one()
-    await world.settle()
-    assert sent == ["token_batch", "step_plan"], "the worker has the step after this one"
 
 
 async def test_the_link_to_an_idle_detokenizer_is_dropped(tmp_path: Path) -> None:
