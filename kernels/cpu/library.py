@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 LIBRARY_FILE: Final = Path(__file__).resolve().parent / "libheadrace_cpu.so"
-ABI_VERSION: Final = 5
+ABI_VERSION: Final = 6
 
 KIND_F32, KIND_Q8, KIND_BF16 = 0, 1, 2
 DOMAIN_TOKENS, DOMAIN_SAMPLED = 0, 1
@@ -155,7 +155,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "hr_likeliest_allowed": (c_int64, (c_void_p, c_void_p, c_int64)),
     "hr_unit_bytes": (c_int64, (POINTER(Segment),)),
     "hr_pack_dense": (None, (POINTER(Segment), c_void_p, c_int64)),
-    "hr_pack_codes": (None, (POINTER(Segment), c_void_p, c_void_p, c_void_p, c_int64)),
+    "hr_pack_codes": (None, (POINTER(Segment), c_void_p, c_void_p, c_void_p, c_int64, c_int32)),
     "hr_pack_blocks": (None, (POINTER(Segment), c_void_p)),
 }
 
@@ -266,6 +266,8 @@ def pack_codes(
         minimums: The same shape and type as the scales, or None.
     """
     n, k = codes.shape
+    # Products count codes from the middle of what holds them.
+    shift = 0 if bits == 4 else 128 - (1 << (bits - 1))
     segment = Segment(
         format=FORMAT_Q4 if bits == 4 else FORMAT_Q8,
         n=n,
@@ -273,14 +275,14 @@ def pack_codes(
         group=16 if k // scales.shape[1] == 16 else 32,
         half_scales=int(scales.dtype == np.float16),
         has_minimums=int(minimums is not None),
-        zero=0 if minimums is not None else zero,
+        zero=shift + (0 if minimums is not None else zero),
     )
     matrix = _matrix(library, segment, k)
     # Kept until the call is over.
     codes, scales = np.ascontiguousarray(codes), np.ascontiguousarray(scales)
     minimums = None if minimums is None else np.ascontiguousarray(minimums)
     minimums_address = None if minimums is None else minimums.ctypes.data
-    library.hr_pack_codes(matrix.segments[0], codes.ctypes.data, scales.ctypes.data, minimums_address, scales.shape[1])
+    library.hr_pack_codes(matrix.segments[0], codes.ctypes.data, scales.ctypes.data, minimums_address, scales.shape[1], shift)
     return matrix
 
 

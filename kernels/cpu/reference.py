@@ -24,8 +24,14 @@ CHUNK_TOKENS: Final = 128
 GROUP: Final = 32
 """Activations that share a scale."""
 
-SCALE_MIN: Final = np.float32(1e-38)
-"""A group of activations whose scale is no larger is taken for zeros."""
+SCALE_MIN: Final = np.float32(2.0**-126)
+"""A group of activations that a smaller scale would do for is taken for zeros."""
+
+SCALE_MAX: Final = np.float32(2.0**104)
+"""A group of activations that needs a larger scale is not finite."""
+
+CODE_RANGE: Final = 253
+"""Codes between the ends of a group and 0: of 255 two are for rounding, of the middle and of a number."""
 
 E4M3_MAX: Final = 448.0
 """Largest number of 8-bit pages."""
@@ -56,26 +62,49 @@ def round_e4m3(values: npt.NDArray[Any]) -> FloatArray:
     return np.where(np.isfinite(x), rounded, np.nan).astype(np.float32)
 
 
-def quantize(x: FloatArray) -> DoubleArray:
-    """Activations `[rows, k]` as products with integer codes see them: int8 in groups of 32, `k` padded with zeros.
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedRows:
+    """Activations as products with integer codes see them: `scale * (code + middle)`, in groups of 32, padded with zeros.
 
-    Returns:
-        `(int8 - zero) * scale`, `[rows, k]`.
+    Attributes:
+        scales: `[rows, num_groups, 1]`, from 1 to 1.875 by eighths, times powers of 2.
+        middles: The same shape, whole numbers.
+        codes: `[rows, num_groups, 32]`, -128 to 127.
     """
+
+    scales: DoubleArray
+    middles: DoubleArray
+    codes: DoubleArray
+
+    def values(self, k: int) -> DoubleArray:
+        """What they stand for, `[rows, k]`."""
+        values: DoubleArray = (self.scales * (self.codes + self.middles)).reshape(len(self.codes), -1)[:, :k]
+        return values
+
+
+def quantize_rows(x: FloatArray) -> CodedRows:
+    """Code activations `[rows, k]`: the scale is the next one up that reaches from one end of a group, or 0, to the other."""
     rows, k = x.shape
     padded = np.zeros((rows, -(-k // GROUP) * GROUP), np.float32)
     padded[:, :k] = x
     groups = padded.reshape(rows, -1, GROUP)
     low = np.minimum(groups.min(axis=2, keepdims=True), np.float32(0))
     high = np.maximum(groups.max(axis=2, keepdims=True), np.float32(0))
-    scales = (high - low) * np.float32(1 / 255)
-    # A scale whose inverse float32 cannot hold counts as 0.
-    is_number = scales > SCALE_MIN
-    inverses = np.where(is_number, np.float32(1) / np.where(is_number, scales, np.float32(1)), np.float32(0))
-    zeros = np.rint(np.float32(-128) - low * inverses)
-    codes = np.clip(np.rint(groups * inverses) + zeros, -128, 127)
-    values: DoubleArray = ((codes.astype(np.float64) - zeros) * scales).reshape(rows, -1)[:, :k]
-    return values
+    least = (high - low) * np.float32(1 / CODE_RANGE)
+    is_nothing = least < SCALE_MIN
+    mantissas, exponents = np.frexp(np.where(is_nothing, np.float32(1), least))
+    # frexp gives mantissas from 1/2.
+    scales = np.ldexp(np.ceil(mantissas * 16), exponents - 4)
+    inverses = np.where(is_nothing, np.float32(0), np.float32(1) / scales)
+    middles = np.rint((np.float32(0.5) * low + np.float32(0.5) * high) * inverses)
+    codes = np.clip(np.rint(groups * inverses - middles), -128, 127)
+    is_number = least <= SCALE_MAX
+    return CodedRows(np.where(is_number, scales, np.nan).astype(np.float64), middles.astype(np.float64), codes.astype(np.float64))
+
+
+def quantize(x: FloatArray) -> DoubleArray:
+    """What products with integer codes see of activations `[rows, k]`."""
+    return quantize_rows(x).values(x.shape[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,12 +116,14 @@ class CodedMatrix:
         scales: `[n, num_groups]`.
         zero: Code of 0, where there are no minimums.
         minimums: `[n, num_groups]` or None.
+        bits: Of a code.
     """
 
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[Any]
     zero: int
     minimums: npt.NDArray[Any] | None
+    bits: int
 
     def parts(self) -> tuple[DoubleArray, DoubleArray]:
         """What codes and minimums add to each weight, `[n, k]` each."""
@@ -108,6 +139,42 @@ class CodedMatrix:
         return codes + minimums
 
 
+def multiply_codes(x: FloatArray, matrix: CodedMatrix) -> tuple[DoubleArray, DoubleArray]:
+    """The product of activations `[rows, k]` with a matrix, as the kernels round it.
+
+    A weight is `scale * (code - centre + steps) + rest`, an activation `step * (code + middle)`, in pieces of 16 or 32. All but
+    the rest is multiplied in whole numbers, of sixteenths of a step where codes have 4 bits; so what steps there are is at most 256
+    of these. The rest, at most half of such a unit beyond the steps, is multiplied by the sum of a piece's activations, each
+    rounded to bfloat16.
+
+    Returns:
+        The products `[rows, n]`, and the sums of the magnitudes of what was added up.
+    """
+    n, k = matrix.codes.shape
+    piece = min(k // matrix.scales.shape[1], GROUP)
+    rows, span = quantize_rows(x), k // matrix.scales.shape[1] // piece
+    centre, units = 1 << (matrix.bits - 1), np.float32(16 if matrix.bits == 4 else 1)
+    scales = np.repeat(matrix.scales.astype(np.float32), span, axis=1)
+    steps: FloatArray = np.full_like(scales, centre - matrix.zero)
+    rests: FloatArray = np.zeros_like(scales)
+    if matrix.minimums is not None:
+        minimums = np.repeat(matrix.minimums.astype(np.float64), span, axis=1)
+        exact = (scales.astype(np.float64) * centre + minimums).astype(np.float32)
+        unit = scales / units
+        with np.errstate(over="ignore"):
+            quotients = np.divide(exact, unit, out=np.full_like(unit, -256), where=unit != 0)
+        whole = np.rint(np.clip(quotients, -256, 256))
+        rests = round_bfloat16((exact - whole.astype(np.float64) * unit).astype(np.float32))
+        steps = whole / units
+    codes = matrix.codes.reshape(n, -1, piece).astype(np.float64) - centre + steps[:, :, None]
+    numbers = rows.values(k).reshape(len(x), -1, piece)
+    totals = round_bfloat16(numbers.sum(axis=2).astype(np.float32)).astype(np.float64)
+    weights = (codes * scales[:, :, None].astype(np.float64)).reshape(n, k)
+    seen = numbers.reshape(len(x), k)
+    products = seen @ weights.T + totals @ rests.T.astype(np.float64)
+    return products, np.abs(seen) @ np.abs(weights.T) + np.abs(totals) @ np.abs(rests.T.astype(np.float64))
+
+
 def gguf_blocks(dtype_name: str, rows: npt.NDArray[np.uint8]) -> CodedMatrix:
     """Read GGUF blocks `[n, bytes_per_row]` of type q4_0, q4_1 or q8_0. Source: block layouts of ggml (ggml-common.h)."""
     num_halves = 2 if dtype_name == "q4_1" else 1
@@ -118,7 +185,7 @@ def gguf_blocks(dtype_name: str, rows: npt.NDArray[np.uint8]) -> CodedMatrix:
     codes: Any = packed ^ 0x80 if dtype_name == "q8_0" else np.concatenate([packed & 15, packed >> 4], axis=2)
     minimums = halves[:, :, 1] if dtype_name == "q4_1" else None
     zero = {"q4_0": 8, "q4_1": 0, "q8_0": 128}[dtype_name]
-    return CodedMatrix(codes.reshape(rows.shape[0], -1), halves[:, :, 0], zero, minimums)
+    return CodedMatrix(codes.reshape(rows.shape[0], -1), halves[:, :, 0], zero, minimums, 8 if dtype_name == "q8_0" else 4)
 
 
 def norm(x: npt.NDArray[Any], weight: FloatArray, bias: FloatArray | None, *, eps: float, is_layer_norm: bool) -> DoubleArray:

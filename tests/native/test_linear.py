@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from kernels.cpu import library as native
-from kernels.cpu.reference import CodedMatrix, activate, gguf_blocks, quantize, round_bfloat16
+from kernels.cpu.reference import CodedMatrix, activate, gguf_blocks, multiply_codes, quantize, round_bfloat16
 from tests.native.programs import Program, input_kind
 
 EPS = 2.0**-24
@@ -28,21 +28,23 @@ class Matrix:
 
     Attributes:
         weights: `[n, k]`.
-        magnitudes: Sum of the magnitudes of what makes up a weight, the same shape.
         num_sums: Additions of a product.
+        coded: The matrix, where it is one of codes.
     """
 
     packed: native.PackedMatrix
     weights: npt.NDArray[np.float64]
-    magnitudes: npt.NDArray[np.float64]
     num_sums: int
+    coded: CodedMatrix | None = None
 
-    def inputs(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        """The input as the product sees it."""
-        kind = input_kind(self.packed)
-        if kind == native.KIND_Q8:
-            return quantize(x)
-        return (round_bfloat16(x) if kind == native.KIND_BF16 else x).astype(np.float64)
+    def multiply(self, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Products `[rows, n]`, and a bound on the rounding of their sums."""
+        if self.coded is not None:
+            products, sizes = multiply_codes(x, self.coded)
+        else:
+            seen = (round_bfloat16(x) if input_kind(self.packed) == native.KIND_BF16 else x).astype(np.float64)
+            products, sizes = seen @ self.weights.T, np.abs(seen) @ np.abs(self.weights.T)
+        return products, EPS * (self.num_sums + 4) * sizes
 
 
 def make_dense(library: Any, random: np.random.Generator, n: int, k: int, *, is_bf16: bool) -> Matrix:
@@ -52,7 +54,7 @@ def make_dense(library: Any, random: np.random.Generator, n: int, k: int, *, is_
         packed = native.pack_dense(library, (values.view(np.uint32) >> 16).astype(np.uint16).view(np.int16))
     else:
         packed = native.pack_dense(library, values)
-    return Matrix(packed, values.astype(np.float64), np.abs(values.astype(np.float64)), k)
+    return Matrix(packed, values.astype(np.float64), k)
 
 
 def make_blocks(library: Any, random: np.random.Generator, n: int, k: int, *, dtype_name: str) -> Matrix:
@@ -71,20 +73,24 @@ class Codes:
     group: int
     scale_dtype: Any
     zero: int | None
+    has_flat_groups: bool = False
 
     def __call__(self, library: Any, random: np.random.Generator, n: int, k: int) -> Matrix:
         shape = (n, k // self.group)
         codes = random.integers(0, 2**self.bits, (n, k), dtype=np.uint8)
         scales = (random.standard_normal(shape) * 0.05).astype(self.scale_dtype)
         minimums = random.standard_normal(shape).astype(self.scale_dtype) if self.zero is None else None
-        matrix = CodedMatrix(codes, scales, self.zero or 0, minimums)
+        if self.has_flat_groups:
+            scales[::3], scales[1::3] = 0, np.finfo(self.scale_dtype).smallest_subnormal
+            if minimums is not None:
+                minimums[::6] = 0
+        matrix = CodedMatrix(codes, scales, self.zero or 0, minimums, self.bits)
         packed = native.pack_codes(library, codes, bits=self.bits, scales=scales, zero=self.zero or 0, minimums=minimums)
         return coded(packed, matrix)
 
 
 def coded(packed: native.PackedMatrix, matrix: CodedMatrix) -> Matrix:
-    codes, minimums = matrix.parts()
-    return Matrix(packed, codes + minimums, np.abs(codes) + np.abs(minimums), packed.in_features // 8)
+    return Matrix(packed, matrix.weights(), packed.in_features // 8, matrix)
 
 
 FORMS: dict[str, Callable[[Any, np.random.Generator, int, int], Matrix]] = {
@@ -99,6 +105,8 @@ FORMS: dict[str, Callable[[Any, np.random.Generator, int, int], Matrix]] = {
     "q4_float_zero_16": Codes(4, 16, np.float32, 8),
     "q4_half_zero_128": Codes(4, 128, np.float16, 8),
     "q4_half_minimums_128": Codes(4, 128, np.float16, None),
+    "q4_half_flat": Codes(4, 32, np.float16, None, has_flat_groups=True),
+    "q8_float_flat": Codes(8, 32, np.float32, None, has_flat_groups=True),
     "q8_float_zero": Codes(8, 32, np.float32, 128),
     "q8_float_minimums": Codes(8, 32, np.float32, None),
     "q8_half_minimums": Codes(8, 32, np.float16, None),
@@ -134,9 +142,9 @@ def test_product_is_that_of_the_weights(library: Any, isa: int, form: str, rando
         x, bias = inputs(random, k), random.standard_normal(n).astype(np.float32)
         program = Program(library, isa=isa)
         program.finish(program.product(x, matrix.packed, bias), n)
-        seen = matrix.inputs(x)
-        bound = EPS * ((matrix.num_sums + 4) * (np.abs(seen) @ matrix.magnitudes.T) + 4 * np.abs(bias))
-        difference = np.abs(program.run(np.arange(NUM_ROWS)) - (seen @ matrix.weights.T + bias))
+        products, bound = matrix.multiply(x)
+        bound += 4 * EPS * (np.abs(bias) + np.abs(products))
+        difference = np.abs(program.run(np.arange(NUM_ROWS)) - (products + bias))
         assert (difference <= bound).all(), (n, k, float((difference / bound).max()))
 
 
@@ -181,16 +189,41 @@ def test_poison_ends_in_its_own_row(library: Any, isa: int, form: str, poison: f
     assert np.array_equal(dirty[~is_hit], clean[~is_hit])
 
 
+def test_codes_stand_for_the_weights(form: str, library: Any, random: np.random.Generator) -> None:
+    """What products round on purpose is small: bfloat16 for what minimums are beyond whole steps, beside int8 for each number."""
+    if form in DENSE:
+        return
+    x = random.standard_normal((NUM_ROWS, 384)).astype(np.float32)
+    matrix = FORMS[form](library, random, 75, 384)
+    seen = quantize(x)
+    exact = x @ matrix.weights.T
+    by_inputs = np.square(seen @ matrix.weights.T - exact).mean()
+    # Blocks as files have them, and minimums many steps away from all codes.
+    assert np.square(matrix.multiply(x)[0] - exact).mean() <= (1.3 if isinstance(FORMS[form], Codes) else 1.002) * by_inputs
+
+
 def test_int8_inputs_are_exactly_those_of_the_reference(library: Any, isa: int, random: np.random.Generator) -> None:
     x = inputs(random, 96)
-    # Ties of rounding, magnitudes whose scale has no inverse in float32, and the largest.
+    # Ties of rounding, groups far from 0 and all of one number, magnitudes whose scale has no inverse in float32, and the largest.
     x[7, :32] = np.arange(32) * 0.5 - 8
-    x[7, 0] = 127
-    x[8], x[9], x[10] = x[8] * 1e-42, 1e-36, 3e38
+    x[7, 0] = 117.5
+    x[11, :32], x[12] = 1000 + x[11, :32], -3.3
+    x[8], x[9], x[10] = x[8] * 1e-42, 1e-36, 2e33
     program = Program(library, isa=isa)
     packed = program.packed(program.feed(x), 96, native.KIND_Q8)
     out = program.finish(program.unpacked(packed, 96), 96).run(np.arange(NUM_ROWS))
     assert np.array_equal(out, quantize(x).astype(np.float32))
+
+
+def test_a_row_that_no_scale_reaches_is_not_finite(library: Any, isa: int, random: np.random.Generator) -> None:
+    """Scales end at 2 ** 104, so numbers of a group do at 253 times that; the other rows know nothing of it."""
+    x = inputs(random, 96)
+    x[3, 5], x[4, 5] = 253 * 2.0**104, 260 * 2.0**104
+    packed = FORMS["q4_1"](library, random, 75, 96).packed
+    program = Program(library, isa=isa)
+    out = program.finish(program.product(x, packed), 75).run(np.arange(NUM_ROWS))
+    assert np.isfinite(out[np.arange(NUM_ROWS) != 4]).all()
+    assert np.isnan(out[4]).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.22])
@@ -208,11 +241,10 @@ def test_products_of_several_parts_add_to_their_target(library: Any, isa: int, s
     target = program.feed(y)
     program.linear(program.packed(program.feed(x), 128, native.KIND_Q8), packed, target, bias, scale)
     program.finish(program.gather(target, 116), 116)
-    weights = np.concatenate([part.weights for part in parts])
-    magnitudes = np.concatenate([part.magnitudes for part in parts])
-    seen = quantize(x)
-    expected = y + scale * (seen @ weights.T + bias)
-    bound = EPS * (24 * (np.abs(seen) @ magnitudes.T) + 4 * (np.abs(bias) + np.abs(y)))
+    products, bounds = zip(*(part.multiply(x) for part in parts), strict=True)
+    product = np.concatenate(products, axis=1)
+    expected = y + scale * (product + bias)
+    bound = np.concatenate(bounds, axis=1) + 4 * EPS * (np.abs(product) + np.abs(bias) + np.abs(y))
     rows = random.permutation(NUM_ROWS)[:17]
     assert (np.abs(program.run(np.arange(NUM_ROWS), sampled=rows) - expected[rows]) <= bound[rows]).all()
 
@@ -235,10 +267,10 @@ def test_gated_product_is_activation_of_gate_times_up(
     segments = (native.Segment * 2)(*halves)
     library.hr_gated_linear(program.pointer, source, out, segments, program.vector(bias), native.ACTIVATIONS[name])
     result = program.finish(out, n).run(np.arange(NUM_ROWS))
-    seen = gate.inputs(x)
-    gates, ups = seen @ gate.weights.T + bias[:n], seen @ up.weights.T + bias[n:]
+    (gates, gate_bound), (ups, up_bound) = gate.multiply(x), up.multiply(x)
+    gates, ups = gates + bias[:n], ups + bias[n:]
     known = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}.get(name, name)
-    bounds = [EPS * (m.num_sums + 4) * (np.abs(seen) @ m.magnitudes.T + 4) for m in (gate, up)]
+    bounds = [bound + 4 * EPS * (m.num_sums + 4) for bound, m in ((gate_bound, gate), (up_bound, up))]
     # The functions' slopes are at most 1.13; their own errors are a few units of float32.
     bound = (
         1.13 * bounds[0] * np.abs(ups) + (np.abs(gates) + bounds[0]) * bounds[1] + 4e-7 * (1 + np.abs(gates)) * (np.abs(ups) + 1)

@@ -10,7 +10,7 @@ namespace headrace {
 
 enum ValueKind : int32_t {
   KIND_F32 = 0,
-  // int8 in groups of 32 with one scale each, as the products with integer codes want their input.
+  // int8 in groups of 32 with a scale and a middle each, as the products with integer codes want their input.
   KIND_Q8 = 1,
   KIND_BF16 = 2,
 };
@@ -31,7 +31,8 @@ enum Format : int32_t {
 
 enum Activation : int32_t { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_RELU = 3 };
 
-// A matrix [n, k] or a part of one, packed. Weight = scale * (code - zero), or scale * code + minimum where there are minimums.
+// A matrix [n, k] or a part of one, packed. Weight = scale * (code - zero), plus a minimum where there are minimums. Products count codes
+// from 8 or 128, so these had better be about the middle.
 // Scales and minimums of a group of 32 codes: [2][32/group][16] float16 or float.
 struct Segment {
   int32_t format;
@@ -91,6 +92,17 @@ struct Step {
   uint8_t* is_finite;  // [num_sampled], whether all of a row's logits are
 };
 
+// What goes with two groups of 32 codes of a row: number = scale * (code + middle), scale = root * 2 ** exponent, the root one of
+// 1, 1.125 .. 1.875. Products multiply by powers of 2 without multiplying: a whole number added to the bits of 1.5 * 2 ** (23 + exponent) is
+// added to that number in units of 2 ** exponent. Where a row has an odd number of groups, what stands beside the last is anything.
+struct CodedGroups {
+  int32_t base[2];          // these bits; those of a NaN where a number of the group is not finite
+  int32_t start[2];         // `base` less 128 times the sum of the codes, since they meet unsigned bytes whose middle is 128
+  uint32_t pair[2];         // two of 16 bits: below, the sum of the group's numbers over the scale; above, the middle
+  uint16_t totals[2];       // the sum of the group's numbers, as bfloat16
+  uint16_t root_offset[2];  // which root, times the bytes of a vector of 32 floats
+};
+
 // Rows of a value, whatever its kind.
 struct Rows {
   int32_t kind;
@@ -100,9 +112,8 @@ struct Rows {
   uint16_t* bf16;
   // What belongs to a group lies by group, then by row, so that threads that make different groups write to different places.
   int8_t* q8;
-  float* q8_scales;   // [stride/32][capacity][4]: the scale, the sum of the group's numbers, minus the code of 0, nothing
-  int32_t* q8_sums;   // [stride/32][capacity][2]: sums of the half groups
-  int64_t capacity;   // rows
+  CodedGroups* groups;  // [stride/64, rounded up][capacity]
+  int64_t capacity;     // rows
 };
 
 // What keys and values are kept as: bfloat16, or 8 bits with a sign, 4 of exponent and 3 of mantissa, largest 448, whose codes 0x7f and 0xff
@@ -228,7 +239,8 @@ struct Kernels {
   int64_t (*draw)(const float* logits, int64_t size, const DrawParameters& parameters, const DrawScratch& scratch);
 };
 
-inline int64_t scratch_bytes(int64_t k) { return k / 32 * (1024 + 768) + 256; }
+// Of a panel's groups, at 16 codes a scale: scales times 8 roots, pairs, and rests.
+inline int64_t scratch_bytes(int64_t k) { return k / 32 * (9 * 256 + 128) + 256; }
 
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();

@@ -4,13 +4,6 @@ namespace {
 
 using namespace headrace;
 
-INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if (x != x) return 0x7fc0;
-  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // The nearest of the numbers that 8 bits hold, ties to even mantissas; what is larger than all of them becomes the largest, and what is not
 // finite no number, whoever looks at it later. Without branches, so that a loop over it is one of vectors.
 INLINE uint8_t to_e4m3(float x) {

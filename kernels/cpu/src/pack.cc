@@ -66,13 +66,16 @@ EXPORT void hr_pack_dense(const Segment* segment, const void* in, int64_t k) {
 }
 
 // Codes [n, k], k a multiple of 32, with scales and minimums [n, num_scales] in the segment's type; each serves k / num_scales codes.
+// They are kept with `shift` added, as is the segment's zero.
 EXPORT void hr_pack_codes(const Segment* segment, const uint8_t* codes, const uint8_t* scales, const uint8_t* minimums,
-                          int64_t num_scales) {
+                          int64_t num_scales, int32_t shift) {
+  uint8_t shifted[32];
   const int64_t k = segment->k, item = segment->half_scales ? 2 : 4, span = k / num_scales, parts = 32 / segment->group;
   for (int64_t row = 0; row < segment->n; row++) {
     for (int64_t g = 0; g < k / 32; g++) {
       uint8_t* group = group_at(*segment, row, g);
-      put_codes(*segment, row, group, codes + row * k + 32 * g);
+      for (int i = 0; i < 32; i++) shifted[i] = (uint8_t)(codes[row * k + 32 * g + i] + shift);
+      put_codes(*segment, row, group, shifted);
       for (int64_t part = 0; part < parts; part++) {
         const int64_t at = (row * num_scales + (32 * g + part * segment->group) / span) * item;
         put_scale(*segment, row, group, (int)part, 0, scales + at);

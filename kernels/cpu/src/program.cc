@@ -47,7 +47,7 @@ int64_t row_bytes(const Value& value) {
   const int64_t stride = stride_of(value);
   if (value.kind == KIND_F32) return stride * 4;
   if (value.kind == KIND_BF16) return stride * 2;
-  return stride + stride / 32 * 24;
+  return stride + (stride / 32 + 1) / 2 * (int64_t)sizeof(CodedGroups);
 }
 
 // Not a power of two, whose multiples would meet in the same places of a cache.
@@ -200,11 +200,10 @@ class Program {
     if (value.kind == KIND_F32) out.f32 = (float*)memory;
     if (value.kind == KIND_BF16) out.bf16 = (uint16_t*)memory;
     if (value.kind == KIND_Q8) {
-      const int64_t groups = out.stride / 32;
+      const int64_t pairs = (out.stride / 32 + 1) / 2;
       out.capacity = row_capacity(max_rows_[value.domain]);
-      out.q8_scales = (float*)memory;
-      out.q8_sums = (int32_t*)(out.q8_scales + 4 * out.capacity * groups);
-      out.q8 = (int8_t*)(out.q8_sums + 2 * out.capacity * groups);
+      out.groups = (CodedGroups*)memory;
+      out.q8 = (int8_t*)(out.groups + out.capacity * pairs);
     }
     return out;
   }
@@ -512,7 +511,7 @@ using namespace headrace;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The number of the interface: a library of another build is refused.
-EXPORT int32_t hr_abi_version() { return 5; }
+EXPORT int32_t hr_abi_version() { return 6; }
 
 // The best instruction set of this CPU that is built in: 3 AVX-512 with BF16 and VNNI, 2 AVX-512 with VNNI, 1 AVX2, 0 any.
 EXPORT int32_t hr_best_isa() {

@@ -11,60 +11,169 @@ INLINE void zero_tail(const Rows& rows, int64_t row) {
   for (int64_t i = rows.width; i < rows.stride; i++) out[i] = 0.0f;
 }
 
-// Quantise 32 numbers: x = scale * (code - zero), codes from -128 to 127, so that the largest and the smallest number (and 0) are met.
-// Groups mostly reach further to one side than to the other: that halves the error of codes that are symmetric about 0. A group that is
-// not finite gets a scale that is not finite either.
-INLINE void quantise_32(vf a, vf b, const Rows& out, int64_t row, int64_t group) {
-  float low, high;
-  const bool is_finite = vbounds(a, b, &low, &high);
-  low = low < 0.0f ? low : 0.0f;
-  high = high > 0.0f ? high : 0.0f;
-  const float scale = is_finite ? (high - low) * (1.0f / 255.0f) : NAN;
-  // A smaller scale has no inverse; what it would scale is nothing beside any other number.
-  const float inverse = scale > 1e-38f ? 1.0f / scale : 0.0f;
-  const float zero = rintf(-128.0f - low * inverse);
-  const vf qa = vadd(vround(vmul(a, vset(inverse))), vset(zero)), qb = vadd(vround(vmul(b, vset(inverse))), vset(zero));
-  int8_t* q = out.q8 + row * out.stride + group * 32;
-  const int32_t sum_a = vstore_int8(q, qa), sum_b = vstore_int8(q + 16, qb);
-  const int64_t at = group * out.capacity + row;
-  out.q8_sums[2 * at] = sum_a;
-  out.q8_sums[2 * at + 1] = sum_b;
-  out.q8_scales[4 * at] = scale;
-  out.q8_scales[4 * at + 1] = scale * ((float)(sum_a + sum_b) - 32.0f * zero);
-  out.q8_scales[4 * at + 2] = -zero;
+// Roots of scales.
+constexpr int NUM_ROOTS = 8;
+constexpr float ROOTS[NUM_ROOTS] = {1.0f, 1.125f, 1.25f, 1.375f, 1.5f, 1.625f, 1.75f, 1.875f};
+
+// Scales are from 2 ** -126 to 2 ** 104: numbers that need a smaller one are nothing beside any other, those that need a larger one
+// are taken for infinite.
+constexpr float SCALE_MIN = 1.17549435e-38f, SCALE_MAX = 2.02824096e31f;
+
+// Groups of 32 numbers that are quantised together.
+constexpr int GROUPS = 16;
+
+// How groups are coded, a group a lane. Loops over lanes are without branches, so that they are of vectors.
+struct Coding {
+  alignas(64) float inverse[GROUPS];
+  alignas(64) int32_t middle[GROUPS];
+  alignas(64) int32_t eighths[GROUPS];  // the upper bits of the scale: its exponent, and three of its mantissa
+  alignas(64) int32_t is_number[GROUPS];
+  alignas(64) int32_t sums[GROUPS];
+};
+
+INLINE void choose_codes(const float* low, const float* high, const int32_t* has_nan, Coding& coding) {
+  for (int i = 0; i < GROUPS; i++) {
+    const float bottom = low[i] < 0.0f ? low[i] : 0.0f, top = high[i] > 0.0f ? high[i] : 0.0f;
+    const float least = (top - bottom) * (1.0f / 253.0f);
+    const bool is_nothing = !(least >= SCALE_MIN);
+    const int32_t eighths = is_nothing ? 127 << 3 : (as_bits(least) + 0xfffff) >> 20;
+    const float inverse = is_nothing ? 0.0f : 1.0f / as_float((uint32_t)eighths << 20);
+    coding.inverse[i] = inverse;
+    coding.middle[i] = (int32_t)rintf((0.5f * bottom + 0.5f * top) * inverse);
+    coding.eighths[i] = eighths;
+    coding.is_number[i] = least <= SCALE_MAX ? 1 - has_nan[i] : 0;
+  }
 }
 
-// Put 32 numbers into a value of any kind.
-INLINE void pack_32(vf a, vf b, const Rows& out, int64_t row, int64_t group) {
-  if (out.kind == KIND_Q8) {
-    quantise_32(a, b, out, row, group);
-  } else if (out.kind == KIND_BF16) {
-    vstore_bf16(out.bf16 + row * out.stride + 32 * group, a);
-    vstore_bf16(out.bf16 + row * out.stride + 32 * group + 16, b);
+// Where groups go: one of each row, or of a row one behind the other, and on in the next row.
+struct Groups {
+  int64_t row;
+  int64_t group;
+  int row_groups;  // of a row; 0: one of each
+  int count;
+};
+
+INLINE void write_groups(const Coding& coding, const Rows& out, const Groups& at) {
+  alignas(64) int32_t bases[GROUPS];
+  alignas(64) uint32_t pairs[GROUPS];
+  alignas(64) uint32_t totals[GROUPS];
+  for (int i = 0; i < GROUPS; i++) {
+    const int32_t total = coding.sums[i] + 32 * coding.middle[i];
+    bases[i] = coding.is_number[i] ? 0x4b400000 + ((coding.eighths[i] >> 3) - 127) * (1 << 23) : 0x7fc00000;
+    pairs[i] = (uint32_t)(total & 0xffff) | (uint32_t)coding.middle[i] << 16;
+    totals[i] = to_bf16((float)total * as_float((uint32_t)coding.eighths[i] << 20));
+  }
+  CodedGroups* to = out.groups + at.group / 2 * out.capacity + at.row;
+  int64_t group = at.group;
+  for (int i = 0; i < at.count; i++) {
+    const int64_t which = group % 2;
+    to->base[which] = bases[i];
+    to->start[which] = bases[i] - 128 * coding.sums[i];
+    to->pair[which] = pairs[i];
+    to->totals[which] = (uint16_t)totals[i];
+    to->root_offset[which] = (uint16_t)(128 * (coding.eighths[i] & 7));
+    if (!at.row_groups) {
+      to++;
+    } else if (++group == at.row_groups) {
+      to += 1 - (at.row_groups - 1) / 2 * out.capacity;
+      group = 0;
+    } else {
+      to += which ? out.capacity : 0;
+    }
+  }
+}
+
+// Quantise groups of 32 numbers: x = scale * (code + middle), codes from -128 to 127. Groups mostly reach further to one side of 0 than to
+// the other: codes that are symmetric about 0 would err twice as far. Whatever the middle, 0 is met, as are small numbers beside a large
+// one. The scale is the next number up with three bits behind the first. A group that is not finite gets a base that is not finite either.
+template <bool IS_FULL>
+INLINE void quantise_groups(const float* x, const Rows& out, const Groups& at) {
+  const int count = IS_FULL ? GROUPS : at.count;
+  vf lows[GROUPS], highs[GROUPS];
+  alignas(64) int32_t has_nan[GROUPS];
+  for (int i = count; i < GROUPS; i++) {
+    lows[i] = highs[i] = vset(0.0f);
+    has_nan[i] = 0;
+  }
+  for (int i = 0; i < count; i++) {
+    const vf a = vload(x + 32 * i), b = vload(x + 32 * i + 16);
+    lows[i] = vmin(a, b);
+    highs[i] = vmax(a, b);
+    has_nan[i] = vhas_nan(a, b);
+  }
+  alignas(64) float low[GROUPS], high[GROUPS];
+  vstore(low, vminimums(lows));
+  vstore(high, vmaximums(highs));
+  Coding coding;
+  choose_codes(low, high, has_nan, coding);
+  vq codes[GROUPS];
+  int8_t* to = out.q8 + at.row * out.stride + at.group * 32;
+  for (int i = 0; i < count; i++) {
+    const vf middle = vset((float)coding.middle[i]), inverse = vset(coding.inverse[i]);
+    codes[i] = vquantise(vsub(vmul(vload(x + 32 * i), inverse), middle), vsub(vmul(vload(x + 32 * i + 16), inverse), middle));
+    vqstore(to + i * (at.row_groups ? 32 : out.stride), codes[i]);
+  }
+  for (int i = count; i < GROUPS; i++) codes[i] = codes[0];
+  vcode_sums(codes, coding.sums);
+  write_groups(coding, out, at);
+}
+
+INLINE void quantise(const float* x, const Rows& out, const Groups& at) {
+  if (at.count == GROUPS) {
+    quantise_groups<true>(x, out, at);
   } else {
-    vstore(f32_row(out, row) + 32 * group, a);
-    vstore(f32_row(out, row) + 32 * group + 16, b);
+    quantise_groups<false>(x, out, at);
   }
 }
 
-// Put a finished row (padded with zeros to the stride) into a value of any kind.
-INLINE void pack_row(const float* x, const Rows& out, int64_t row) {
-  for (int64_t group = 0; group < out.stride / 32; group++) {
-    pack_32(vload(x + 32 * group), vload(x + 32 * group + 16), out, row, group);
+// Put a group of 32 numbers of each of some rows, one behind the other, into a value of any kind.
+INLINE void pack_groups(const float* x, const Rows& out, int64_t row, int64_t group, int64_t num_rows) {
+  if (out.kind == KIND_Q8) {
+    for (int64_t i = 0; i < num_rows; i += GROUPS) {
+      quantise(x + 32 * i, out, {row + i, group, 0, (int)(num_rows - i < GROUPS ? num_rows - i : GROUPS)});
+    }
+    return;
+  }
+  for (int64_t i = 0; i < num_rows; i++) {
+    for (int half = 0; half < 32; half += 16) {
+      const vf value = vload(x + 32 * i + half);
+      if (out.kind == KIND_BF16) {
+        vstore_bf16(out.bf16 + (row + i) * out.stride + 32 * group + half, value);
+      } else {
+        vstore(f32_row(out, row + i) + 32 * group + half, value);
+      }
+    }
   }
 }
 
-// Where a row is worked out: in place when floats are wanted, else in memory of the thread.
+// Put finished rows (padded with zeros to the stride), one behind the other, into a value of any kind but floats.
+INLINE void pack_rows(const float* x, const Rows& out, int64_t row, int64_t num_rows) {
+  if (out.kind == KIND_BF16) {
+    for (int64_t i = 0; i < num_rows * out.stride; i += 16) vstore_bf16(out.bf16 + row * out.stride + i, vload(x + i));
+    return;
+  }
+  const int64_t row_groups = out.stride / 32, num_groups = num_rows * row_groups;
+  for (int64_t g = 0; g < num_groups; g += GROUPS) {
+    const int count = (int)(num_groups - g < GROUPS ? num_groups - g : GROUPS);
+    quantise(x + 32 * g, out, {row + g / row_groups, g % row_groups, (int)row_groups, count});
+  }
+}
+
+// Where rows are worked out: in place when floats are wanted, else some at a time in memory of the thread.
 struct RowPlace {
-  explicit RowPlace(const Rows& out) : out_(out) {
-    if (out.kind != KIND_F32) buffer_ = thread_buffer(out.stride);
+  RowPlace(const Rows& out, int64_t begin, int64_t end) : out_(out), begin_(begin), end_(end) {
+    if (out.kind != KIND_F32) buffer_ = thread_buffer(ROWS * out.stride);
   }
-  float* at(int64_t row) const { return out_.kind == KIND_F32 ? f32_row(out_, row) : buffer_; }
+  float* at(int64_t row) const { return out_.kind == KIND_F32 ? f32_row(out_, row) : buffer_ + place(row) * out_.stride; }
   void done(int64_t row) const {
-    if (out_.kind != KIND_F32) pack_row(buffer_, out_, row);
+    if (out_.kind != KIND_F32 && (place(row) == ROWS - 1 || row == end_ - 1)) pack_rows(buffer_, out_, row - place(row), place(row) + 1);
   }
 
  private:
+  static constexpr int64_t ROWS = 8;
+
+  int64_t place(int64_t row) const { return (row - begin_) % ROWS; }
+
   static float* thread_buffer(int64_t size) {
     static thread_local float* buffer = nullptr;
     static thread_local int64_t capacity = 0;
@@ -76,6 +185,8 @@ struct RowPlace {
     return buffer;
   }
   const Rows& out_;
+  const int64_t begin_;
+  const int64_t end_;
   float* buffer_ = nullptr;
 };
 
@@ -136,7 +247,7 @@ void embed(const Segment& table, const int64_t* ids, int64_t begin, int64_t end,
 
 void norm(const Rows& in, const Rows& out, int64_t begin, int64_t end, const float* weight, const float* bias, float eps,
           int is_layer_norm) {
-  const RowPlace place(out);
+  const RowPlace place(out, begin, end);
   const int64_t width = in.width;
   for (int64_t row = begin; row < end; row++) {
     const float* x = f32_row(in, row);
@@ -160,7 +271,11 @@ void norm(const Rows& in, const Rows& out, int64_t begin, int64_t end, const flo
 }
 
 void pack(const Rows& in, const Rows& out, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; row++) pack_row(f32_row(in, row), out, row);
+  if (in.stride == out.stride) {
+    pack_rows(f32_row(in, begin), out, begin, end - begin);
+  } else {
+    for (int64_t row = begin; row < end; row++) pack_rows(f32_row(in, row), out, row, 1);
+  }
 }
 
 INLINE vf verf(vf x) {
@@ -192,8 +307,27 @@ INLINE vf vactivate(vf x, int activation) {
   }
 }
 
+// In place; a multiple of 16 numbers.
+template <int ACTIVATION>
+INLINE void activate_all(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) vstore(x + i, vactivate(vload(x + i), ACTIVATION));
+}
+
+INLINE void activate_numbers(float* x, int64_t count, int activation) {
+  switch (activation) {
+    case ACTIVATION_SILU:
+      return activate_all<ACTIVATION_SILU>(x, count);
+    case ACTIVATION_GELU:
+      return activate_all<ACTIVATION_GELU>(x, count);
+    case ACTIVATION_GELU_TANH:
+      return activate_all<ACTIVATION_GELU_TANH>(x, count);
+    default:
+      return activate_all<ACTIVATION_RELU>(x, count);
+  }
+}
+
 void gated(const Rows& in, const Rows& out, int64_t begin, int64_t end, int activation) {
-  const RowPlace place(out);
+  const RowPlace place(out, begin, end);
   const int64_t width = out.width;
   for (int64_t row = begin; row < end; row++) {
     const float* x = f32_row(in, row);
@@ -205,7 +339,7 @@ void gated(const Rows& in, const Rows& out, int64_t begin, int64_t end, int acti
 }
 
 void activate(const Rows& in, const Rows& out, int64_t begin, int64_t end, int activation) {
-  const RowPlace place(out);
+  const RowPlace place(out, begin, end);
   for (int64_t row = begin; row < end; row++) {
     const float* x = f32_row(in, row);
     float* y = place.at(row);

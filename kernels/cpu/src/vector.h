@@ -23,6 +23,24 @@
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
+INLINE float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+INLINE int32_t as_bits(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// Without branches, so that a loop over it is one of vectors.
+INLINE uint16_t to_bf16(float x) {
+  const uint32_t bits = (uint32_t)as_bits(x);
+  return (uint16_t)(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 #if defined(__AVX512F__)
 
 typedef __m512 vf;
@@ -45,8 +63,17 @@ INLINE vi viload(const void* p) { return _mm512_loadu_si512(p); }
 INLINE void vistore(void* p, vi x) { _mm512_storeu_si512(p, x); }
 INLINE vi viset(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vf vcast(vi a) { return _mm512_castsi512_ps(a); }
+INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vi vor(vi a, vi b) { return _mm512_or_si512(a, b); }
+template <int BITS>
+INLINE vi vshift_left(vi a) { return _mm512_slli_epi32(a, BITS); }
+// The nearest whole numbers.
+INLINE vi vwhole(vf a) { return _mm512_cvtps_epi32(a); }
 INLINE vi vlow_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi vhigh_nibbles(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+// Whole numbers of 16 bits side by side in each lane.
+INLINE vi vwords(vi low, vi high) { return _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_slli_epi32(high, 16)); }
 INLINE vf vload_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vmaximum(vf a) { return _mm512_reduce_max_ps(a); }
@@ -74,19 +101,52 @@ INLINE vf vsplit(vf x, vf* whole) {
 }
 // x * 2 ** n, where n is rounded down.
 INLINE vf vscale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
-// Store whole numbers, those beyond -128 or 127 as these; gives the sum of what was stored.
-INLINE int32_t vstore_int8(int8_t* p, vf x) {
-  const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
-  _mm_storeu_si128((__m128i*)p, bytes);
-  const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)), _mm_setzero_si128());
-  return (int32_t)(_mm_extract_epi64(sums, 0) + _mm_extract_epi64(sums, 1)) - 16 * 128;
+// Rows [16] of 32 numbers at a time: 16 vectors become one whose lanes are what is left of each.
+template <class Join>
+INLINE vf vreduce(const vf (&x)[16], Join join) {
+  vf quarters[4];
+  for (int i = 0; i < 4; i++) {
+    const vf* four = x + 4 * i;
+    const vf left = join(_mm512_shuffle_ps(four[0], four[1], 0x88), _mm512_shuffle_ps(four[0], four[1], 0xdd));
+    const vf right = join(_mm512_shuffle_ps(four[2], four[3], 0x88), _mm512_shuffle_ps(four[2], four[3], 0xdd));
+    quarters[i] = join(_mm512_shuffle_ps(left, right, 0x88), _mm512_shuffle_ps(left, right, 0xdd));
+  }
+  const vf left = join(_mm512_shuffle_f32x4(quarters[0], quarters[1], 0x88), _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xdd));
+  const vf right = join(_mm512_shuffle_f32x4(quarters[2], quarters[3], 0x88), _mm512_shuffle_f32x4(quarters[2], quarters[3], 0xdd));
+  return join(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
 }
-// The smallest and the largest of 32 numbers; false where one is not finite: its bits are above those of all finite numbers.
-INLINE bool vbounds(vf a, vf b, float* low, float* high) {
-  const vi bits = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
-  *low = _mm512_reduce_min_ps(_mm512_min_ps(a, b));
-  *high = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
-  return _mm512_cmpge_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)) == 0;
+INLINE vf vminimums(const vf (&x)[16]) { return vreduce(x, [](vf a, vf b) { return _mm512_min_ps(a, b); }); }
+INLINE vf vmaximums(const vf (&x)[16]) { return vreduce(x, [](vf a, vf b) { return _mm512_max_ps(a, b); }); }
+INLINE bool vhas_nan(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }
+// 32 numbers as the nearest of int8, those beyond its bounds as these.
+typedef __m256i vq;
+INLINE vq vquantise(vf a, vf b) {
+  const __m128i low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)), high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(b));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+INLINE void vqstore(int8_t* p, vq x) { _mm256_storeu_si256((__m256i*)p, x); }
+// The sum of each row's codes.
+INLINE void vcode_sums(const vq (&x)[16], int32_t* sums) {
+  vf eights[2];
+  for (int i = 0; i < 2; i++) {
+    vf pairs[4];
+    for (int j = 0; j < 4; j++) {
+      const vi codes = _mm512_inserti64x4(_mm512_castsi256_si512(x[8 * i + j]), x[8 * i + 4 + j], 1);
+#if defined(__AVX512VNNI__)
+      const vi fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), codes);
+#else
+      const vi fours = _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_set1_epi8(1), codes), _mm512_set1_epi16(1));
+#endif
+      pairs[j] = _mm512_castsi512_ps(fours);
+    }
+    const auto join = [](vf a, vf b) {
+      const vi even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
+      return _mm512_castsi512_ps(_mm512_add_epi32(even, odd));
+    };
+    eights[i] = join(join(pairs[0], pairs[1]), join(pairs[2], pairs[3]));
+  }
+  const vi first = _mm512_castps_si512(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88));
+  _mm512_storeu_si512(sums, _mm512_add_epi32(first, _mm512_castps_si512(_mm512_shuffle_f32x4(eights[0], eights[1], 0xdd))));
 }
 
 // acc + four products a lane; codes are unsigned, `four` holds four signed bytes.
@@ -104,6 +164,26 @@ INLINE vi vdot4(vi acc, vi codes, int32_t four) {
 #endif
 }
 
+// 4-bit codes as `vdot4` takes them: times 2 ** CODE_SHIFT.
+#if defined(__AVX512VNNI__)
+constexpr int CODE_SHIFT = 4;
+INLINE vi vlow_codes(vi a) { return _mm512_and_si512(_mm512_slli_epi16(a, 4), _mm512_set1_epi8((char)0xf0)); }
+INLINE vi vhigh_codes(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8((char)0xf0)); }
+#else
+constexpr int CODE_SHIFT = 0;
+INLINE vi vlow_codes(vi a) { return vlow_nibbles(a); }
+INLINE vi vhigh_codes(vi a) { return vhigh_nibbles(a); }
+#endif
+
+// acc + two products of signed 16 bits a lane.
+INLINE vi vdot2(vi acc, vi weights, uint32_t pair) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(acc, weights, _mm512_set1_epi32((int32_t)pair));
+#else
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(weights, _mm512_set1_epi32((int32_t)pair)));
+#endif
+}
+
 // acc + two products of bfloat16 a lane.
 INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
 #if defined(__AVX512BF16__)
@@ -115,19 +195,29 @@ INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
 #endif
 }
 
-INLINE void vstore_bf16(uint16_t* p, vf x) {
 #if defined(__AVX512BF16__)
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+INLINE void vstore_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+// Both rounded to bfloat16, side by side in each lane.
+INLINE vi vpair(vf low, vf high) {
+  const vi places = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006,
+                                     0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return _mm512_permutexvar_epi16(places, (vi)_mm512_cvtne2ps_pbh(high, low));
+}
 #else
+// The nearest of bfloat16, in the upper halves of the lanes.
+INLINE vi vround_bf16(vf x) {
   const vi bits = _mm512_castps_si512(x);
   const vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const vi rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   // Rounding would carry a NaN over into infinity or zero.
   const vm nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const vi kept = _mm512_mask_set1_epi32(rounded, nan, 0x7fc00000);
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
-#endif
+  return _mm512_and_si512(_mm512_mask_set1_epi32(rounded, nan, 0x7fc00000), _mm512_set1_epi32((int32_t)0xffff0000));
 }
+INLINE void vstore_bf16(uint16_t* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(vround_bf16(x), 16)));
+}
+INLINE vi vpair(vf low, vf high) { return _mm512_or_si512(_mm512_srli_epi32(vround_bf16(low), 16), vround_bf16(high)); }
+#endif
 
 // 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all.
 INLINE vi vload_e4m3(const uint8_t* p) {
@@ -171,6 +261,15 @@ INLINE vi viload(const void* p) { return {_mm256_loadu_si256((const __m256i*)p),
 INLINE void vistore(void* p, vi x) { _mm256_storeu_si256((__m256i*)p, x.a); _mm256_storeu_si256((__m256i*)p + 1, x.b); }
 INLINE vi viset(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v, v}; }
 INLINE vf vcvt(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+INLINE vf vcast(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+INLINE vi viadd(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INLINE vi vor(vi x, vi y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+template <int BITS>
+INLINE vi vshift_left(vi x) { return {_mm256_slli_epi32(x.a, BITS), _mm256_slli_epi32(x.b, BITS)}; }
+INLINE vi vwhole(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+INLINE vi vwords(vi low, vi high) {
+  return {_mm256_blend_epi16(low.a, _mm256_slli_epi32(high.a, 16), 0xaa), _mm256_blend_epi16(low.b, _mm256_slli_epi32(high.b, 16), 0xaa)};
+}
 INLINE vi vlow_nibbles(vi x) {
   const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
@@ -223,21 +322,38 @@ INLINE vf vsplit(vf x, vf* whole) {
 }
 // x * 2 ** n for whole n; 0 for -127.
 INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
-INLINE int32_t vstore_int8(int8_t* p, vf x) {
-  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
-  // Packing works within halves: a0-3 b0-3 | a4-7 b4-7.
-  const __m256i bytes = _mm256_packs_epi16(words, words);
-  const __m256i order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(order));
-  int32_t sum = 0;
-  for (int i = 0; i < 16; i++) sum += p[i];
-  return sum;
+INLINE bool vhas_nan(vf x, vf y) {
+  const __m256 either = _mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, y.b, _CMP_UNORD_Q));
+  return _mm256_movemask_ps(either) != 0;
 }
-INLINE bool vbounds(vf a, vf b, float* low, float* high) {
-  const vf zero = vset(0.0f);
-  *low = -vmaximum(vmax(vsub(zero, a), vsub(zero, b)));
-  *high = vmaximum(vmax(a, b));
-  return vsum(vfma(a, zero, vmul(b, zero))) == 0.0f;
+INLINE vf vminimums(const vf (&x)[16]) {
+  float out[16];
+  for (int i = 0; i < 16; i++) out[i] = -vmaximum(vsub(vset(0.0f), x[i]));
+  return vload(out);
+}
+INLINE vf vmaximums(const vf (&x)[16]) {
+  float out[16];
+  for (int i = 0; i < 16; i++) out[i] = vmaximum(x[i]);
+  return vload(out);
+}
+struct vq {
+  int8_t codes[32];
+};
+INLINE void vqstore(int8_t* p, const vq& x) { memcpy(p, x.codes, 32); }
+INLINE void vcode_sums(const vq (&x)[16], int32_t* sums) {
+  for (int i = 0; i < 16; i++) {
+    sums[i] = 0;
+    for (int j = 0; j < 32; j++) sums[i] += x[i].codes[j];
+  }
+}
+INLINE vq vquantise(vf x, vf y) {
+  const __m256i first = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  const __m256i last = _mm256_packs_epi32(_mm256_cvtps_epi32(y.a), _mm256_cvtps_epi32(y.b));
+  // Packing works within halves: of each vector 0-3, then 8-11; then 4-7 and 12-15.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  vq out;
+  _mm256_storeu_si256((__m256i*)out.codes, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, last), order));
+  return out;
 }
 INLINE __m256i dot4_half(__m256i codes, __m256i four, int bits) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -254,6 +370,13 @@ INLINE vi vdot4(vi acc, vi codes, int32_t four) {
   const __m256i f = _mm256_set1_epi32(four);
   return {_mm256_add_epi32(acc.a, dot4_half(codes.a, f, BITS)), _mm256_add_epi32(acc.b, dot4_half(codes.b, f, BITS))};
 }
+constexpr int CODE_SHIFT = 0;
+INLINE vi vlow_codes(vi x) { return vlow_nibbles(x); }
+INLINE vi vhigh_codes(vi x) { return vhigh_nibbles(x); }
+INLINE vi vdot2(vi acc, vi weights, uint32_t pair) {
+  const __m256i p = _mm256_set1_epi32((int32_t)pair);
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(weights.a, p)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(weights.b, p))};
+}
 INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
   const __m256i p = _mm256_set1_epi32((int32_t)pair), high = _mm256_set1_epi32((int32_t)0xffff0000u);
   const __m256 x = _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)), y = _mm256_castsi256_ps(_mm256_and_si256(p, high));
@@ -263,19 +386,27 @@ INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
   acc.b = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(weights.b, high)), y, acc.b);
   return acc;
 }
-INLINE __m128i narrow_bf16(__m256 x) {
+INLINE __m256i round_bf16_half(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   // Rounding would carry a NaN over into infinity or zero.
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  return _mm256_and_si256(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), _mm256_set1_epi32((int32_t)0xffff0000));
+}
+INLINE vi vround_bf16(vf x) { return {round_bf16_half(x.a), round_bf16_half(x.b)}; }
+INLINE __m128i narrow_bf16(__m256 x) {
+  const __m256i kept = _mm256_srli_epi32(round_bf16_half(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
 }
 INLINE void vstore_bf16(uint16_t* p, vf x) {
   _mm_storeu_si128((__m128i*)p, narrow_bf16(x.a));
   _mm_storeu_si128((__m128i*)(p + 8), narrow_bf16(x.b));
 }
+INLINE __m256i pair_half(__m256 low, __m256 high) {
+  return _mm256_or_si256(_mm256_srli_epi32(round_bf16_half(low), 16), round_bf16_half(high));
+}
+INLINE vi vpair(vf low, vf high) { return {pair_half(low.a, high.a), pair_half(low.b, high.b)}; }
 // 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all: upper and lower bytes apart, then side by side.
 INLINE vi vload_e4m3(const uint8_t* p) {
   // Bytes go side by side within halves.
@@ -321,6 +452,13 @@ INLINE vi viload(const void* p) { vi x; memcpy(&x, p, 64); return x; }
 INLINE void vistore(void* p, vi x) { memcpy(p, &x, 64); }
 INLINE vi viset(int32_t x) { return vi{} + x; }
 INLINE vf vcvt(vi a) { return __builtin_convertvector(a, vf); }
+INLINE vf vcast(vi a) { return (vf)a; }
+INLINE vi viadd(vi a, vi b) { return a + b; }
+INLINE vi vor(vi a, vi b) { return a | b; }
+template <int BITS>
+INLINE vi vshift_left(vi a) { return a << BITS; }
+INLINE vi vwhole(vf a) { return __builtin_convertvector(vround(a), vi); }
+INLINE vi vwords(vi low, vi high) { return (low & 0xffff) | high << 16; }
 INLINE vi vlow_nibbles(vi a) { return a & 0x0f0f0f0f; }
 INLINE vi vhigh_nibbles(vi a) { return (a >> 4) & 0x0f0f0f0f; }
 INLINE float half_to_float(uint16_t h) {
@@ -375,18 +513,38 @@ INLINE vf vsplit(vf x, vf* whole) {
 }
 // x * 2 ** n for whole n; 0 for -127.
 INLINE vf vscale2(vf x, vf n) { return vmul(x, vexp2i(n)); }
-INLINE int32_t vstore_int8(int8_t* p, vf x) {
-  float s[16];
-  int32_t sum = 0;
-  vstore(s, vmin(vset(127.0f), vmax(vset(-128.0f), x)));
-  for (int i = 0; i < 16; i++) sum += p[i] = (int8_t)(int32_t)s[i];
-  return sum;
+INLINE bool vhas_nan(vf a, vf b) {
+  const vi is_nan = (a != a) | (b != b);
+  int32_t any = 0;
+  for (int i = 0; i < 16; i++) any |= is_nan[i];
+  return any != 0;
 }
-INLINE bool vbounds(vf a, vf b, float* low, float* high) {
-  const vf zero = vset(0.0f);
-  *low = -vmaximum(vmax(vsub(zero, a), vsub(zero, b)));
-  *high = vmaximum(vmax(a, b));
-  return vsum(vfma(a, zero, vmul(b, zero))) == 0.0f;
+INLINE vf vminimums(const vf (&x)[16]) {
+  float out[16];
+  for (int i = 0; i < 16; i++) out[i] = -vmaximum(vsub(vset(0.0f), x[i]));
+  return vload(out);
+}
+INLINE vf vmaximums(const vf (&x)[16]) {
+  float out[16];
+  for (int i = 0; i < 16; i++) out[i] = vmaximum(x[i]);
+  return vload(out);
+}
+struct vq {
+  int8_t codes[32];
+};
+INLINE void vqstore(int8_t* p, const vq& x) { memcpy(p, x.codes, 32); }
+INLINE void vcode_sums(const vq (&x)[16], int32_t* sums) {
+  for (int i = 0; i < 16; i++) {
+    sums[i] = 0;
+    for (int j = 0; j < 32; j++) sums[i] += x[i].codes[j];
+  }
+}
+INLINE vq vquantise(vf a, vf b) {
+  vq out;
+  const vf limits[2] = {vset(-128.0f), vset(127.0f)};
+  const vf x[2] = {vround(vmin(limits[1], vmax(limits[0], a))), vround(vmin(limits[1], vmax(limits[0], b)))};
+  for (int i = 0; i < 32; i++) out.codes[i] = (int8_t)(int32_t)x[i / 16][i % 16];
+  return out;
 }
 #if defined(__ARM_FEATURE_DOTPROD)
 template <int BITS>
@@ -416,22 +574,26 @@ INLINE vi vdot4(vi acc, vi codes, int32_t four) {
   return acc;
 }
 #endif
-INLINE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
+constexpr int CODE_SHIFT = 0;
+INLINE vi vlow_codes(vi a) { return vlow_nibbles(a); }
+INLINE vi vhigh_codes(vi a) { return vhigh_nibbles(a); }
+INLINE vi vdot2(vi acc, vi weights, uint32_t pair) {
+  return acc + ((weights << 16) >> 16) * (int32_t)(int16_t)(uint16_t)pair + (weights >> 16) * ((int32_t)pair >> 16);
 }
 INLINE vf vdot2(vf acc, vi weights, uint32_t pair) {
   acc = vfma((vf)(weights << 16), vset(as_float(pair << 16)), acc);
   return vfma((vf)(weights & (int32_t)0xffff0000u), vset(as_float(pair & 0xffff0000u)), acc);
 }
-INLINE void vstore_bf16(uint16_t* p, vf x) {
+INLINE vi vround_bf16(vf x) {
   const vi bits = (vi)x;
   const vi rounded = bits + (((bits >> 16) & 1) + 0x7fff);
-  const vi kept = x == x ? rounded : viset(0x7fc00000);
-  const v16 out = __builtin_convertvector((kept >> 16) & 0xffff, v16);
+  return (x == x ? rounded : viset(0x7fc00000)) & (int32_t)0xffff0000;
+}
+INLINE void vstore_bf16(uint16_t* p, vf x) {
+  const v16 out = __builtin_convertvector((vround_bf16(x) >> 16) & 0xffff, v16);
   memcpy(p, &out, 32);
 }
+INLINE vi vpair(vf low, vf high) { return ((vround_bf16(low) >> 16) & 0xffff) | vround_bf16(high); }
 // 32 numbers of 8 bits (PAGES_E4M3) as bfloat16, which holds them all.
 INLINE vi vload_e4m3(const uint8_t* p) {
   typedef uint8_t bytes __attribute__((vector_size(32)));
