@@ -294,7 +294,7 @@ INLINE vf verf(vf x) {
 INLINE vf vactivate(vf x, int activation) {
   switch (activation) {
     case ACTIVATION_SILU:
-      return vdiv(x, vadd(vset(1.0f), vexp(vsub(vset(0.0f), x))));
+      return vsilu(x);
     case ACTIVATION_GELU:
       return vmul(vmul(x, vset(0.5f)), vadd(vset(1.0f), verf(vmul(x, vset(0.70710678118654752f)))));
     case ACTIVATION_GELU_TANH: {

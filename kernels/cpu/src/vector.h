@@ -666,6 +666,20 @@ INLINE vf vexp2_64(vf x) {
   return vscale2(vfma(vadd(y, vadd(f, vset(-47.1652832f))), y, vset(574.768982f)), whole);
 }
 
+// x / (1 + e ** -x), to 1e-7 of x. What is below the rounding of e ** -x, up to 126 powers of 2 of it, is nothing beside 1 or beside x.
+INLINE vf vsilu(vf x) {
+  // A NaN is the second operand and stays one.
+  vf whole;
+  const vf f = vsub(vsplit(vmin(vset(126.0f), vmul(x, vset(-1.44269504088896341f))), &whole), vset(0.5f));
+  vf p = vset(0.00187757669f);
+  p = vfma(p, f, vset(0.0136832818f));
+  p = vfma(p, f, vset(0.0784989372f));
+  p = vfma(p, f, vset(0.339724064f));
+  p = vfma(p, f, vset(0.980257869f));
+  p = vfma(p, f, vset(1.41421366f));
+  return vdiv(x, vadd(vset(1.0f), vscale2(p, whole)));
+}
+
 INLINE vf vtanh(vf x) {
   // 1 - 2 / (e^2x + 1); saturates by itself, since the exponential is clamped.
   const vf e = vexp(vadd(x, x));
