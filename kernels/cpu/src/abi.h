@@ -92,15 +92,15 @@ struct Step {
   uint8_t* is_finite;  // [num_sampled], whether all of a row's logits are
 };
 
-// What goes with two groups of 32 codes of a row: number = scale * (code + middle), scale = root * 2 ** exponent, the root one of
-// 1, 1.125 .. 1.875. Products multiply by powers of 2 without multiplying: a whole number added to the bits of 1.5 * 2 ** (23 + exponent) is
-// added to that number in units of 2 ** exponent. Where a row has an odd number of groups, what stands beside the last is anything.
-struct CodedGroups {
-  int32_t base[2];          // these bits; those of a NaN where a number of the group is not finite
-  int32_t start[2];         // `base` less 128 times the sum of the codes, since they meet unsigned bytes whose middle is 128
-  uint32_t pair[2];         // two of 16 bits: below, the sum of the group's numbers over the scale; above, the middle
-  uint16_t totals[2];       // the sum of the group's numbers, as bfloat16
-  uint16_t root_offset[2];  // which root, times the bytes of a vector of 32 floats
+// What goes with 32 codes of a row: number = scale * (code + middle), scale = root * 2 ** exponent, the root one of 1, 1.125 .. 1.875. Products
+// multiply by powers of 2 without multiplying: a whole number added to the bits of 1.5 * 2 ** (23 + exponent) is added to that number in
+// units of 2 ** exponent.
+struct CodedGroup {
+  int32_t base;          // these bits; those of a NaN where a number of the group is not finite
+  int32_t start;         // `base` less 128 times the sum of the codes, since they meet unsigned bytes whose middle is 128
+  uint32_t pair;         // two of 16 bits: below, the sum of the group's numbers over the scale; above, the middle
+  uint16_t root_offset;  // which root, times the bytes of a vector of 32 floats
+  uint16_t total;        // the sum of the group's numbers, as bfloat16
 };
 
 // Rows of a value, whatever its kind.
@@ -112,8 +112,8 @@ struct Rows {
   uint16_t* bf16;
   // What belongs to a group lies by group, then by row, so that threads that make different groups write to different places.
   int8_t* q8;
-  CodedGroups* groups;  // [stride/64, rounded up][capacity]
-  int64_t capacity;     // rows
+  CodedGroup* groups;  // [stride/64, rounded up][capacity][2]: read two by two, they come by fewer lines of the cache
+  int64_t capacity;    // rows
 };
 
 // What keys and values are kept as: bfloat16, or 8 bits with a sign, 4 of exponent and 3 of mantissa, largest 448, whose codes 0x7f and 0xff

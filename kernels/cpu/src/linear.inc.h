@@ -153,7 +153,7 @@ INLINE void keep_rests(uint8_t* rests, int64_t piece, int block, vf x) {
   vistore(at, piece % 2 ? vor(viload(at), vpair(vset(0.0f), x)) : vpair(x, vset(0.0f)));
 }
 
-// What goes with a piece of a row's codes: see `CodedGroups`.
+// What goes with a piece of a row's codes: see `CodedGroup`.
 struct Piece {
   int32_t start;
   uint32_t pair;
@@ -161,35 +161,34 @@ struct Piece {
 };
 
 // Of half a group it is worked out when it is wanted.
-INLINE Piece half_piece(const CodedGroups& groups, int64_t which, const int8_t* codes) {
+INLINE Piece half_piece(const CodedGroup& group, const int8_t* codes) {
   int32_t sum = 0;
   for (int i = 0; i < 16; i++) sum += codes[i];
-  const int32_t middle = (int32_t)groups.pair[which] >> 16, total = sum + 16 * middle;
-  const float scale = as_float((uint32_t)groups.base[which]) * (ROOTS[groups.root_offset[which] / 128] / 12582912.0f);
-  return {groups.base[which] - 128 * sum, (uint32_t)(total & 0xffff) | (uint32_t)middle << 16, (float)total * scale};
+  const int32_t middle = (int32_t)group.pair >> 16, total = sum + 16 * middle;
+  const float scale = as_float((uint32_t)group.base) * (ROOTS[group.root_offset / 128] / 12582912.0f);
+  return {group.base - 128 * sum, (uint32_t)(total & 0xffff) | (uint32_t)middle << 16, (float)total * scale};
 }
 
 // Adds the products of two pieces' rests with the sums of the rows' numbers, both of bfloat16. The pieces are those of two groups, of which
 // there may be one alone, or the halves of one.
 template <int PARTS, int MR>
-INLINE void add_rests(const uint8_t* rests, const CodedGroups* groups, int which, bool is_alone, const int8_t* const (&a)[MR],
-                      vf (&sum)[MR][2]) {
+INLINE void add_rests(const uint8_t* rests, const CodedGroup* groups, bool is_alone, const int8_t* const (&a)[MR], vf (&sum)[MR][2]) {
   const vi weights[2] = {viload(rests), viload(rests + 64)};
   for (int r = 0; r < MR; r++) {
-    uint32_t two;
+    const CodedGroup* two = groups + 2 * r;
+    uint32_t totals;
     if (PARTS == 1) {
-      memcpy(&two, groups[r].totals, 4);
-      if (is_alone) two &= 0xffff;
+      totals = two[0].total | (is_alone ? 0 : (uint32_t)two[1].total << 16);
     } else {
-      two = to_bf16(half_piece(groups[r], which, a[r]).total) | (uint32_t)to_bf16(half_piece(groups[r], which, a[r] + 16).total) << 16;
+      totals = to_bf16(half_piece(*two, a[r]).total) | (uint32_t)to_bf16(half_piece(*two, a[r] + 16).total) << 16;
     }
-    for (int b = 0; b < 2; b++) sum[r][b] = vdot2(sum[r][b], weights[b], two);
+    for (int b = 0; b < 2; b++) sum[r][b] = vdot2(sum[r][b], weights[b], totals);
   }
 }
 
 // Adds the products of a group: of its codes at `packed` with those at `a`. Rests are left to `add_rests`, which gets them at `rests`.
 template <Product PRODUCT, bool HALF, bool MINIMUMS, int PARTS, int MR>
-INLINE void multiply_group(const uint8_t* packed, const uint8_t* prepared, uint8_t* rests, float offset, const CodedGroups* groups, int which,
+INLINE void multiply_group(const uint8_t* packed, const uint8_t* prepared, uint8_t* rests, float offset, const CodedGroup* groups, int which,
                            const int8_t* const (&a)[MR], vf (&sum)[MR][2]) {
   constexpr int BITS = bits_of(PRODUCT), LOADS = BITS / PARTS;
   constexpr bool PREPARED = is_prepared(PRODUCT), IS_SHIFTED = BITS == 4 && CODE_SHIFT == 0;
@@ -199,8 +198,8 @@ INLINE void multiply_group(const uint8_t* packed, const uint8_t* prepared, uint8
     Piece halves[MR];
     vi acc[MR][2], code_sums[2];
     for (int r = 0; r < MR; r++) {
-      if (PARTS == 2) halves[r] = half_piece(groups[r], which, a[r] + part * 16);
-      acc[r][0] = acc[r][1] = viset(IS_SHIFTED ? 0 : PARTS == 2 ? halves[r].start : groups[r].start[which]);
+      if (PARTS == 2) halves[r] = half_piece(groups[2 * r], a[r] + part * 16);
+      acc[r][0] = acc[r][1] = viset(IS_SHIFTED ? 0 : PARTS == 2 ? halves[r].start : groups[2 * r].start);
     }
     if (!PREPARED) code_sums[0] = code_sums[1] = viset(0);
 #pragma GCC unroll 8
@@ -236,11 +235,11 @@ INLINE void multiply_group(const uint8_t* packed, const uint8_t* prepared, uint8
         if (MINIMUMS) keep_rests(rests, which, b, weights.rests);
       }
       for (int r = 0; r < MR; r++) {
-        if (IS_SHIFTED) acc[r][b] = viadd(in_units<BITS>(acc[r][b]), viset(PARTS == 2 ? halves[r].start : groups[r].start[which]));
-        const vi whole = vdot2(acc[r][b], weights.pairs, PARTS == 2 ? halves[r].pair : groups[r].pair[which]);
-        const vf products = vsub(vcast(whole), vcast(viset(groups[r].base[which])));
-        const vf scaled = PREPARED ? vload((const float*)(prepared + 64 * at + PARTS * groups[r].root_offset[which]))
-                                   : vmul(weights.scales, vset(ROOTS[groups[r].root_offset[which] / 128]));
+        if (IS_SHIFTED) acc[r][b] = viadd(in_units<BITS>(acc[r][b]), viset(PARTS == 2 ? halves[r].start : groups[2 * r].start));
+        const vi whole = vdot2(acc[r][b], weights.pairs, PARTS == 2 ? halves[r].pair : groups[2 * r].pair);
+        const vf products = vsub(vcast(whole), vcast(viset(groups[2 * r].base)));
+        const vf scaled = PREPARED ? vload((const float*)(prepared + 64 * at + PARTS * groups[2 * r].root_offset))
+                                   : vmul(weights.scales, vset(ROOTS[groups[2 * r].root_offset / 128]));
         sum[r][b] = vfma(products, scaled, sum[r][b]);
       }
     }
@@ -249,7 +248,7 @@ INLINE void multiply_group(const uint8_t* packed, const uint8_t* prepared, uint8
 
 // With weights d * (c - 8 + w) + v, where w is of whole sixteenths, and activations s * (a + y), a piece gives d * s times: the sum of
 // (c - 8) * a, and y * sum of (c - 8) + w * sum of (a + y). All of it is whole numbers in units of a sixteenth: products of bytes, and one
-// operation for two products of 16 bits. Of the scale s the power of 2 is where the sum begins (`CodedGroups`), and d times its root is worked
+// operation for two products of 16 bits. Of the scale s the power of 2 is where the sum begins (`CodedGroup`), and d times its root is worked
 // out for all roots when a panel is prepared: so no operation but the last is spent on scales. What v adds, at most half a sixteenth
 // of a step times the sum of the row's numbers, follows two pieces an operation.
 //
@@ -266,17 +265,17 @@ INLINE void multiply_codes(const Panel& panel, const Segment& segment, const Row
   }
   const uint8_t *packed = panel.packed, *prepared = panel.prepared;
   uint8_t* rests = panel.rests;
-  const CodedGroups* groups = in.groups + row;
-  for (int64_t first = 0; first < num_groups; first += 2, groups += in.capacity) {
+  const CodedGroup* groups = in.groups + 2 * row;
+  for (int64_t first = 0; first < num_groups; first += 2, groups += 2 * in.capacity) {
 #pragma GCC unroll 2
     for (int which = 0; which < 2; which++, packed += panel.stride, prepared += panel.prepared_stride) {
       if (first + which == num_groups) break;
       if (panel.next) prefetch(panel.next + (first + which) * panel.stride, panel.stride);
-      multiply_group<PRODUCT, HALF, MINIMUMS, PARTS, MR>(packed, prepared, rests, offset, groups, which, a, sum);
-      if (PARTS == 2 && has_rests) add_rests<PARTS, MR>(rests + 128 * which, groups, which, false, a, sum);
+      multiply_group<PRODUCT, HALF, MINIMUMS, PARTS, MR>(packed, prepared, rests, offset, groups + which, which, a, sum);
+      if (PARTS == 2 && has_rests) add_rests<PARTS, MR>(rests + 128 * which, groups + which, false, a, sum);
       for (int r = 0; r < MR; r++) a[r] += 32;
     }
-    if (PARTS == 1 && has_rests) add_rests<PARTS, MR>(rests, groups, 0, first + 1 == num_groups, a, sum);
+    if (PARTS == 1 && has_rests) add_rests<PARTS, MR>(rests, groups, first + 1 == num_groups, a, sum);
     rests += 128 * PARTS;
   }
 }

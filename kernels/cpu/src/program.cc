@@ -47,7 +47,7 @@ int64_t row_bytes(const Value& value) {
   const int64_t stride = stride_of(value);
   if (value.kind == KIND_F32) return stride * 4;
   if (value.kind == KIND_BF16) return stride * 2;
-  return stride + (stride / 32 + 1) / 2 * (int64_t)sizeof(CodedGroups);
+  return stride + (stride / 32 + 1) / 2 * 2 * (int64_t)sizeof(CodedGroup);
 }
 
 // Not a power of two, whose multiples would meet in the same places of a cache.
@@ -200,10 +200,10 @@ class Program {
     if (value.kind == KIND_F32) out.f32 = (float*)memory;
     if (value.kind == KIND_BF16) out.bf16 = (uint16_t*)memory;
     if (value.kind == KIND_Q8) {
-      const int64_t pairs = (out.stride / 32 + 1) / 2;
+      const int64_t groups = (out.stride / 32 + 1) / 2 * 2;
       out.capacity = row_capacity(max_rows_[value.domain]);
-      out.groups = (CodedGroups*)memory;
-      out.q8 = (int8_t*)(out.groups + out.capacity * pairs);
+      out.groups = (CodedGroup*)memory;
+      out.q8 = (int8_t*)(out.groups + out.capacity * groups);
     }
     return out;
   }

@@ -54,31 +54,27 @@ struct Groups {
 };
 
 INLINE void write_groups(const Coding& coding, const Rows& out, const Groups& at) {
-  alignas(64) int32_t bases[GROUPS];
-  alignas(64) uint32_t pairs[GROUPS];
-  alignas(64) uint32_t totals[GROUPS];
+  // The members of a group, a group a lane.
+  alignas(64) uint32_t members[4][GROUPS];
   for (int i = 0; i < GROUPS; i++) {
     const int32_t total = coding.sums[i] + 32 * coding.middle[i];
-    bases[i] = coding.is_number[i] ? 0x4b400000 + ((coding.eighths[i] >> 3) - 127) * (1 << 23) : 0x7fc00000;
-    pairs[i] = (uint32_t)(total & 0xffff) | (uint32_t)coding.middle[i] << 16;
-    totals[i] = to_bf16((float)total * as_float((uint32_t)coding.eighths[i] << 20));
+    const int32_t base = coding.is_number[i] ? 0x4b400000 + ((coding.eighths[i] >> 3) - 127) * (1 << 23) : 0x7fc00000;
+    members[0][i] = (uint32_t)base;
+    members[1][i] = (uint32_t)(base - 128 * coding.sums[i]);
+    members[2][i] = (uint32_t)(total & 0xffff) | (uint32_t)coding.middle[i] << 16;
+    members[3][i] = (uint32_t)(128 * (coding.eighths[i] & 7)) | (uint32_t)to_bf16((float)total * as_float((uint32_t)coding.eighths[i] << 20)) << 16;
   }
-  CodedGroups* to = out.groups + at.group / 2 * out.capacity + at.row;
+  alignas(64) CodedGroup groups[GROUPS];
+  vtranspose(members, groups);
+  CodedGroup* row = out.groups + 2 * at.row;
   int64_t group = at.group;
   for (int i = 0; i < at.count; i++) {
-    const int64_t which = group % 2;
-    to->base[which] = bases[i];
-    to->start[which] = bases[i] - 128 * coding.sums[i];
-    to->pair[which] = pairs[i];
-    to->totals[which] = (uint16_t)totals[i];
-    to->root_offset[which] = (uint16_t)(128 * (coding.eighths[i] & 7));
+    row[group / 2 * 2 * out.capacity + group % 2] = groups[i];
     if (!at.row_groups) {
-      to++;
+      row += 2;
     } else if (++group == at.row_groups) {
-      to += 1 - (at.row_groups - 1) / 2 * out.capacity;
+      row += 2;
       group = 0;
-    } else {
-      to += which ? out.capacity : 0;
     }
   }
 }
@@ -245,20 +241,30 @@ void embed(const Segment& table, const int64_t* ids, int64_t begin, int64_t end,
   }
 }
 
+// The sum of a row, four sums at a time, since one would wait for itself.
+template <class Add>
+INLINE float sum_of(int64_t width, Add add) {
+  vf sums[4] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
+  int64_t i = 0;
+  for (; i + 64 <= width; i += 64) {
+    for (int j = 0; j < 4; j++) sums[j] = add(i + 16 * j, sums[j]);
+  }
+  for (; i < width; i += 16) sums[0] = add(i, sums[0]);
+  return vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3])));
+}
+
 void norm(const Rows& in, const Rows& out, int64_t begin, int64_t end, const float* weight, const float* bias, float eps,
           int is_layer_norm) {
   const RowPlace place(out, begin, end);
   const int64_t width = in.width;
   for (int64_t row = begin; row < end; row++) {
     const float* x = f32_row(in, row);
-    vf sum = vset(0.0f), square = vset(0.0f);
-    for (int64_t i = 0; i < width; i += 16) sum = vadd(sum, vload(x + i));
-    const vf mean = vset(is_layer_norm ? vsum(sum) / (float)width : 0.0f);
-    for (int64_t i = 0; i < width; i += 16) {
+    const vf mean = vset(is_layer_norm ? sum_of(width, [=](int64_t i, vf sum) { return vadd(sum, vload(x + i)); }) / (float)width : 0.0f);
+    const float square = sum_of(width, [=](int64_t i, vf sum) {
       const vf centred = vsub(vload(x + i), mean);
-      square = vfma(centred, centred, square);
-    }
-    const vf inverse = vset(1.0f / sqrtf(vsum(square) / (float)width + eps));
+      return vfma(centred, centred, sum);
+    });
+    const vf inverse = vset(1.0f / sqrtf(square / (float)width + eps));
     float* y = place.at(row);
     for (int64_t i = 0; i < width; i += 16) {
       vf value = vmul(vmul(vsub(vload(x + i), mean), inverse), vload(weight + i));

@@ -149,6 +149,22 @@ INLINE void vcode_sums(const vq (&x)[16], int32_t* sums) {
   _mm512_storeu_si512(sums, _mm512_add_epi32(first, _mm512_castps_si512(_mm512_shuffle_f32x4(eights[0], eights[1], 0xdd))));
 }
 
+// Four members of 16 things, a thing a lane, become these, 16 bytes each.
+INLINE void vtranspose(const uint32_t (&x)[4][16], void* out) {
+  const vi a = viload(x[0]), b = viload(x[1]), c = viload(x[2]), d = viload(x[3]);
+  const vi ab[2] = {_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)};
+  const vi cd[2] = {_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d)};
+  for (int i = 0; i < 4; i++) {
+    // Of each quarter the i-th thing.
+    const vi things = i % 2 ? _mm512_unpackhi_epi64(ab[i / 2], cd[i / 2]) : _mm512_unpacklo_epi64(ab[i / 2], cd[i / 2]);
+    char* to = (char*)out + 16 * i;
+    _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(things));
+    _mm_storeu_si128((__m128i*)(to + 64), _mm512_extracti32x4_epi32(things, 1));
+    _mm_storeu_si128((__m128i*)(to + 128), _mm512_extracti32x4_epi32(things, 2));
+    _mm_storeu_si128((__m128i*)(to + 192), _mm512_extracti32x4_epi32(things, 3));
+  }
+}
+
 // acc + four products a lane; codes are unsigned, `four` holds four signed bytes.
 template <int BITS>
 INLINE vi vdot4(vi acc, vi codes, int32_t four) {
@@ -609,6 +625,12 @@ INLINE vi vload_e4m3(const uint8_t* p) {
   return (vi)(out | (codes & 0x80) << 8);
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+INLINE void vtranspose(const uint32_t (&x)[4][16], void* out) {
+  for (int i = 0; i < 64; i++) memcpy((char*)out + 4 * i, &x[i % 4][i / 4], 4);
+}
 #endif
 
 // 16 numbers into the first or the second halves of 16 lanes; the other halves may be written by another thread.
