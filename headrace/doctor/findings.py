@@ -9,7 +9,7 @@ from typing import Final, Literal
 from headrace.doctor.facts import Facts, Torch
 
 NATIVE_SPEED: Final = (
-    "the worker computes with torch then, which takes 14 times as long for a decode step of one sequence and 7 times for 16 "
+    "the worker computes with torch then, which takes 12 times as long for a decode step of one sequence and 7 times for 16 "
     "(docs/decisions/0008-native-cpu-kernels.md)"
 )
 

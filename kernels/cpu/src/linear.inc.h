@@ -150,7 +150,7 @@ INLINE PieceWeights piece_weights(vf scales, const vf* minimums, float offset, v
 // Rests of pieces go in pairs, as bfloat16, the first below.
 INLINE void keep_rests(uint8_t* rests, int64_t piece, int block, vf x) {
   uint8_t* at = rests + (piece / 2 * 2 + block) * 64;
-  vistore(at, piece % 2 ? vor(viload(at), vpair(vset(0.0f), x)) : vpair(x, vset(0.0f)));
+  vistore(at, piece % 2 ? vior(viload(at), vpair(vset(0.0f), x)) : vpair(x, vset(0.0f)));
 }
 
 // What goes with a piece of a row's codes: see `CodedGroup`.

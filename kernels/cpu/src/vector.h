@@ -65,7 +65,7 @@ INLINE vi viset(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vf vcast(vi a) { return _mm512_castsi512_ps(a); }
 INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
-INLINE vi vor(vi a, vi b) { return _mm512_or_si512(a, b); }
+INLINE vi vior(vi a, vi b) { return _mm512_or_si512(a, b); }
 template <int BITS>
 INLINE vi vshift_left(vi a) { return _mm512_slli_epi32(a, BITS); }
 // The nearest whole numbers.
@@ -279,7 +279,7 @@ INLINE vi viset(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v, 
 INLINE vf vcvt(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 INLINE vf vcast(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 INLINE vi viadd(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-INLINE vi vor(vi x, vi y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+INLINE vi vior(vi x, vi y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 template <int BITS>
 INLINE vi vshift_left(vi x) { return {_mm256_slli_epi32(x.a, BITS), _mm256_slli_epi32(x.b, BITS)}; }
 INLINE vi vwhole(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
@@ -470,7 +470,7 @@ INLINE vi viset(int32_t x) { return vi{} + x; }
 INLINE vf vcvt(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vf vcast(vi a) { return (vf)a; }
 INLINE vi viadd(vi a, vi b) { return a + b; }
-INLINE vi vor(vi a, vi b) { return a | b; }
+INLINE vi vior(vi a, vi b) { return a | b; }
 template <int BITS>
 INLINE vi vshift_left(vi a) { return a << BITS; }
 INLINE vi vwhole(vf a) { return __builtin_convertvector(vround(a), vi); }
