@@ -62,7 +62,6 @@ INLINE vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_IN
 INLINE vi viload(const void* p) { return _mm512_loadu_si512(p); }
 INLINE void vistore(void* p, vi x) { _mm512_storeu_si512(p, x); }
 INLINE vi viset(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE vf vcvt(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vf vcast(vi a) { return _mm512_castsi512_ps(a); }
 INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vi vior(vi a, vi b) { return _mm512_or_si512(a, b); }
@@ -276,7 +275,6 @@ INLINE vf vround(vf x) {
 INLINE vi viload(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
 INLINE void vistore(void* p, vi x) { _mm256_storeu_si256((__m256i*)p, x.a); _mm256_storeu_si256((__m256i*)p + 1, x.b); }
 INLINE vi viset(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v, v}; }
-INLINE vf vcvt(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 INLINE vf vcast(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 INLINE vi viadd(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 INLINE vi vior(vi x, vi y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
@@ -467,7 +465,6 @@ INLINE vf vround(vf a) { return (a + 12582912.0f) - 12582912.0f; }
 INLINE vi viload(const void* p) { vi x; memcpy(&x, p, 64); return x; }
 INLINE void vistore(void* p, vi x) { memcpy(p, &x, 64); }
 INLINE vi viset(int32_t x) { return vi{} + x; }
-INLINE vf vcvt(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vf vcast(vi a) { return (vf)a; }
 INLINE vi viadd(vi a, vi b) { return a + b; }
 INLINE vi vior(vi a, vi b) { return a | b; }
