@@ -249,8 +249,8 @@ INLINE void multiply_group(const uint8_t* packed, const uint8_t* prepared, uint8
 // With weights d * (c - 8 + w) + v, where w is of whole sixteenths, and activations s * (a + y), a piece gives d * s times: the sum of
 // (c - 8) * a, and y * sum of (c - 8) + w * sum of (a + y). All of it is whole numbers in units of a sixteenth: products of bytes, and one
 // operation for two products of 16 bits. Of the scale s the power of 2 is where the sum begins (`CodedGroup`), and d times its root is worked
-// out for all roots when a panel is prepared: so no operation but the last is spent on scales. What v adds, at most half a sixteenth
-// of a step times the sum of the row's numbers, follows two pieces an operation.
+// out for all roots when a panel is prepared: so no operation but the last is spent on scales. v is at most half a sixteenth of a step, or
+// what is beyond 16 steps; what it adds, times the sum of the row's numbers, follows two pieces an operation.
 //
 // HALF and MINIMUMS: of the packed panel. PARTS: pieces of 32 codes, 1 or 2. What follows the panel is asked for from memory meanwhile.
 template <Product PRODUCT, bool HALF, bool MINIMUMS, int PARTS, int MR>
